@@ -1,0 +1,105 @@
+"""
+Every key there is, with its meaning, its unit and the paper's default (arXiv 2606.06021, section 4.1).
+A config file says only what differs:
+
+    from configs.default import config
+    config = config | dict(lr=2e-3, steps=100)
+
+`checks`, below, holds what each key may be; load_config enforces it.
+"""
+config = dict(
+    # run
+    out_dir='out/run',          # folder of this run: config, log, checkpoints, figure
+    seed=0,                     # of everything random: toy models, prompt order, every sampled token
+    device='auto',              # 'auto' (CUDA, else CPU), 'cuda', 'cpu', 'mps'
+    dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32); the optimizer is float32
+    dry_run=False,              # --dry-run: resolve, check, print the plan and the memory estimate, stop
+
+    # models and problems: a local folder or file, or a hub id; 'toy' is made on the spot by toy.py
+    student='',                 # Hugging Face folder or id; this one is trained
+    teacher='',                 # Hugging Face folder or id; frozen
+    data='',                    # training problems: .jsonl with question + answer on each line
+    eval_data='',               # held-out problems, same layout; '' = no evaluation
+
+    # rollout: the student's own answers (section 4.1.1)
+    prompts_per_step=8,         # prompts of a step, over all ranks
+    n=2,                        # answers per prompt
+    max_new_tokens=16384,       # longest answer, tokens
+    temperature=1.0,            # 1 = the student's own distribution, as Eq. (2) wants; 0 = greedy
+    top_k=0,                    # sample among the k likeliest tokens; 0 = all
+    top_p=1.0,                  # sample among the smallest set with this much probability; 1 = all
+
+    # objective: Eq. (6)
+    rep_loss='mse',             # 'mse' (the paper), 'nmse' (both sides L2-normalised: the authors' code),
+                                # 'cosine' (1 - cos = d/2 times nmse)
+    layers='all',               # student layers to match: 'all', 'last', 'even', 'odd', or a list such as [1,14,28];
+                                # layer L is the final-normed state
+    positions='last_k',         # response positions: 'all', 'last', or one of the next four, whose key is its size
+    last_k=2000,                # the last k positions (the paper)
+    first_k=2000,               # the first k positions
+    last_frac=0.3,              # this last share of each answer, at least one position
+    first_frac=0.3,             # this first share of each answer, at least one position
+    loss_average='sequence',    # 'sequence': mean over each answer, then over answers (Eq. 6);
+                                # 'token': mean over all supervised tokens (the authors' code)
+    oprd_weight=1.0,            # factor of Eq. (6); the mu of Eq. (7)
+
+    # update: AdamW
+    steps=500,                  # optimizer steps
+    lr=1e-5,                    # peak learning rate
+    schedule='cosine',          # after warm-up: 'cosine' or 'linear' down to min_lr, or 'constant'
+    warmup=0.03,                # share of the steps spent rising linearly from 0
+    min_lr=0.0,                 # where the schedule ends, as a share of lr
+    beta1=0.9,                  # AdamW
+    beta2=0.999,
+    weight_decay=0.01,          # on matrices only, never on norms and biases
+    grad_clip=1.0,              # largest gradient norm; 0 = no clipping
+    token_budget=32768,         # tokens of a micro-batch, padding included; changes memory, never the update
+    checkpointing=False,        # recompute each block in the backward: less memory, a third more time
+
+    # evaluation and saving
+    eval_every=50,              # steps between evaluations; 0 = only before and after
+    eval_n=16,                  # answers per problem: Avg@n, Best@n
+    eval_problems=0,            # first so many problems of eval_data; 0 = all
+    eval_temperature=0.7,       # the paper's
+    eval_top_p=1.0,             # the authors' scripts use 0.95
+    eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
+    save_every=50,              # steps between checkpoints; the newest is kept
+    log_every=1,                # steps between lines on the terminal; log.jsonl has every step
+
+    # the toy (toy.py): chains of arithmetic modulo 10, with models trained here from nothing
+    toy_dir='out/toy_models',   # made once per recipe, then reused
+    toy_ops=6,                  # operations in a problem
+    toy_layers=4,               # depth L of student and teacher
+    toy_width=96,               # width d
+    toy_heads=4,                # attention heads
+    toy_batch=64,               # sequences of a supervised step
+    toy_student_steps=200,      # supervised steps that make the student
+    toy_teacher_steps=160,      # further ones, from the student, that make the teacher
+    toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
+    toy_teacher_lr=1.5e-3,
+    toy_train=4096,             # training problems
+    toy_eval=128,               # held-out problems
+)
+
+inf = float('inf')
+positive, share = (1, inf), (0, 1)
+# key -> what it may be: (low, high) for numbers, or a tuple of allowed words and types.
+# Keys not listed take any value of their default's type.
+checks = dict(
+    seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
+    prompts_per_step=positive, n=positive, max_new_tokens=positive, temperature=(0, inf), top_k=(0, inf),
+    top_p=(1e-6, 1), rep_loss=('mse', 'nmse', 'cosine'), layers=('all', 'last', 'even', 'odd', list),
+    positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac'),
+    last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
+    loss_average=('sequence', 'token'), oprd_weight=(0, inf),
+    steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
+    beta1=(0, 0.9999), beta2=(0, 0.99999), weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
+    eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),
+    eval_top_p=(1e-6, 1), eval_max_new_tokens=(0, inf), save_every=positive, log_every=positive,
+    toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=positive,
+    toy_student_steps=positive, toy_teacher_steps=positive, toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
+    toy_train=positive, toy_eval=positive,
+)
+
+# Keys that change where and how a run happens but not its result: a resumed run may differ in these.
+free = ('out_dir', 'device', 'dry_run', 'token_budget', 'checkpointing', 'save_every', 'log_every', 'toy_dir')

@@ -1,0 +1,101 @@
+"""
+How well a model answers: n samples a problem, each graded by its last box.
+
+    python eval_math.py configs/toy.py                          the toy's student
+    python eval_math.py configs/toy.py student=out/toy/last     what distillation made of it
+    torchrun --nproc_per_node=2 eval_math.py configs/toy.py     problems spread over ranks
+
+Avg@n: share of correct samples. Best@n: share of problems with a correct one among n. What it does
+not know yet: equality beyond the same text or the same decimal number (1/2 against 0.5).
+"""
+import re
+from fractions import Fraction
+
+import toy
+from configs import load_config
+from data import load_problems, load_tokenizer
+from model import load_model
+from rollout import sample
+from runtime import UserError, all_gather, print0, run, start
+
+
+def boxed(text):
+    """What the last complete \\boxed{...} of a text holds, braces balanced; None if there is none.
+    One pass: a text of ten thousand unclosed boxes costs no more than any other."""
+    opened, last = [], None
+    for brace in re.finditer(r'\\boxed\{|\{|\}', text):
+        if brace[0] != '}':
+            opened.append((len(brace[0]) > 1, brace.end()))
+        elif opened:
+            is_box, start = opened.pop()
+            if is_box and (last is None or start > last[0]):
+                last = start, brace.start()
+    return text[slice(*last)] if last else None
+
+
+def number(text):
+    """A plain decimal number of bounded length -> Fraction, else None. Nothing is evaluated."""
+    return Fraction(text) if re.fullmatch(r'[+-]?\d{1,30}(\.\d{1,30})?', text) else None
+
+
+def grade(text, answer):
+    """Does the text's last box hold the answer: the same characters, or the same decimal number?"""
+    found = boxed(text)
+    if found is None:
+        return False
+    found, answer = found.strip(), answer.strip()
+    return found == answer or (number(found) is not None and number(found) == number(answer))
+
+
+def scores(verdicts, lengths):
+    """Verdicts [problem][sample] and lengths [tokens] -> {'avg@n', 'best@n', 'len'}; percentages, tokens."""
+    n = len(verdicts[0])
+    return {f'avg@{n}': 100 * sum(map(sum, verdicts)) / (n * len(verdicts)),
+            f'best@{n}': 100 * sum(map(any, verdicts)) / len(verdicts),
+            'len': sum(lengths) / len(lengths)}
+
+
+def evaluate(model, tokenizer, problems, n, *, stop, rank=0, world=1, progress='', **how):
+    """n sampled answers to every problem -> `scores`, the same on every rank.
+
+    how: max_new_tokens, temperature, top_p, seed as in rollout.sample. Every call draws the same
+    random numbers, so two evaluations differ by their models alone. Ranks share the problems.
+    """
+    mine = range(rank, len(problems), world)
+    verdicts, lengths = {}, []
+    if len(mine):
+        roll = sample(model, [problems[i].ids for i in mine], n, which=list(mine), step=-1, stop=stop,
+                      progress=progress, **how)
+        lengths = roll.resp_len.tolist()
+        texts = [tokenizer.decode(ids) for ids in roll.answers()]
+        for j, i in enumerate(mine):
+            verdicts[i] = [grade(text, problems[i].answer) for text in texts[j * n:(j + 1) * n]]
+    parts = all_gather((verdicts, lengths))
+    verdicts = {i: v for part, _ in parts for i, v in part.items()}
+    return scores([verdicts[i] for i in range(len(problems))], [x for _, part in parts for x in part])
+
+
+def table(rows):
+    """{'name': scores} -> the lines of a table."""
+    keys = list(next(iter(rows.values())))
+    names = [k.replace('avg', 'Avg').replace('best', 'Best').replace('len', 'length') for k in keys]
+    lines = [f'{"":12}' + ''.join(f'{n:>10}' for n in names)]
+    return lines + [f'{name:12}' + ''.join(f'{row[k]:10.1f}' for k in keys) for name, row in rows.items()]
+
+
+def main(cfg):
+    place = start(cfg['device'], cfg['dtype'])
+    cfg = toy.prepare(cfg, place)
+    if not cfg['eval_data']:
+        raise UserError("eval_data='': nothing to evaluate on; set eval_data=")
+    tok = load_tokenizer(cfg['student'])
+    problems = load_problems(cfg['eval_data'], tok, cfg['eval_problems'])
+    model = load_model(cfg['student'], place.dtype, place.device)
+    got = evaluate(model, tok, problems, cfg['eval_n'], stop=tok.stop_ids, rank=place.rank, world=place.world,
+                   max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], seed=cfg['seed'],
+                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'], progress='evaluate')
+    print0('\n'.join(table({cfg['student'].rstrip('/').split('/')[-1]: got})))
+
+
+if __name__ == '__main__':
+    run(main, load_config)

@@ -1,0 +1,66 @@
+"""
+The frozen teacher's side: may this pair be distilled, and what does the teacher say of a rollout?
+
+Vanilla OPRD compares hidden states number by number, so student and teacher must have the same
+width and the same vocabulary; `check_pair` finds out before anything heavy is loaded. A wrong pair
+is an error here, not a worse run later: a teacher fed another vocabulary's ids reads gibberish and
+says nothing about it.
+
+Letters: B rows, T tokens, K supervised positions, L layers, d width.
+"""
+import torch
+
+from losses import layer_map
+from runtime import UserError
+
+
+@torch.no_grad()
+def hidden_rows(teacher, ids, layers, at, L_s):
+    """Teacher states for student layers `layers` at the supervised positions only.
+
+    ids: (B, T). at: flat positions (K,). L_s: the student's depth, for Eq. (11).
+    -> {student layer: (K, d)}, each a tensor of its own (layer_loss overwrites it).
+    """
+    of = {l: layer_map(l, L_s, teacher.config.L) for l in layers}
+    wanted = sorted(set(of.values()))
+    rows = dict(zip(wanted, teacher.hidden(ids, wanted, at), strict=True))
+    taken = list(of.values())
+    return {l: rows[t] if taken.count(t) == 1 else rows[t].clone() for l, t in of.items()}
+
+
+def check_pair(student, teacher, tok_s, tok_t, layers, question):
+    """Everything about a pair that can be wrong in silence -> list of one-line findings.
+
+    student, teacher: ModelConfig. tok_s, tok_t: Tokenizer. layers: the config's choice.
+    question: a training question, to compare both chat templates. Raises UserError.
+    """
+    if student.d != teacher.d:
+        raise UserError(f'student width {student.d}, teacher width {teacher.d}: Eq. (6) compares states number by '
+                        'number; choose a teacher of the same width')
+    if isinstance(layers, list) and max(layers) > student.L:
+        raise UserError(f'layers={layers}, but the student has {student.L}; choose from 1 to {student.L}')
+    vocab_s, vocab_t = tok_s.hf.get_vocab(), tok_t.hf.get_vocab()
+    shared = vocab_s.keys() & vocab_t.keys()
+    wrong = next((w for w in sorted(shared) if vocab_s[w] != vocab_t[w]), None)
+    ids_s = {i: w for w, i in vocab_s.items()}
+    wrong = wrong or next((w for w, i in vocab_t.items() if w not in vocab_s and i in ids_s), None)
+    if wrong is not None:
+        raise UserError(f'tokenizers differ: {wrong!r} is id {vocab_s.get(wrong)} for the student and '
+                        f'{vocab_t.get(wrong)} for the teacher, which would read gibberish; choose a teacher with the '
+                        "student's vocabulary")
+    for side, c, tok in (('student', student, tok_s), ('teacher', teacher, tok_t)):
+        top = max(tok.hf.get_vocab().values())
+        if top >= c.V:
+            raise UserError(f'{side}: token id {top} in the tokenizer, but only {c.V} rows in the embedding; '
+                            'tokenizer and model do not belong together')
+    prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
+    depth = 'layer for layer' if student.L == teacher.L else f'{student.L} onto {teacher.L} layers by Eq. (11)'
+    lines = [f'vocabulary: {len(vocab_s)} tokens, same ids on both sides; embeddings {student.V} and {teacher.V} rows',
+             f'width {student.d} on both sides, {depth}',
+             f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
+    if prompt_s == prompt_t:
+        lines.append(f'prompt, the same for both: {prompt_s!r}')
+    else:
+        lines += [f"prompt, student's: {prompt_s!r}", f"prompt, teacher's: {prompt_t!r}",
+                  "note: the templates differ; the teacher reads the student's prompt"]
+    return lines

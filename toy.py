@@ -1,0 +1,190 @@
+"""
+The toy: a task, its tokenizer, and a student and a teacher trained here from nothing.
+
+A problem is a chain of arithmetic modulo 10, worked out from left to right:
+
+    prompt   <bos>3+7*4-8*2+5-9=
+    answer   3+7=0;0*4=0;0-8=2;2*2=4;4+5=9;9-9=0;\\boxed{0}<eos>
+
+with 21 tokens, about 5e9 problems and one right answer each. The student has had too little
+training; the teacher is the same network trained further with embedding and head frozen, like the
+paper's pair (R1-Distill and JustRL, which share both). All of it is written as one folder of the
+layouts that real runs use (two Hugging Face folders, two .jsonl files), so nothing downstream
+knows that it is a toy.
+
+    python toy.py configs/toy.py        make the folder, show it, stop
+"""
+import json
+import random
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+from torch.optim import lr_scheduler
+
+from configs import load_config
+from data import load_problems, load_tokenizer
+from model import PRESETS, Model, init_weights, load_model, save_model
+from runtime import UserError, barrier, digest, print0, read_json, run, start, whole, write_json
+
+SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>']
+LETTERS = [*'0123456789+-*=;', '\\boxed{', '}']      # the box is one token, as a digit is
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+
+
+def problem(rng, ops):
+    """One problem -> (question, worked answer, value). Operands 0..9; factors 2..9, since 0 and 1
+    would let the model forget what came before."""
+    value = first = rng.randrange(10)
+    question, work = str(first), ''
+    for _ in range(ops):
+        op = rng.choice('+-*')
+        x = rng.randrange(2 if op == '*' else 0, 10)
+        result = {'+': value + x, '-': value - x, '*': value * x}[op] % 10
+        question += f'{op}{x}'
+        work += f'{value}{op}{x}={result};'
+        value = result
+    return question, f'{work}\\boxed{{{value}}}', str(value)
+
+
+def problems(n, ops, seed, held_out=False):
+    """n problems of one side of a fixed split: a sixteenth of all questions (by checksum) is held
+    out, so no evaluated question is ever trained on, whatever the seeds."""
+    rng, out = random.Random(f'{seed} {held_out}'), []
+    while len(out) < n:
+        p = problem(rng, ops)
+        if (zlib.crc32(p[0].encode()) % 16 == 0) == held_out:
+            out.append(p)
+    return out
+
+
+def write_tokenizer(folder):
+    """tokenizer.json, tokenizer_config.json, chat template and generation config of the toy."""
+    tok = HFTokenizer(models.BPE({t: i for i, t in enumerate(SPECIAL + LETTERS)}, [], unk_token='<unk>'))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(SPECIAL)
+    tok.add_tokens([AddedToken('\\boxed{', normalized=False)])
+    tok.save(str(folder / 'tokenizer.json'))
+    write_json(folder / 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<bos>', 'eos_token': '<eos>',
+        'pad_token': '<pad>', 'unk_token': '<unk>', 'clean_up_tokenization_spaces': False})
+    write_json(folder / 'generation_config.json', {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0})
+    (folder / 'chat_template.jinja').write_text(TEMPLATE)
+
+
+def supervise(model, tok, cfg, steps, lr, rng_seed, name):
+    """Supervised training on worked answers: cross entropy of the answer's tokens only.
+    AdamW (.9, .95), 5% warm-up, cosine to 5%, clip 1."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
+                            fused=model.embed.weight.device.type != "mps")
+    rise = max(1, round(0.05 * steps))
+    sched = lr_scheduler.SequentialLR(opt, [
+        lr_scheduler.LinearLR(opt, 1 / rise, 1, rise - 1),
+        lr_scheduler.CosineAnnealingLR(opt, max(1, steps - rise), 0.05 * lr)], [rise - 1])
+    rng, began = random.Random(rng_seed), time.time()
+    for step in range(1, steps + 1):
+        batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random())
+        prompt = len(tok.chat(batch[0][0]))
+        ids = torch.tensor([tok.chat(q) + tok.encode(a) + tok.stop_ids for q, a, _ in batch])   # (B, T)
+        ids = ids.to(model.embed.weight.device)
+        logits = model(ids[:, :-1])[:, prompt - 1:]                                             # (B, T', V)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        sched.step()
+        if step % 40 == 0 or step == steps:
+            left = (time.time() - began) / step * (steps - step)
+            print0(f'  {name} {step:4d}/{steps} | loss {loss.item():.3f} | eta {left:.0f}s')
+
+
+def shape(cfg):
+    """ModelConfig of the toy's student and teacher."""
+    d, H = cfg['toy_width'], cfg['toy_heads']
+    if d % (2 * H):
+        raise UserError(f'toy_width={d} does not divide into {H} heads of even width; choose a multiple of {2 * H}')
+    length = 2 * cfg['toy_ops'] + 3 + 6 * cfg['toy_ops'] + 4
+    return replace(PRESETS['toy'], L=cfg['toy_layers'], d=d, H=H, G=H, e=d // H, ff=8 * (d // 3), context=2 * length)
+
+
+def recipe(cfg):
+    """Everything that decides what the folder holds."""
+    return {k: v for k, v in cfg.items() if k.startswith('toy_') and k != 'toy_dir'} | {'seed': cfg['seed'], 'version': 1}
+
+
+def folder_of(cfg):
+    return Path(cfg['toy_dir']) / f"seed{cfg['seed']}-{digest(recipe(cfg))}"
+
+
+def is_whole(folder, cfg):
+    """Is the folder there, of this recipe, and readable to the last weight?"""
+    if not folder.exists():
+        return False
+    try:
+        if read_json(folder / 'recipe.json') != recipe(cfg):
+            raise UserError('its recipe is another')
+        for side in ('student', 'teacher'):
+            load_model(folder / side)
+        for name in ('train.jsonl', 'eval.jsonl'):
+            load_problems(folder / name, load_tokenizer(folder / 'student'))
+    except UserError as e:
+        print0(f'toy: {folder} is damaged ({e}); making it again')
+        return False
+    return True
+
+
+def make(folder, cfg, device):
+    """Train both models and write the whole folder, or nothing."""
+    print0(f'toy: making student and teacher in {folder} (about a minute on two cores)')
+    with whole(folder) as tmp:
+        tmp.mkdir(parents=True)
+        for name, n, held_out in (('train', cfg['toy_train'], False), ('eval', cfg['toy_eval'], True)):
+            rows = problems(n, cfg['toy_ops'], cfg['seed'], held_out)
+            (tmp / f'{name}.jsonl').write_text(''.join(
+                json.dumps({'question': q, 'answer': v, 'solution': a}) + '\n' for q, a, v in rows))
+        write_tokenizer(tmp)
+        tok = load_tokenizer(tmp)
+        model = init_weights(Model(shape(cfg)), cfg['seed']).to(device)
+        supervise(model, tok, cfg, cfg['toy_student_steps'], cfg['toy_student_lr'], f"student {cfg['seed']}", 'student')
+        save_model(model, tmp / 'student', source=tmp)
+        for p in (*model.embed.parameters(), *model.head.parameters()):
+            p.requires_grad_(False)
+        supervise(model, tok, cfg, cfg['toy_teacher_steps'], cfg['toy_teacher_lr'], f"teacher {cfg['seed']}", 'teacher')
+        save_model(model, tmp / 'teacher', source=tmp)
+        for file in (*tmp.glob('token*.json'), tmp / 'generation_config.json', tmp / 'chat_template.jinja'):
+            file.unlink()                    # each model's folder has its own copy
+        write_json(tmp / 'recipe.json', recipe(cfg))
+
+
+def prepare(cfg, place):
+    """cfg with every 'toy' replaced by a path; the folder is made by rank 0 if it is not there."""
+    if 'toy' not in (cfg['student'], cfg['teacher'], cfg['data'], cfg['eval_data']):
+        return cfg
+    shape(cfg)
+    folder = folder_of(cfg)
+    if place.rank == 0 and not is_whole(folder, cfg):
+        make(folder, cfg, place.device)
+    barrier()
+    paths = {'student': folder / 'student', 'teacher': folder / 'teacher',
+             'data': folder / 'train.jsonl', 'eval_data': folder / 'eval.jsonl'}
+    return cfg | {k: str(p) for k, p in paths.items() if cfg[k] == 'toy'}
+
+
+def main(cfg):
+    cfg = prepare(cfg, start(cfg['device'], cfg['dtype']))
+    tok = load_tokenizer(cfg['student'])
+    for row in problems(3, cfg['toy_ops'], cfg['seed'], held_out=True):
+        print0(f'  {tok.render(row[0])} {row[1]}')
+    print0(folder_of(cfg))
+
+
+if __name__ == '__main__':
+    run(main, load_config)
