@@ -16,8 +16,9 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
+from files import read_json
 from model import snapshot
-from runtime import UserError, read_json
+from runtime import UserError
 
 
 @lru_cache
@@ -42,7 +43,8 @@ class Tokenizer:
             self.hf = HFTokenizer.from_file(str(file))
         except Exception as e:               # `tokenizers` raises bare Exception
             raise UserError(f'{file}: not a tokenizer ({e}); fetch or make it again') from None
-        special = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').exists() else {}
+        settings = folder / 'tokenizer_config.json'
+        special = read_json(settings) if settings.exists() else {}
         self.words = {k: special[k]['content'] if isinstance(special[k], dict) else special[k]
                       for k in ('bos_token', 'eos_token', 'pad_token') if special.get(k)}
         self.added = {i: t for i, t in self.hf.get_added_tokens_decoder().items()}
@@ -80,7 +82,8 @@ class Tokenizer:
         if not self.template:
             return self.words.get('bos_token', '') + '\n'.join(m['content'] for m in messages) + '\n'
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.words, **variables)
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.words,
+                                        **variables)
         except (TemplateError, TypeError) as e:
             raise UserError(f'{self.name}: its chat template failed ({e})') from None
 
@@ -109,7 +112,8 @@ class Tokenizer:
                 token = self.hf.id_to_token(i) or ''
                 bad = [ch for ch in token if ch not in byte_alphabet()]
                 if bad:
-                    raise UserError(f'{self.name}: token {i} {token!r} is not byte-level; byte offsets are not known')
+                    raise UserError(f'{self.name}: token {i} {token!r} is not byte-level, so its bytes are '
+                                    'not known; choose a model with a byte-level tokenizer')
                 n += len(token)
             ends.append(n)
         return ends
@@ -147,7 +151,8 @@ def load_problems(file, tokenizer, first=0):
             question = row.get('question') or row['problem']
             problems.append(Problem(question, str(row['answer']), tokenizer.chat(question)))
         except (ValueError, KeyError, AttributeError) as e:
-            raise UserError(f'{file}:{number}: wants {{"question": .., "answer": ..}} ({type(e).__name__}: {e})') from None
+            raise UserError(f'{file}:{number}: {type(e).__name__}: {e}; '
+                            'each line must be {"question": .., "answer": ..}') from None
         if len(problems) == first:
             break
     if not problems:

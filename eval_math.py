@@ -77,6 +77,8 @@ def evaluate(model, tokenizer, problems, n, *, stop, rank=0, world=1, progress='
 
 def table(rows):
     """{'name': scores} -> the lines of a table."""
+    if not rows:
+        return ['no eval_data, so no accuracy']
     keys = list(next(iter(rows.values())))
     names = [k.replace('avg', 'Avg').replace('best', 'Best').replace('len', 'length') for k in keys]
     lines = [f'{"":12}' + ''.join(f'{n:>10}' for n in names)]

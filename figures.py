@@ -10,7 +10,8 @@ Figure 4). Right: mean cosine of the matched states, and thin lines for each lay
 import sys
 from pathlib import Path
 
-from runtime import Log, UserError, run, whole
+from files import Log, whole
+from runtime import UserError, run
 
 
 def curve(folders, file):
@@ -36,7 +37,8 @@ def curve(folders, file):
         steps = [r['step'] for r in rows[1:]]
         for layer in zip(*(r['rep/cos_layer'] for r in rows[1:]), strict=True):
             rep.plot(steps, layer, color=color, lw=0.6, alpha=0.35)
-        rep.plot(steps, [r['rep/cos'] for r in rows[1:]], color=color, lw=1.8, label=f'{name}: mean over layers')
+        mean = [r['rep/cos'] for r in rows[1:]]
+        rep.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
     acc.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
     rep.set(xlabel='step', ylabel='cosine to the teacher', title='representation match (thin: each layer)')
     for ax in (acc, rep):

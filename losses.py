@@ -10,14 +10,13 @@ Letters: B rows, T tokens, K supervised positions (over all rows), L layers, d w
 import torch
 import torch.nn.functional as F
 
-
 # ---- which layers ---------------------------------------------------------------------------
 
 def layer_set(which, L):
     """'all', 'last', 'even', 'odd' or a list -> ascending student layers, 1-based."""
     if isinstance(which, list):
         layers = sorted(set(which))
-        assert 1 <= layers[0] and layers[-1] <= L, f'layers {layers} of a model with {L}'
+        assert layers[0] >= 1 and layers[-1] <= L, f'layers {layers} of a model with {L}'
         return layers
     every = range(1, L + 1)
     return {'all': list(every), 'last': [L], 'even': [l for l in every if l % 2 == 0],
@@ -95,7 +94,8 @@ def oprd_loss(h_s, h_t, w, kind='mse'):
     Plain and slow on purpose: it keeps fp32 copies of every layer alive. Training uses layer_loss.
     """
     dtype = torch.promote_types(h_s[0].dtype, torch.float32)
-    each = [(w * row_distance(s.to(dtype), t.detach().to(dtype), kind)).sum() for s, t in zip(h_s, h_t, strict=True)]
+    each = [(w * row_distance(s.to(dtype), t.detach().to(dtype), kind)).sum()
+            for s, t in zip(h_s, h_t, strict=True)]
     return sum(each) / len(each)
 
 

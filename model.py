@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime import UserError, read_json, whole
+from files import open_safetensors, read_json, whole, write_safetensors
+from runtime import UserError
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,19 @@ class ModelConfig:
     def qk_norm(self):
         return self.family == 'qwen3'
 
+    def count(self):
+        """Number of weights, without making them."""
+        with torch.device('meta'):
+            return sum(p.numel() for p in Model(self).parameters())
+
 
 # The paper's models and the toy, to compare by eye.
 PRESETS = {
-    #                          family        V      L    d     H   G   e    ff     tied     theta  eps   context
-    'toy':         ModelConfig('qwen3',      21,    4,   96,   4,  4,  24,  256,   False,   1e4, 1e-6,   128),
-    'r1_1p5b':     ModelConfig('qwen2', 151_936,   28, 1536,  12,  2, 128,  8960,  False,   1e4, 1e-6, 131_072),
-    'qwen3_1p7b':  ModelConfig('qwen3', 151_936,   28, 2048,  16,  8, 128,  6144,  True,    1e6, 1e-6,  32_768),
-    'qwen3_4b':    ModelConfig('qwen3', 151_936,   36, 2560,  32,  8, 128,  9728,  True,    1e6, 1e-6,  40_960),
+    #                         family       V   L     d   H  G    e    ff   tied theta   eps  context
+    'toy':        ModelConfig('qwen3',      21,  4,   96,  4, 4,  24,  256, False, 1e4, 1e-6,     128),
+    'r1_1p5b':    ModelConfig('qwen2', 151_936, 28, 1536, 12, 2, 128, 8960, False, 1e4, 1e-6, 131_072),
+    'qwen3_1p7b': ModelConfig('qwen3', 151_936, 28, 2048, 16, 8, 128, 6144,  True, 1e6, 1e-6,  32_768),
+    'qwen3_4b':   ModelConfig('qwen3', 151_936, 36, 2560, 32, 8, 128, 9728,  True, 1e6, 1e-6,  40_960),
 }
 
 
@@ -237,8 +241,8 @@ def snapshot(path_or_repo):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(path_or_repo, allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.txt',
-                                                                    '*.tiktoken']))
+        return Path(snapshot_download(path_or_repo, allow_patterns=[
+            '*.safetensors', '*.json', '*.jinja', '*.txt', '*.tiktoken']))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(f'{path_or_repo}: no such folder, and the hub did not give it '
                         f'({type(e).__name__}: {(str(e).split(chr(10)) or [""])[0][:120]})') from None
@@ -253,7 +257,9 @@ def read_config(path_or_repo):
     if family not in ('qwen3', 'qwen2', 'llama'):
         raise UserError(f"{file}: model_type {family!r}; this decoder reads 'qwen3', 'qwen2', 'llama'")
     # older files spell rope_theta and rope_scaling, newer ones put both into rope_parameters
-    rope = hf.get('rope_parameters') or {'rope_theta': hf.get('rope_theta', 1e4), **(hf.get('rope_scaling') or {})}
+    rope = {'rope_theta': hf.get('rope_theta', 1e4)}
+    rope |= hf.get('rope_scaling') or {}
+    rope |= hf.get('rope_parameters') or {}
     refused = {
         'rope_type': rope.get('rope_type', rope.get('type', 'default')) != 'default',
         'use_sliding_window': bool(hf.get('use_sliding_window')),
@@ -264,7 +270,8 @@ def read_config(path_or_repo):
     }
     for key, bad in refused.items():
         if bad:
-            raise UserError(f'{file}: {key} = {rope.get(key, hf.get(key))!r} changes the model in a way this decoder does not know')
+            raise UserError(f'{file}: {key} = {rope.get(key, hf.get(key))!r} changes the model in a way this '
+                            'decoder does not know; choose another model')
     try:
         d, H = hf['hidden_size'], hf['num_attention_heads']
         return ModelConfig(
@@ -360,11 +367,9 @@ def shards(folder):
     return {hf: folder / name for hf, name in places.items()}
 
 
-def open_safetensors(file):
-    try:
-        return safe_open(file, 'pt')
-    except (SafetensorError, OSError) as e:
-        raise UserError(f'{file}: not a whole safetensors file ({e}); fetch or make it again') from None
+# what travels with the weights, so that the folder is a model and not just numbers
+ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
+         'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
 
 
 def save_model(model, folder, source=None, state=None):
@@ -386,18 +391,9 @@ def save_model(model, folder, source=None, state=None):
         write_safetensors(tensors, tmp / 'model.safetensors', {'format': 'pt'})
         dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
         (tmp / 'config.json').write_text(json.dumps(hf_config(c) | {'dtype': dtype}, indent=2) + '\n')
-        for name in ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-                     'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja'):
-            if source and (Path(source) / name).exists():
+        for name in ALONG if source else ():
+            if (Path(source) / name).exists():
                 shutil.copy(Path(source) / name, tmp / name)
-
-
-def write_safetensors(tensors, file, metadata=None):
-    """save_file, with a full disk reported as the OSError it is."""
-    try:
-        save_file(tensors, file, metadata)
-    except SafetensorError as e:
-        raise OSError(28, f'could not be written ({e})', str(file)) from None
 
 
 def hf_config(c):

@@ -109,10 +109,9 @@ def layout(prompts, n, max_new_tokens, which, device):
     for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt)] = torch.tensor(prompt)
     which = torch.arange(len(prompts)) if which is None else torch.as_tensor(which)
-    roll = Rollout(ids.repeat_interleave(n, 0), P.repeat_interleave(n), torch.zeros(len(prompts) * n, dtype=torch.long),
-                   torch.zeros(len(prompts) * n, dtype=torch.bool), torch.arange(len(prompts)).repeat_interleave(n))
-    for name, value in vars(roll).items():
-        setattr(roll, name, value.to(device))
+    prompt = torch.arange(len(prompts)).repeat_interleave(n)                 # (B,)
+    none = torch.zeros_like(prompt)
+    roll = Rollout(*(x.to(device) for x in (ids[prompt], P[prompt], none, none.bool(), prompt)))
     return roll, which.to(device)[roll.prompt], torch.arange(n, device=device).repeat(len(prompts))
 
 
@@ -161,7 +160,8 @@ def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=N
     alive = torch.arange(len(roll.ids), device=device)                       # rows still in the batch
     done = torch.zeros_like(alive, dtype=torch.bool)
     look = 16 if device.type == 'cuda' else 1        # tokens between looks at `done`: each one is a sync
-    bar = tqdm(total=len(alive), desc=progress, unit='answer', disable=None if progress else True, leave=False)
+    bar = tqdm(total=len(alive), desc=progress, unit='answer', leave=False,
+               disable=None if progress else True)
     for position in range(max_new_tokens):
         token = pick(logits, uniform(keys, position), **how)                 # (rows,)
         token = token.where(~done, 0)

@@ -1,22 +1,25 @@
 """
-Where a script runs and what it leaves behind: ranks, devices, one-line errors, the run folder.
+Where a script runs: ranks, devices, shards of a model, clocks, and one-line errors.
 
 torchrun hands every process its rank in the environment; without torchrun there is one rank and
 every collective below is a no-op, so the scripts read the same on a laptop and on eight GPUs.
-Nothing here knows about models.
+Nothing here knows what a model computes.
 """
-import hashlib
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parent
 
@@ -46,147 +49,22 @@ def start(device='auto', dtype='auto'):
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError("device='cuda', but torch sees no CUDA GPU; use device=cpu")
     if device == 'cuda' and local >= torch.cuda.device_count():
-        raise UserError(f"rank {local} has no GPU of its own: {torch.cuda.device_count()} found; "
-                        "lower --nproc_per_node")
+        raise UserError(f'rank {local} has no GPU of its own: {torch.cuda.device_count()} found; '
+                        'lower --nproc_per_node')
     if device == 'mps' and not torch.backends.mps.is_available():
         raise UserError("device='mps', but torch sees no Apple GPU; use device=cpu")
     if device == 'mps' and world > 1:
         raise UserError("device='mps' runs on one rank; use device=cpu, or start without torchrun")
     if dtype == 'auto':
         dtype = 'bfloat16' if device == 'cuda' else 'float32'
+    if device == 'mps' and dtype != 'float32':
+        raise UserError("device='mps' runs in float32; use dtype=float32")
     at = torch.device(device, local) if device == 'cuda' else torch.device(device)
     if device == 'cuda':
         torch.cuda.set_device(at)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
     return Place(rank, world, at, getattr(torch, dtype))
-
-
-def all_reduce(x, op='sum'):
-    """Sum (or 'max') of a tensor over the ranks, in place; with one rank, x as it is."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX if op == 'max' else dist.ReduceOp.SUM)
-    return x
-
-
-def all_gather(obj):
-    """List of every rank's `obj` (small Python data between our own processes only)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [obj]
-    out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, obj)
-    return out
-
-
-def barrier():
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def print0(*words, **kw):
-    """print on rank 0 only."""
-    if int(os.environ.get('RANK', 0)) == 0:
-        print(*words, flush=True, **kw)
-
-
-def run(main, cfg_of):
-    """Run `main(cfg_of())` as a script: a UserError, a full disk or a full GPU is one line, exit 2."""
-    def give_up(line):
-        # under torchrun every rank may meet the same mistake: rank 0 speaks, others only when alone
-        print(f'error: {line}', file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2) if dist.is_initialized() else sys.exit(2)   # peers may wait in a collective
-    try:
-        code = main(cfg_of()) or 0
-    except UserError as e:
-        give_up(str(e))
-    except torch.OutOfMemoryError as e:
-        give_up(f'{str(e).splitlines()[0]} Lower token_budget=, or set checkpointing=True')
-    except OSError as e:
-        give_up(f'{e.filename or "file system"}: {e.strerror or e}; '
-                'free space or permissions there, or choose another out_dir=')
-    except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        code = 130
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
-
-
-# ---- files: whole or not at all -------------------------------------------------------------
-
-@contextmanager
-def whole(path):
-    """`with whole(path) as tmp:` write the file or folder `tmp`; it becomes `path` only if all went
-    well: fsynced, then renamed. After an error or a power cut, `path` is as it was before."""
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.tmp{os.getpid()}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield tmp
-        for f in sorted(tmp.rglob('*')) if tmp.is_dir() else [tmp]:
-            fsync(f)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)              # a folder cannot be renamed over a full one
-        os.replace(tmp, path)
-        fsync(path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True) if tmp.is_dir() else tmp.unlink(missing_ok=True)
-
-
-def fsync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_json(path, obj):
-    with whole(path) as tmp:
-        tmp.write_text(json.dumps(obj, indent=2) + '\n')
-
-
-def read_json(path):
-    """Parsed JSON of a file; missing or malformed is a UserError that names it."""
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
-    except (ValueError, UnicodeDecodeError) as e:
-        raise UserError(f'{path}: not valid JSON ({e}); delete it or fetch it again') from None
-
-
-def digest(obj, n=8):
-    """Short stable name of a JSON-able object."""
-    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:n]
-
-
-# ---- the log: one dict per line -------------------------------------------------------------
-
-class Log:
-    """`log.jsonl` of a run folder: what figures.py reads, and nothing else is needed to draw.
-
-    On resume, `keep(step)` drops lines a crashed run wrote after its last checkpoint.
-    """
-    def __init__(self, path):
-        self.path, self.rows = Path(path), []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    self.rows.append(json.loads(line))
-                except ValueError:
-                    break                    # a line cut off by a power loss ends what is usable
-
-    def keep(self, step):
-        self.rows = [r for r in self.rows if r['step'] <= step]
-        with whole(self.path) as tmp:
-            tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
-
-    def write(self, row):
-        self.rows.append(row)
-        with self.path.open('a') as f:
-            f.write(json.dumps(row) + '\n')
 
 
 def versions(place):
@@ -197,3 +75,152 @@ def versions(place):
             'device': torch.cuda.get_device_name() if place.device.type == 'cuda' else place.device.type,
             'ranks': place.world, 'threads': torch.get_num_threads(),
             'git': git.stdout.strip() if git and git.returncode == 0 else 'no git'}
+
+
+def print0(*words):
+    """print on rank 0 only."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(*words, flush=True)
+
+
+def run(main, cfg_of):
+    """Run `main(cfg_of())` as a script: a UserError, a full disk or a full GPU is one line, exit 2."""
+    line = None
+    try:
+        code = main(cfg_of()) or 0
+    except UserError as e:
+        line = str(e)
+    except torch.OutOfMemoryError as e:
+        line = f'{str(e).splitlines()[0]} Lower token_budget=, or set checkpointing=True'
+    except OSError as e:
+        line = (f'{e.filename or "file system"}: {e.strerror or e}; free space or permissions there, '
+                'or choose another folder')
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        code = 130
+    if line is not None:
+        print(f'error: {line}', file=sys.stderr, flush=True)
+        if ranks() > 1:
+            sys.stdout.flush()
+            os._exit(2)                      # no farewell: the other ranks may wait in a collective
+        code = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+@contextmanager
+def interruptible():
+    """Ctrl-C (or a scheduler's SIGTERM) sets a flag that a loop reads after each step; a second one
+    stops at once. Yields the list that will hold the signal."""
+    caught = []
+
+    def note(number, _):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print0('\nstopping: this step is finished and saved first (again: stop at once)')
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class Clock:
+    """Seconds of a step by phase, and what the steps to come will take."""
+    def __init__(self, device):
+        self.cuda, self.steps, self.spent, self.phases = device.type == 'cuda', 0, 0.0, {}
+
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start(self):
+        self.last, self.phases = self.now(), {}
+
+    def lap(self, phase):
+        now = self.now()
+        self.phases[f'time/{phase}'], self.last = now - self.last, now
+
+    def stop(self):
+        """-> {'time/phase': seconds} of the step."""
+        self.steps, self.spent = self.steps + 1, self.spent + sum(self.phases.values())
+        return self.phases
+
+    def eta(self, steps):
+        return self.spent / max(1, self.steps) * steps
+
+
+# ---- collectives: no-ops on one rank ----------------------------------------------------------
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(x, op='sum'):
+    """Sum (or 'max') of a tensor over the ranks, in place; with one rank, x as it is."""
+    if ranks() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == 'max' else dist.ReduceOp.SUM)
+    return x
+
+
+def all_gather(obj):
+    """List of every rank's `obj` (small Python data between our own processes only)."""
+    out = [obj] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(out, obj)
+    return out
+
+
+def barrier():
+    if ranks() > 1:
+        dist.barrier()
+
+
+# ---- shards -----------------------------------------------------------------------------------
+
+def shard(model, place):
+    """FSDP2: float32 weights, gradients and optimizer state in shards, forwards in place.dtype.
+
+    On one rank in float32 the model stays as it is; on one rank in bfloat16 a mesh of one gives the
+    same float32 master weights. The head is a group of its own: an OPRD step never gathers it.
+    """
+    model.compute_dtype = place.dtype
+    if place.world == 1 and place.dtype == torch.float32:
+        return model
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo',
+                                store=dist.HashStore(), rank=0, world_size=1)
+    how = dict(mesh=init_device_mesh(place.device.type, (place.world,)),
+               mp_policy=MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32))
+    for block in model.blocks:
+        fully_shard(block, **how)
+    if not model.config.tied:
+        fully_shard(model.head, **how)
+    fully_shard(model, **how)
+    register_fsdp_forward_method(model, 'hidden')
+    return model
+
+
+@contextmanager
+def gathered(model):
+    """Whole weights on every rank while sampling: gathered once, not once a token, and not copied.
+    Ranks may then stop at different lengths without waiting for each other."""
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in groups:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in groups:
+            m.reshard()
+            m.set_reshard_after_forward(m is not model, recurse=False)   # FSDP's own default
+
+
+def full(t):
+    """A possibly sharded tensor, whole, on the CPU (every rank must ask)."""
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()

@@ -35,8 +35,8 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question):
     question: a training question, to compare both chat templates. Raises UserError.
     """
     if student.d != teacher.d:
-        raise UserError(f'student width {student.d}, teacher width {teacher.d}: Eq. (6) compares states number by '
-                        'number; choose a teacher of the same width')
+        raise UserError(f'student width {student.d}, teacher width {teacher.d}: Eq. (6) compares states '
+                        'number by number; choose a teacher of the same width')
     if isinstance(layers, list) and max(layers) > student.L:
         raise UserError(f'layers={layers}, but the student has {student.L}; choose from 1 to {student.L}')
     vocab_s, vocab_t = tok_s.hf.get_vocab(), tok_t.hf.get_vocab()
@@ -46,17 +46,18 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question):
     wrong = wrong or next((w for w, i in vocab_t.items() if w not in vocab_s and i in ids_s), None)
     if wrong is not None:
         raise UserError(f'tokenizers differ: {wrong!r} is id {vocab_s.get(wrong)} for the student and '
-                        f'{vocab_t.get(wrong)} for the teacher, which would read gibberish; choose a teacher with the '
-                        "student's vocabulary")
+                        f'{vocab_t.get(wrong)} for the teacher, which would read gibberish; choose a '
+                        "teacher with the student's vocabulary")
     for side, c, tok in (('student', student, tok_s), ('teacher', teacher, tok_t)):
         top = max(tok.hf.get_vocab().values())
         if top >= c.V:
             raise UserError(f'{side}: token id {top} in the tokenizer, but only {c.V} rows in the embedding; '
                             'tokenizer and model do not belong together')
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
-    depth = 'layer for layer' if student.L == teacher.L else f'{student.L} onto {teacher.L} layers by Eq. (11)'
-    lines = [f'vocabulary: {len(vocab_s)} tokens, same ids on both sides; embeddings {student.V} and {teacher.V} rows',
-             f'width {student.d} on both sides, {depth}',
+    lines = [f'vocabulary: {len(vocab_s)} tokens, the same ids on both sides; embedding rows: student {student.V}, '
+             f'teacher {teacher.V}',
+             f'width {student.d} on both sides; {student.L} student layers onto {teacher.L}'
+             + (' by Eq. (11)' if student.L != teacher.L else ''),
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
     if prompt_s == prompt_t:
         lines.append(f'prompt, the same for both: {prompt_s!r}')

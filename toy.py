@@ -29,12 +29,14 @@ from torch.optim import lr_scheduler
 
 from configs import load_config
 from data import load_problems, load_tokenizer
+from files import digest, read_json, whole, write_json
 from model import PRESETS, Model, init_weights, load_model, save_model
-from runtime import UserError, barrier, digest, print0, read_json, run, start, whole, write_json
+from runtime import UserError, barrier, print0, run, start
 
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>']
 LETTERS = [*'0123456789+-*=;', '\\boxed{', '}']      # the box is one token, as a digit is
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+            '{% if add_generation_prompt %}={% endif %}')
 
 
 def problem(rng, ops):
@@ -78,17 +80,17 @@ def write_tokenizer(folder):
     (folder / 'chat_template.jinja').write_text(TEMPLATE)
 
 
-def supervise(model, tok, cfg, steps, lr, rng_seed, name):
+def supervise(model, tok, cfg, name):
     """Supervised training on worked answers: cross entropy of the answer's tokens only.
     AdamW (.9, .95), 5% warm-up, cosine to 5%, clip 1."""
+    steps, lr = cfg[f'toy_{name}_steps'], cfg[f'toy_{name}_lr']
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
-                            fused=model.embed.weight.device.type != "mps")
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     rise = max(1, round(0.05 * steps))
     sched = lr_scheduler.SequentialLR(opt, [
         lr_scheduler.LinearLR(opt, 1 / rise, 1, rise - 1),
         lr_scheduler.CosineAnnealingLR(opt, max(1, steps - rise), 0.05 * lr)], [rise - 1])
-    rng, began = random.Random(rng_seed), time.time()
+    rng, began = random.Random(f"{name} {cfg['seed']}"), time.time()
     for step in range(1, steps + 1):
         batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random())
         prompt = len(tok.chat(batch[0][0]))
@@ -110,18 +112,30 @@ def shape(cfg):
     """ModelConfig of the toy's student and teacher."""
     d, H = cfg['toy_width'], cfg['toy_heads']
     if d % (2 * H):
-        raise UserError(f'toy_width={d} does not divide into {H} heads of even width; choose a multiple of {2 * H}')
+        raise UserError(f'toy_width={d} does not divide into {H} heads of even width; '
+                        f'choose a multiple of {2 * H}')
     length = 2 * cfg['toy_ops'] + 3 + 6 * cfg['toy_ops'] + 4
-    return replace(PRESETS['toy'], L=cfg['toy_layers'], d=d, H=H, G=H, e=d // H, ff=8 * (d // 3), context=2 * length)
+    return replace(PRESETS['toy'], L=cfg['toy_layers'], d=d, H=H, G=H, e=d // H, ff=8 * (d // 3),
+                   context=2 * length)
 
 
 def recipe(cfg):
     """Everything that decides what the folder holds."""
-    return {k: v for k, v in cfg.items() if k.startswith('toy_') and k != 'toy_dir'} | {'seed': cfg['seed'], 'version': 1}
+    keys = [k for k in cfg if k.startswith('toy_') and k != 'toy_dir']
+    return {k: cfg[k] for k in (*keys, 'seed')} | {'version': 1}
 
 
 def folder_of(cfg):
     return Path(cfg['toy_dir']) / f"seed{cfg['seed']}-{digest(recipe(cfg))}"
+
+
+def wanted(cfg):
+    return 'toy' in (cfg['student'], cfg['teacher'], cfg['data'], cfg['eval_data'])
+
+
+def is_made(cfg):
+    """Is there nothing left for `prepare` to make?"""
+    return not wanted(cfg) or folder_of(cfg).exists()
 
 
 def is_whole(folder, cfg):
@@ -153,11 +167,11 @@ def make(folder, cfg, device):
         write_tokenizer(tmp)
         tok = load_tokenizer(tmp)
         model = init_weights(Model(shape(cfg)), cfg['seed']).to(device)
-        supervise(model, tok, cfg, cfg['toy_student_steps'], cfg['toy_student_lr'], f"student {cfg['seed']}", 'student')
+        supervise(model, tok, cfg, 'student')
         save_model(model, tmp / 'student', source=tmp)
         for p in (*model.embed.parameters(), *model.head.parameters()):
             p.requires_grad_(False)
-        supervise(model, tok, cfg, cfg['toy_teacher_steps'], cfg['toy_teacher_lr'], f"teacher {cfg['seed']}", 'teacher')
+        supervise(model, tok, cfg, 'teacher')
         save_model(model, tmp / 'teacher', source=tmp)
         for file in (*tmp.glob('token*.json'), tmp / 'generation_config.json', tmp / 'chat_template.jinja'):
             file.unlink()                    # each model's folder has its own copy
@@ -166,9 +180,8 @@ def make(folder, cfg, device):
 
 def prepare(cfg, place):
     """cfg with every 'toy' replaced by a path; the folder is made by rank 0 if it is not there."""
-    if 'toy' not in (cfg['student'], cfg['teacher'], cfg['data'], cfg['eval_data']):
+    if not wanted(cfg):
         return cfg
-    shape(cfg)
     folder = folder_of(cfg)
     if place.rank == 0 and not is_whole(folder, cfg):
         make(folder, cfg, place.device)

@@ -32,7 +32,7 @@ def load_config(argv=None):
         raise SystemExit(0)
     files = [a for a in argv if '=' not in a and not a.startswith('-')]
     if len(files) > 1:
-        raise UserError(f'{files[1]}: a second config file (after {files[0]}); give one, and key=value for the rest')
+        raise UserError(f'{files[1]}: a second config file, after {files[0]}; give one, then key=value')
     cfg = check(read_config_file(files[0]), files[0]) if files else dict(default)
     for arg in argv:
         if arg not in files:
@@ -48,8 +48,10 @@ def read_config_file(name):
     """Run a config file -> its `config` dict."""
     path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
     if path is None:
-        near = difflib.get_close_matches(Path(name).stem, [p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')], 1)
-        raise UserError(f'{name}: no such config file' + (f'; did you mean configs/{near[0]}.py?' if near else ''))
+        known = [p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')]
+        near = difflib.get_close_matches(Path(name).stem, known, 1)
+        raise UserError(f'{name}: no such config file' +
+                        (f'; did you mean configs/{near[0]}.py?' if near else f'; try {", ".join(known)}'))
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))        # so that it can say `from configs.default import config`
     try:

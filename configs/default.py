@@ -12,7 +12,8 @@ config = dict(
     out_dir='out/run',          # folder of this run: config, log, checkpoints, figure
     seed=0,                     # of everything random: toy models, prompt order, every sampled token
     device='auto',              # 'auto' (CUDA, else CPU), 'cuda', 'cpu', 'mps'
-    dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32); the optimizer is float32
+    dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32), 'bfloat16', 'float32';
+                                # weights, gradients and optimizer state are float32
     dry_run=False,              # --dry-run: resolve, check, print the plan and the memory estimate, stop
 
     # models and problems: a local folder or file, or a hub id; 'toy' is made on the spot by toy.py
@@ -32,9 +33,9 @@ config = dict(
     # objective: Eq. (6)
     rep_loss='mse',             # 'mse' (the paper), 'nmse' (both sides L2-normalised: the authors' code),
                                 # 'cosine' (1 - cos = d/2 times nmse)
-    layers='all',               # student layers to match: 'all', 'last', 'even', 'odd', or a list such as [1,14,28];
-                                # layer L is the final-normed state
-    positions='last_k',         # response positions: 'all', 'last', or one of the next four, whose key is its size
+    layers='all',               # student layers to match: 'all', 'last', 'even', 'odd', or a list
+                                # such as [1,14,28]; layer L is the final-normed state
+    positions='last_k',         # response positions: 'all', 'last', or the name of one of the next four
     last_k=2000,                # the last k positions (the paper)
     first_k=2000,               # the first k positions
     last_frac=0.3,              # this last share of each answer, at least one position

@@ -1,0 +1,78 @@
+"""load_config: every key known, typed and in range, from any directory."""
+import pytest
+
+from configs import check, checks, default, free, load_config
+from runtime import ROOT, UserError
+
+
+def test_command_line_forms(tmp_path, monkeypatch):
+    """key=value, --key=value, a bare switch, and a config found from another folder."""
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(['config/toy.py', 'lr=1e-3', '--steps=7', '--dry-run', 'layers=[1,3]', 'out_dir=1'])
+    assert (cfg['lr'], cfg['steps'], cfg['dry_run'], cfg['layers'], cfg['out_dir']) == (1e-3, 7, True, [1, 3], '1')
+    assert cfg['student'] == 'toy' and set(cfg) == set(default)
+
+
+def test_defaults_pass_their_own_checks_and_checks_name_real_keys():
+    assert check(dict(default), 'default') == default
+    assert set(checks) <= set(default) and set(free) <= set(default)
+
+
+def test_every_key_is_documented():
+    """A key without a comment would be a key that --help does not explain."""
+    text = (ROOT / 'configs/default.py').read_text().split('config = dict(')[1].split('\n)\n')[0]
+    keys = [line for line in text.splitlines() if line.strip() and not line.strip().startswith('#')]
+    assert len(keys) == len(default)
+    assert [k for k in keys if '#' not in k] == ['    beta2=0.999,', '    toy_teacher_lr=1.5e-3,']
+
+
+def test_help_prints_the_keys(capsys):
+    with pytest.raises(SystemExit) as e:
+        load_config(['--help'])
+    assert e.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f'{key}=' in out for key in default)
+
+
+def test_a_config_may_build_on_another(tmp_path):
+    file = tmp_path / 'mine.py'
+    file.write_text("from configs.toy import config\nconfig = config | dict(lr=1)\n")
+    cfg = load_config([str(file)])
+    assert cfg['lr'] == 1.0 and isinstance(cfg['lr'], float) and cfg['beta2'] == 0.95
+
+
+@pytest.mark.parametrize('args, says', [
+    (['stepz=3'], "unknown key 'stepz'; did you mean 'steps'"),
+    (['steps=1.5'], 'steps=1.5 is float, but steps is int'),
+    (['steps=many'], "steps='many' is str"),
+    (['n=True'], 'n=True is bool'),
+    (['steps=0'], 'steps=0 is out of range; choose 1 to inf'),
+    (['temperature=-1'], 'out of range'),
+    (['lr=nan'], "lr='nan' is str"),
+    (['top_p=0'], 'out of range'),
+    (['rep_loss=l1'], "choose one of 'mse', 'nmse', 'cosine'"),
+    (['device=tpu'], "choose one of 'auto', 'cuda', 'cpu', 'mps'"),
+    (['layers=first'], "choose one of 'all', 'last', 'even', 'odd', a list of numbers"),
+    (['layers=[0]'], 'give a list of layer numbers from 1'),
+    (['layers=[]'], 'give a list of layer numbers from 1'),
+    (['--fast'], 'not key=value'),
+    (['configs/tooy.py'], 'did you mean configs/toy.py?'),
+    (['configs/toy.py', 'configs/toy.py', 'x.py'], 'second config file'),
+])
+def test_bad_command_lines(args, says):
+    with pytest.raises(UserError) as e:
+        load_config(args)
+    assert says in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('text, says', [
+    ('config = 3', 'no dict called `config`'),
+    ('config = {', 'SyntaxError'),
+    ('from configs.default import config\nconfig = config | dict(lrr=1)', "unknown key 'lrr'"),
+    ('import no_such_module', 'ModuleNotFoundError'),
+])
+def test_bad_config_files(tmp_path, text, says):
+    (tmp_path / 'bad.py').write_text(text)
+    with pytest.raises(UserError) as e:
+        load_config([str(tmp_path / 'bad.py')])
+    assert says in str(e.value) and 'bad.py' in str(e.value) and '\n' not in str(e.value)
