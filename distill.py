@@ -187,13 +187,13 @@ def main(cfg):
             print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
             return
     else:
-        out = open_run(cfg['out_dir'], cfg, free, place)
+        out = open_run(cfg['out_dir'], cfg, free)
         if (out / 'results.json').exists():
             results = read_json(out / 'results.json')
             print0(f"{out}: finished at step {results['steps']}; give another out_dir= to run again")
             print0('\n'.join(show(results)))
             return
-    cfg = toy.prepare(cfg, place)
+    asked, cfg = cfg, toy.prepare(cfg, place)
 
     tok, tok_t = load_tokenizer(cfg['student']), load_tokenizer(cfg['teacher'])
     train = load_problems(cfg['data'], tok)
@@ -209,6 +209,8 @@ def main(cfg):
     student.checkpointing = cfg['checkpointing']
     shard(student, place)
     opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
+    if place.rank == 0 and not (out / 'config.json').exists():
+        write_json(out / 'config.json', {'config': asked, 'versions': versions(place)})
     log, done = Log(out / 'log.jsonl'), 0
     if (out / 'last').exists():
         done, elapsed = resume(out, student, opt)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from runtime import UserError, barrier, full, versions
+from runtime import UserError, barrier, full
 
 
 @contextmanager
@@ -125,9 +125,9 @@ class Log:
 
 # ---- the run folder and its checkpoints --------------------------------------------------------
 
-def open_run(out_dir, cfg, free, place):
-    """Make the run folder or find it again -> Path. A folder started with another config (but for
-    the keys in `free`) is a UserError; what is in it is left as it is."""
+def open_run(out_dir, cfg, free):
+    """The run folder, looked at and not yet touched -> Path. One that was started with another config
+    (but for the keys in `free`), or that cannot be made, is a UserError."""
     out = Path(out_dir)
     file = out / 'config.json'
     if file.exists():
@@ -137,10 +137,9 @@ def open_run(out_dir, cfg, free, place):
         if changed:
             raise UserError(f'{file}: this run was started with {"; ".join(changed)}; '
                             'give the same again, or another out_dir=')
-    elif place.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, {'config': cfg, 'versions': versions(place)})
-    barrier()
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f'{out}: cannot be written, {above} is not a folder of yours; choose another out_dir=')
     return out
 
 

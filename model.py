@@ -339,11 +339,11 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
             shape = list(want[ours].shape) if rows == -1 else [rows, *want[ours].shape[1:]]
             if list(t.shape) != shape:
                 raise UserError(f'{files[hf]}: {hf} has shape {list(t.shape)}, but config.json says {shape}')
-            t = t.to(device, dtype)
             if not torch.isfinite(t.sum(dtype=torch.float32)):               # one pass, no copy
                 raise UserError(f'{files[hf]}: {hf} holds NaN or infinite numbers; fetch the model again')
             parts.append(t)
-        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        # a copy of its own: a mapped tensor dies with its file
+        state[ours] = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device, dtype, copy=len(parts) == 1)
     if c.tied:
         state['head.weight'] = state['embed.weight']
     model.load_state_dict(state, assign=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from files import Log, digest, open_run, read_json, whole, write_json, write_safetensors
-from runtime import ROOT, Place, UserError
+from runtime import ROOT, UserError
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -80,8 +80,12 @@ def test_digest_ignores_order_but_not_values():
 
 
 def test_a_run_folder_belongs_to_one_config(tmp_path):
-    place = Place(0, 1, torch.device('cpu'), torch.float32)
-    open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cpu'}, ('device',), place)
-    open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cuda'}, ('device',), place)
+    """And looking at one makes nothing: a command that fails must not claim the folder."""
+    out = open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cpu'}, ('device',))
+    assert not out.exists()
+    write_json(out / 'config.json', {'config': {'lr': 1.0, 'device': 'cpu'}})
+    open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cuda'}, ('device',))
     with pytest.raises(UserError, match='lr=1.0, now 2.0'):
-        open_run(tmp_path / 'r', {'lr': 2.0, 'device': 'cpu'}, ('device',), place)
+        open_run(tmp_path / 'r', {'lr': 2.0, 'device': 'cpu'}, ('device',))
+    with pytest.raises(UserError, match='cannot be written'):
+        open_run(out / 'config.json' / 'x', {}, ())

@@ -1,0 +1,114 @@
+"""Tokenizers, templates, problems."""
+import json
+
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data import load_problems, load_tokenizer, prompt_order
+from files import write_json
+from runtime import UserError
+
+TEXTS = ['3+7=0;\\boxed{0}', 'naïve café', '数学 ∑x²', '🙂👩‍👩‍👧', 'a\n\t b  ', '\u0000\u202e']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small byte-level BPE whose merges leave characters split over tokens."""
+    tok = HFTokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(['the cat sat on the mat, the café'] * 9, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=['<eos>', '<bos>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.save(str(tmp_path / 'tokenizer.json'))
+    write_json(tmp_path / 'tokenizer_config.json', {'eos_token': {'content': '<eos>'}, 'bos_token': '<bos>'})
+    return tmp_path
+
+
+def test_stop_set_is_the_union_of_all_three_files(folder):
+    """Models disagree among their own files; a missed stop token makes answers run to the limit."""
+    write_json(folder / 'config.json', {'eos_token_id': 7})
+    write_json(folder / 'generation_config.json', {'eos_token_id': [7, 9]})
+    assert load_tokenizer(str(folder)).stop_ids == [0, 7, 9]
+
+
+@pytest.mark.parametrize('text', TEXTS)
+def test_byte_ends_are_exact(folder, text):
+    """Against decoding every prefix to bytes: offsets inside characters included."""
+    tok = load_tokenizer(str(folder))
+    ids = tok.encode(text) + tok.stop_ids
+    assert tok.decode(ids) == text
+    ends = tok.byte_ends(ids)
+    assert ends[-1] == ends[-2] == len(text.encode()) and ends == sorted(ends)
+    for i, end in enumerate(ends):
+        head = text.encode()[:end]
+        assert tok.decode(ids[:i + 1]).encode() == head or tok.decode(ids[:i + 1]).endswith('\ufffd')
+        assert tok.decode(ids[:i + 1]).rstrip('\ufffd') == head.decode(errors='ignore')
+
+
+def test_chat_template_is_rendered_with_what_templates_expect(folder):
+    (folder / 'chat_template.jinja').write_text(
+        "{{ bos_token }}{% for m in messages %}\n    [{{ m.role }}] {{ m.content | tojson }}\n    {% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}{% if thinking %} think{% endif %}{{ strftime_now('%%') }}")
+    tok = load_tokenizer(str(folder))
+    assert tok.render('é"x"', thinking=True) == '<bos>    [user] "é\\"x\\""\n> think%'
+    assert tok.chat('a')[0] == 1
+    transformers = pytest.importorskip('transformers')
+    ref = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token='<bos>',
+                                               chat_template=(folder / 'chat_template.jinja').read_text())
+    talk = [{'role': 'user', 'content': 'x\n y'}, {'role': 'assistant', 'content': '∑'}]
+    assert tok.render(talk) == ref.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize('template, says', [
+    ("{{ raise_exception('no system role') }}", 'no system role'),
+    ("{{ messages[0].content.__class__.__mro__ }}", 'chat template failed'),      # the sandbox holds
+    ("{% for %}", 'does not parse'),
+])
+def test_bad_templates(folder, template, says):
+    (folder / 'chat_template.jinja').write_text(template)
+    with pytest.raises(UserError, match=says):
+        load_tokenizer(str(folder)).render('x')
+
+
+def test_bad_tokenizers(folder, tmp_path):
+    (folder / 'tokenizer_config.json').write_text('{}')
+    with pytest.raises(UserError, match='no end-of-text token'):
+        load_tokenizer(str(folder))
+    (folder / 'tokenizer.json').write_text('{"model": 3}')
+    with pytest.raises(UserError, match='not a tokenizer'):
+        load_tokenizer(str(folder))
+    (folder / 'tokenizer.json').unlink()
+    with pytest.raises(UserError, match='no such file'):
+        load_tokenizer(str(folder))
+
+
+def test_problems(folder):
+    tok, file = load_tokenizer(str(folder)), folder / 'p.jsonl'
+    file.write_text('\n'.join(json.dumps(r) for r in [{'question': '1+1', 'answer': 2}, {'problem': 'x', 'answer': 'y'}]))
+    first, second = load_problems(file, tok)
+    assert (first.question, first.answer, first.ids) == ('1+1', '2', tok.chat('1+1')) and second.answer == 'y'
+    assert len(load_problems(file, tok, first=1)) == 1
+
+
+@pytest.mark.parametrize('text, says', [
+    ('', 'no problems in it'),
+    ('{"question": "a", "answer": "b"}\n{"question": ', ':2: JSONDecodeError'),
+    ('{"answer": "b"}', ":1: KeyError: 'problem'"),
+    ('{"question": "a"}', ":1: KeyError: 'answer'"),
+    ('[1, 2]', ':1: '),
+])
+def test_bad_problems(folder, text, says):
+    (folder / 'p.jsonl').write_text(text)
+    with pytest.raises(UserError) as e:
+        load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
+    assert says in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(UserError, match='no such .jsonl file'):
+        load_problems(folder / 'none.jsonl', None)
+
+
+def test_prompt_order_visits_everything_once_an_epoch():
+    """Steps that straddle epochs included; another seed, another order; no state."""
+    seen = [i for step in range(1, 8) for i in prompt_order(10, 3, step, seed=0)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    assert prompt_order(10, 3, 4, seed=0) == seen[9:12] != prompt_order(10, 3, 4, seed=1)

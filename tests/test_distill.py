@@ -1,0 +1,257 @@
+"""The loop: results, resume bit for bit, interruption, bad input."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import argv
+from safetensors.torch import load_file
+
+import distill
+from configs import load_config
+from distill import learning_rate, main
+from files import read_json
+from model import load_model
+from runtime import ROOT, UserError, run
+from toy import folder_of
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+
+def timeless(rows):
+    """Rows without what a clock says."""
+    return [{k: v for k, v in r.items() if not k.startswith('time/') and k != 'elapsed'} for r in rows]
+
+
+def resume_state(out):
+    return load_file((out / 'last').resolve().parent / 'resume.safetensors')
+
+
+@pytest.fixture(scope='module')
+def finished(toy_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp('run') / 'whole'
+    main(load_config(argv(toy_dir, out, steps=7)))
+    return out
+
+
+def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
+    assert {p.name for p in finished.iterdir()} == {'config.json', 'log.jsonl', 'results.json', 'curve.png', 'last',
+                                                    'ckpt-000007'}
+    r = read_json(finished / 'results.json')
+    assert set(r) == {'student', 'teacher', 'distilled', 'steps', 'seconds', 'rep_cos'} and r['steps'] == 7
+    for side in ('student', 'teacher', 'distilled'):
+        assert set(r[side]) == {'avg@2', 'best@2', 'len'} and 0 <= r[side]['avg@2'] <= r[side]['best@2'] <= 100
+    rows = log_of(finished)
+    assert [row['step'] for row in rows] == list(range(8)) and len(rows[1]['rep/cos_layer']) == 3
+    assert r['rep_cos'] == [rows[1]['rep/cos'], rows[7]['rep/cos']]
+    assert [row['step'] for row in rows if 'avg@2' in row] == [2, 4, 6, 7]
+    assert (finished / 'curve.png').read_bytes().startswith(b'\x89PNG')
+    before = (finished / 'log.jsonl').read_bytes()
+    main(load_config(argv(toy_dir, finished, steps=7)))      # finished: says so, shows the table
+    out = capsys.readouterr().out
+    assert 'finished at step 7' in out and 'distilled' in out
+    assert (finished / 'log.jsonl').read_bytes() == before
+
+
+def test_the_student_loads_in_transformers(finished, toy_dir):
+    transformers = pytest.importorskip('transformers')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / 'last')
+    ours = load_model(finished / 'last')
+    ids = torch.tensor([[1, 5, 14, 7, 9], [1, 4, 4, 4, 4]])
+    assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-5
+    tok = transformers.AutoTokenizer.from_pretrained(finished / 'last')
+    assert tok.apply_chat_template([{'role': 'user', 'content': '1+2'}], tokenize=False,
+                                   add_generation_prompt=True) == '<bos>1+2='
+    assert tok.eos_token == '<eos>' and theirs.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize('stop_at', [3, 4])
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, toy_dir, tmp_path, monkeypatch, stop_at):
+    """Ctrl-C within a step saves after it; then garbage of a crash is added to the log. The second
+    run goes on: the same samples, losses, gradients, evaluations, weights and moments."""
+    out, args = tmp_path / 'halves', argv(toy_dir, tmp_path / 'halves', steps=7, save_every=100)
+    real, steps = distill.accumulate, []
+
+    def interrupted(*a, **k):
+        steps.append(1)
+        if len(steps) == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return real(*a, **k)
+    monkeypatch.setattr(distill, 'accumulate', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(load_config(args))
+    monkeypatch.setattr(distill, 'accumulate', real)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert log_of(out)[-1]['step'] == stop_at and not (out / 'results.json').exists()
+    with (out / 'log.jsonl').open('a') as f:
+        f.write(json.dumps({'step': stop_at + 1, 'loss': -1.0}) + '\n{"step": ')
+    main(load_config(args[:-1] + ['save_every=100', 'token_budget=100000']))
+    assert timeless(log_of(out)) == timeless(log_of(finished))
+    a, b = resume_state(out), resume_state(finished)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (out / 'last/model.safetensors').read_bytes() == (finished / 'last/model.safetensors').read_bytes()
+
+
+def test_killed_and_resumed(finished, toy_dir, tmp_path):
+    """kill -9 in the middle of a step: the last checkpoint is whole, and the rest is made again."""
+    out = tmp_path / 'killed'
+    code = ('import distill, os, sys\nfrom configs import load_config\nreal, n = distill.accumulate, []\n'
+            'def dying(*a, **k):\n    n.append(1)\n    if len(n) == 6: os.kill(os.getpid(), 9)\n    return real(*a, **k)\n'
+            'distill.accumulate = dying\nimport torch; torch.set_num_threads(1)\n'
+            'distill.main(load_config(sys.argv[1:]))')
+    args = argv(toy_dir, out, steps=7)
+    p = subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True)
+    assert p.returncode == -signal.SIGKILL and (out / 'last').resolve().parent.name == 'ckpt-000004'
+    main(load_config(args))
+    assert timeless(log_of(out)) == timeless(log_of(finished))
+    a, b = resume_state(out), resume_state(finished)
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_micro_batches_and_recomputation_leave_the_run_as_it_is(finished, toy_dir, tmp_path):
+    out = tmp_path / 'small'
+    main(load_config(argv(toy_dir, out, steps=7, token_budget=40, checkpointing=True)))
+    for a, b in zip(log_of(out)[1:], log_of(finished)[1:], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
+
+
+def test_bfloat16_run_keeps_float32_master_weights(toy_dir, tmp_path):
+    """One rank, bf16 forwards: the folder is bf16, the resume state float32, and small steps count."""
+    main(load_config(argv(toy_dir, tmp_path / 'b', steps=2, dtype='bfloat16', lr=1e-5)))
+    assert read_json(tmp_path / 'b/last/config.json')['dtype'] == 'bfloat16'
+    assert {t.dtype for t in load_file(tmp_path / 'b/last/model.safetensors').values()} == {torch.bfloat16}
+    state = resume_state(tmp_path / 'b')
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    start = load_model(folder_of(load_config(argv(toy_dir, 'x'))) / 'student')
+    moved = (state['weight.blocks.0.mlp.down.weight'] - start.blocks[0].mlp.down.weight).abs().max()
+    assert 1e-7 < moved < 3e-5
+
+
+def test_without_evaluation_data(toy_dir, tmp_path, capsys):
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=2, eval_data='')))
+    assert read_json(tmp_path / 'r/results.json')['distilled'] == {}
+    assert 'no eval_data' in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(toy_dir, tmp_path, capsys):
+    main(load_config([*argv(toy_dir, tmp_path / 'r'), '--dry-run']))
+    out = capsys.readouterr().out
+    assert 'plan: 4 steps of 3 prompts x 2 answers' in out and 'AdamW' in out and os.listdir(tmp_path) == []
+    main(load_config([*argv(tmp_path / 'none', tmp_path / 'r'), '--dry-run']))
+    assert 'a run makes' in capsys.readouterr().out and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('schedule, last', [('cosine', 0.1), ('linear', 0.1), ('constant', 1.0)])
+def test_schedule(schedule, last):
+    lrs = [learning_rate(s, 100, 2.0, 0.1, schedule, 0.1) for s in range(1, 101)]
+    assert lrs[:10] == pytest.approx([0.2 * s for s in range(1, 11)]) and max(lrs) == 2.0
+    assert lrs[-1] == pytest.approx(2.0 * last) and lrs[9:] == sorted(lrs[9:], reverse=True)
+    if schedule == 'cosine':
+        assert lrs[54] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
+
+
+# ---- bad input: one line, exit code 2, nothing half-written ------------------------------------
+
+def refused(capsys, args):
+    """Run as a script would -> the one line on stderr."""
+    with pytest.raises(SystemExit) as e:
+        run(main, lambda: load_config(args))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+    return err
+
+
+def test_folders_and_files_that_are_not_there(toy_dir, tmp_path, capsys):
+    def args(**keys):
+        return argv(toy_dir, tmp_path / 'r', **keys)
+    assert 'student=' in refused(capsys, args(student=''))
+    assert 'no such folder' in refused(capsys, args(student=tmp_path / 'none'))
+    assert 'no such folder' in refused(capsys, args(teacher='a/b/c'))
+    assert 'none.jsonl: no such .jsonl' in refused(capsys, args(data='none.jsonl'))
+    assert 'no such .jsonl' in refused(capsys, args(eval_data=tmp_path))
+    assert 'lower max_new_tokens' in refused(capsys, args(max_new_tokens=10_000))
+    assert 'the student has 3' in refused(capsys, args(layers=[7]))
+    assert 'choose others' in refused(capsys, [*args(toy_layers=1, toy_student_steps=1, toy_teacher_steps=1),
+                                               'layers=even'])
+    assert 'toy_width=25' in refused(capsys, args(toy_width=25))
+
+
+def test_an_output_folder_that_cannot_be_written(toy_dir, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    assert 'file' in refused(capsys, argv(toy_dir, tmp_path / 'file' / 'run'))
+    assert 'file' in refused(capsys, argv(toy_dir, tmp_path / 'file'))
+    assert (tmp_path / 'file').read_text() == '' and os.listdir(tmp_path) == ['file']
+
+
+def test_resuming_something_else(finished, toy_dir, capsys, tmp_path):
+    assert 'lr=0.002, now 0.1' in refused(capsys, argv(toy_dir, finished, steps=7, lr=0.1))
+    assert 'steps=7, now 9' in refused(capsys, argv(toy_dir, finished, steps=9))
+    (finished / 'config.json').rename(tmp_path / 'c')
+    try:
+        (finished / 'config.json').write_text('{"config"')
+        assert 'config.json: not valid JSON' in refused(capsys, argv(toy_dir, finished, steps=7))
+    finally:
+        (tmp_path / 'c').rename(finished / 'config.json')
+
+
+@pytest.mark.parametrize('spoil, says', [
+    (lambda f: (f / 'resume.safetensors').write_bytes(b'x' * 50), 'not a whole safetensors file'),
+    (lambda f: (f / 'resume.safetensors').unlink(), 'resume.safetensors'),
+    (lambda f: (f / 'resume.json').unlink(), 'resume.json: no such file'),
+])
+def test_a_damaged_checkpoint_is_refused(toy_dir, tmp_path, capsys, monkeypatch, spoil, says):
+    args = argv(toy_dir, tmp_path / 'r', steps=3)
+    real = distill.figures.curve
+    monkeypatch.setattr(distill.figures, 'curve', lambda *a: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        main(load_config(args))
+    monkeypatch.setattr(distill.figures, 'curve', real)
+    folder = (tmp_path / 'r/last').resolve().parent
+    spoil(folder)
+    assert says in refused(capsys, args)
+
+
+def test_divergence_is_an_error_and_not_saved(toy_dir, tmp_path, capsys, monkeypatch):
+    real = distill.accumulate
+
+    def diverging(*a, **k):
+        return real(*a, **k) * float('nan')
+    monkeypatch.setattr(distill, 'accumulate', diverging)
+    assert 'lower lr=' in refused(capsys, argv(toy_dir, tmp_path / 'r'))
+    assert not (tmp_path / 'r/last').exists()
+
+
+def test_no_room_for_a_checkpoint(toy_dir, tmp_path):
+    """A disk that fills up while saving: one line, exit 2, and the earlier checkpoint still there."""
+    code = ('import distill, resource, signal, sys\nfrom configs import load_config\nfrom runtime import run\n'
+            'import torch; torch.set_num_threads(1)\nreal = distill.accumulate\nn = []\n'
+            'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+            'def filling(*a, **k):\n    n.append(1)\n'
+            '    if len(n) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'
+            '    return real(*a, **k)\n'
+            'distill.accumulate = filling\nrun(distill.main, load_config)')
+    p = subprocess.run([sys.executable, '-c', code, *argv(toy_dir, tmp_path / 'r')], cwd=ROOT,
+                       capture_output=True, text=True)
+    assert p.returncode == 2 and p.stderr.startswith('error: ') and p.stderr.count('\n') == 1, p.stderr
+    assert (tmp_path / 'r/last').resolve().parent.name == 'ckpt-000002'
+    assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['ckpt-000002', 'config.json', 'last', 'log.jsonl']
+    load_model(tmp_path / 'r/last')
+
+
+def test_as_a_process():
+    """The real thing: exit code 2, one line, no traceback, and --help works."""
+    p = subprocess.run([sys.executable, 'distill.py', 'configs/toy.py', 'stepz=3'], cwd=ROOT, capture_output=True, text=True)
+    assert (p.returncode, p.stdout) == (2, '') and p.stderr == (
+        "error: command line: unknown key 'stepz'; did you mean 'steps'?\n")
+    p = subprocess.run([sys.executable, ROOT / 'distill.py', '--help'], cwd='/', capture_output=True, text=True)
+    assert p.returncode == 0 and 'token_budget=' in p.stdout
+
+
+def test_user_error_is_one_line():
+    assert issubclass(UserError, Exception) and str(UserError('a')) == 'a'

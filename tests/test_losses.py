@@ -1,0 +1,223 @@
+"""Eq. (6) against brute force in float64; the fused form against autograd."""
+import pytest
+import torch
+from conftest import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill import accumulate, micro_batches
+from losses import layer_loss, layer_map, layer_set, oprd_loss, position_weights, positions
+from rollout import Rollout, sample
+from teacher import hidden_rows
+
+SETS = [('all', 0), ('last', 0), ('last_k', 3), ('last_k', 100), ('first_k', 2), ('last_frac', 0.3), ('first_frac', 0.5)]
+
+
+def rollout(seed=0, B=5, V=37):
+    """Ragged prompts and answers, one answer of a single token; padding is garbage, not zeros."""
+    g = torch.Generator().manual_seed(seed)
+    prompt_len, resp_len = torch.tensor([3, 1, 6, 2, 4])[:B], torch.tensor([7, 1, 4, 11, 2])[:B]
+    ids = torch.randint(V, (B, int((prompt_len + resp_len).max())), generator=g)
+    return Rollout(ids, prompt_len, resp_len, torch.ones(B, dtype=torch.bool), torch.arange(B))
+
+
+def chosen(n, which, size):
+    """Response positions 0..n-1 that a set names, by its words."""
+    k = {'all': n, 'last': 1}.get(which) or (max(1, round(n * size)) if 'frac' in which else size)
+    every = list(range(n))
+    return every[:k] if which.startswith('first') else every[-k:]
+
+
+@pytest.mark.parametrize('which, size', SETS)
+def test_positions_by_hand(which, size):
+    roll = rollout()
+    m = positions(roll, which, size)
+    for b in range(5):
+        P, n = int(roll.prompt_len[b]), int(roll.resp_len[b])
+        assert m[b].nonzero().squeeze(-1).tolist() == [P - 1 + t for t in chosen(n, which, size)]
+
+
+def test_layer_sets_and_map():
+    assert layer_set('all', 4) == [1, 2, 3, 4] and layer_set('last', 4) == [4]
+    assert layer_set('even', 5) == [2, 4] and layer_set('odd', 5) == [1, 3, 5] and layer_set([3, 1, 3], 5) == [1, 3]
+    assert [layer_map(l, 28, 28) for l in (1, 14, 28)] == [1, 14, 28]
+    phi = [layer_map(l, 28, 36) for l in range(1, 29)]                 # Eq. (11) for Qwen3-1.7B <- 4B
+    assert phi[0] == 1 and phi[-1] == 36 and phi == sorted(phi)
+    assert all(abs(p - ((l - 1) / 27 * 35 + 1)) <= 0.5 for l, p in enumerate(phi, 1))
+    assert layer_map(1, 1, 6) == 6
+
+
+def brute_force(h_s, h_t, roll, layers, which, size, kind, average):
+    """Eq. (6) as its sums are written, over Python loops in float64."""
+    total, B, d = 0.0, len(roll.ids), h_s[0].shape[-1]
+    tokens = sum(len(chosen(int(n), which, size)) for n in roll.resp_len)
+    for l in range(len(layers)):
+        for b in range(B):
+            at = [int(roll.prompt_len[b]) - 1 + t for t in chosen(int(roll.resp_len[b]), which, size)]
+            for t in at:
+                s, q = h_s[l][b, t], h_t[l][b, t]
+                if kind != 'mse':
+                    s, q = s / s.norm(), q / q.norm()
+                one = ((s - q) ** 2).sum() / d if kind != 'cosine' else 1 - (s * q).sum()
+                total = total + one / (len(at) * B if average == 'sequence' else tokens)
+    return total / len(layers)
+
+
+@pytest.mark.parametrize('average', ['sequence', 'token'])
+@pytest.mark.parametrize('kind', ['mse', 'nmse', 'cosine'])
+@pytest.mark.parametrize('layers', ['all', 'last', 'odd', [2]])
+@pytest.mark.parametrize('which, size', SETS)
+def test_equation_6(which, size, layers, kind, average):
+    """Value and gradient, float64, ragged lengths, upstream gradient 1.7: plain and fused."""
+    roll, L, d = rollout(), 3, 6
+    layers = layer_set(layers, L)
+    g = torch.Generator().manual_seed(1)
+    shape = (*roll.ids.shape, d)
+    h_s = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for _ in layers]
+    h_t = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in layers]
+    want = brute_force(h_s, h_t, roll, layers, which, size, kind, average)
+    want_grad = torch.autograd.grad(1.7 * want, h_s)
+
+    w = position_weights(positions(roll, which, size).double(), average).flatten()
+    at = w.nonzero().squeeze(-1)
+    w = w[at]
+    rows = [h.flatten(0, 1)[at] for h in h_s]
+    plain = oprd_loss(rows, [h.flatten(0, 1)[at] for h in h_t], w, kind)
+    assert abs(plain - want) < 1e-12
+    for a, b in zip(torch.autograd.grad(1.7 * plain, h_s), want_grad, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+    fused = [layer_loss(h, t.flatten(0, 1)[at], at, w, kind) for h, t in zip(h_s, h_t, strict=True)]
+    value = sum(loss for _, loss, _ in fused) / len(layers)
+    assert abs(value - want) < 1e-12
+    for a, b in zip(torch.autograd.grad(1.7 * value, h_s), want_grad, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('kind', ['mse', 'nmse', 'cosine'])
+def test_layer_by_layer_equals_autograd_through_the_model(kind, recompute):
+    """The gradient injected on the way back, against autograd on gathered rows; fp32, 1e-6 of the largest."""
+    roll, teacher = rollout(), tiny_model(1)
+    w = position_weights(positions(roll, 'last_k', 3))
+    at = w.flatten().nonzero().squeeze(-1)
+    plain = tiny_model(0)
+    h_t = hidden_rows(teacher, roll.ids, [1, 2, 3], at, 3)
+    oprd_loss(plain.hidden(roll.ids, [1, 2, 3], at), list(h_t.values()), w.flatten()[at], kind).backward()
+    fused = tiny_model(0)
+    fused.checkpointing = recompute
+    accumulate(fused, teacher, roll, w, [1, 2, 3], kind, budget=10**6)
+    for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        if name == 'head.weight':
+            assert a.grad is None and b.grad is None
+        else:
+            assert (a.grad - b.grad).abs().max() <= 1e-6 * a.grad.abs().max(), name
+
+
+@pytest.mark.parametrize('average', ['sequence', 'token'])
+@pytest.mark.parametrize('layers', [[3], [1, 2]])
+def test_micro_batches_do_not_change_the_gradient(layers, average):
+    """From one row at a time to everything at once; sums that are logged agree too."""
+    roll, teacher, results = rollout(), tiny_model(1), []
+    w = position_weights(positions(roll, 'all'), average)
+    for budget in (1, 20, 30, 10**6):
+        model = tiny_model(0)
+        sums = accumulate(model, teacher, roll, w, layers, 'mse', budget)
+        results.append((sums, [p.grad for p in model.parameters() if p.grad is not None]))
+    for sums, grads in results[:-1]:
+        assert torch.allclose(sums, results[-1][0], rtol=1e-6)
+        for a, b in zip(grads, results[-1][1], strict=True):
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+def test_micro_batches_cover_every_row_within_the_budget():
+    lengths = [7, 3, 30, 9, 9, 1, 12]
+    groups = micro_batches(lengths, 24)
+    assert sorted(i for g in groups for i in g) == list(range(7))
+    assert all(len(g) * max(lengths[i] for i in g) <= 24 or len(g) == 1 for g in groups)
+    assert len(groups) == 4
+
+
+def test_logged_cosines_keep_their_layers_through_length_sorting():
+    """Metrics of sorted micro-batches must not be permuted: each layer against its own direct cosine."""
+    roll, student, teacher = rollout(), tiny_model(0), tiny_model(1)
+    m = positions(roll, 'all')
+    sums = accumulate(student, teacher, roll, position_weights(m, 'token'), [1, 2, 3], 'mse', budget=15)
+    for l, cos in enumerate(sums[1:], 1):
+        s, t = student.hidden(roll.ids, [l])[0][m], teacher.hidden(roll.ids, [l])[0][m]
+        assert abs(torch.cosine_similarity(s, t).mean() - cos) < 1e-6
+
+
+def test_a_loss_that_is_not_used_adds_nothing():
+    """Only the second layer's loss is back-propagated; the first must act as the identity."""
+    h = torch.randn(2, 3, 4, requires_grad=True)
+    at, w = torch.tensor([0, 5]), torch.ones(2)
+    out, _, _ = layer_loss(h, torch.randn(2, 4), at, w)
+    out.sum().backward()
+    assert torch.equal(h.grad, torch.ones_like(h))
+
+
+def test_bfloat16_rows():
+    """bf16 states: value and direction of the gradient within bf16's precision of the float64 answer."""
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(1, 9, 64, generator=g).bfloat16(), torch.randn(9, 64, generator=g).bfloat16()
+    at, w = torch.arange(9), torch.full((9,), 1 / 9)
+    s.requires_grad_()
+    for kind in ('mse', 'nmse', 'cosine'):
+        ref = s.detach().double().requires_grad_()
+        want = oprd_loss([ref[0]], [t.double()], w.double(), kind)
+        want.backward()
+        _, loss, _ = layer_loss(s, t.clone(), at, w, kind)
+        got, = torch.autograd.grad(loss, s)
+        assert abs(loss - want) < 1e-4 * abs(want)
+        assert torch.cosine_similarity(got.flatten().double(), ref.grad.flatten(), dim=0) > 0.9999
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shape of every tensor that any operation returns."""
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.seen.add(tuple(x.shape))
+        return out
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_no_tensor_has_an_axis_of_vocabulary_size(tied):
+    """Student and teacher of one OPRD step, backward included. The embedding's own gradient (V, d)
+    is the one exception; nothing with rows x V, in any order, is ever made."""
+    V, d = 997, 20
+    student, teacher = tiny_model(0, V=V, tied=tied), tiny_model(1, V=V, tied=tied)
+    roll = rollout(V=V)
+    w = position_weights(positions(roll, 'all'))
+    with Shapes() as watch:
+        accumulate(student, teacher, roll, w, [1, 2, 3], 'mse', 10**6)
+    assert (5, 13, d) in watch.seen                                       # it did watch
+    assert {s for s in watch.seen if V in s} == {(V, d)}
+    with Shapes() as watch:
+        sample(student, [[1, 2]], max_new_tokens=2, stop=[0])
+    assert (1, V) in watch.seen                                           # and sampling has logits
+
+
+def test_the_teacher_is_left_as_it_was():
+    student, teacher = tiny_model(0), tiny_model(1).requires_grad_(False)
+    before = [p.clone() for p in teacher.parameters()]
+    opt = torch.optim.AdamW(student.parameters(), lr=0.1)
+    for _ in range(3):
+        accumulate(student, teacher, rollout(), position_weights(positions(rollout())), [1, 2, 3], 'mse', 20)
+        opt.step()
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_two_student_layers_may_share_a_teacher_layer():
+    """Deeper student: rows of one teacher layer serve twice, and the first loss overwrites its own copy."""
+    deep, shallow, roll = tiny_model(0, L=5), tiny_model(1, L=2), rollout()
+    at = torch.arange(6)
+    h_t = hidden_rows(shallow, roll.ids, [1, 2, 3, 4, 5], at, 5)
+    want = shallow.hidden(roll.ids, [1, 2], at)
+    assert [bool(torch.equal(h_t[l], want[1])) for l in (1, 2, 3, 4, 5)] == [False, False, True, True, True]
+    assert len({h.data_ptr() for h in h_t.values()}) == 5

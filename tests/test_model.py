@@ -1,0 +1,197 @@
+"""The decoder against transformers, cached against uncached, folders in and out."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from files import read_json, write_json
+from model import PRESETS, Cache, hf_config, load_model, read_config, save_model
+from runtime import UserError
+
+transformers = pytest.importorskip('transformers')
+
+
+def hugging_face(family, tied=False, **other):
+    """A random model of the reference library, with odd sizes and grouped heads."""
+    torch.manual_seed(0)
+    name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama'}[family]
+    c = dict(vocab_size=37, hidden_size=24, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, rope_theta=5e4,
+             initializer_range=0.3, **other)
+    if family == 'qwen3':
+        c['head_dim'] = 10                   # apart from hidden_size / heads
+    model = getattr(transformers, f'{name}ForCausalLM')(getattr(transformers, f'{name}Config')(**c)).eval()
+    for p in model.parameters():
+        if p.ndim == 1:                      # norms of ones and biases of zeros would hide mistakes
+            torch.nn.init.normal_(p, 1.0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('family', ['qwen3', 'qwen2', 'llama'])
+def test_equals_transformers(family, tied, tmp_path):
+    """Logits, every hidden state (layer L final-normed) and gradients; then back into transformers."""
+    theirs = hugging_face(family, tied)
+    theirs.save_pretrained(tmp_path / 'hf')
+    ours = load_model(tmp_path / 'hf')
+    ids = torch.randint(37, (3, 19), generator=torch.Generator().manual_seed(1))
+    want = theirs(ids, output_hidden_states=True)
+    assert (ours(ids) - want.logits).abs().max() < 1e-4
+    for h, ref in zip(ours.hidden(ids, [1, 2, 3]), want.hidden_states[1:], strict=True):
+        assert (h - ref).norm() / ref.norm() < 1e-5
+    (ours(ids) ** 2).mean().backward()
+    (want.logits ** 2).mean().backward()
+    grad = dict(theirs.named_parameters())['model.layers.1.self_attn.q_proj.weight'].grad
+    mine = ours.blocks[1].attn.qkv.weight.grad[:len(grad)]
+    assert (mine - grad).norm() / grad.norm() < 1e-4
+    save_model(ours, tmp_path / 'back')
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'back')
+    assert (back(ids).logits - want.logits).abs().max() < 1e-5
+
+
+def test_a_model_made_here_loads_in_transformers(tmp_path):
+    """config.json written from a shape, not copied from a folder."""
+    model = tiny_model()
+    save_model(model, tmp_path / 'm')
+    ids = torch.arange(12).view(2, 6)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
+    assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
+    assert theirs.config.rope_parameters['rope_theta'] == model.config.theta
+
+
+@pytest.mark.parametrize('name, millions', [('r1_1p5b', 1777.1), ('qwen3_1p7b', 1720.6), ('qwen3_4b', 4022.5)])
+def test_presets_have_the_published_sizes(name, millions):
+    assert abs(PRESETS[name].count() / 1e6 - millions) < 0.1
+
+
+def test_cached_equals_uncached():
+    """Ragged right-padded prompts, then one token a row: the same logits as reading it all again."""
+    model, lengths = tiny_model(), torch.tensor([5, 9, 2])
+    ids = torch.randint(37, (3, 14), generator=torch.Generator().manual_seed(0))
+    cache = Cache(model.config, 3, 14, 'cpu', torch.float32)
+    with torch.no_grad():
+        model(ids[:, :9], cache)
+        cache.length, cache.longest = lengths.clone(), 9
+        for t in range(4):
+            token = ids[torch.arange(3), lengths + t]
+            got = model(token[:, None], cache)[:, 0]
+            cache.length += 1
+            for b in range(3):
+                want = model(ids[b:b + 1, :lengths[b] + t + 1])[0, -1]
+                assert (got[b] - want).abs().max() < 1e-5
+
+
+def test_padding_and_neighbours_do_not_matter():
+    model = tiny_model()
+    ids = torch.randint(37, (4, 11), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 7:] = 0
+    assert torch.equal(model(ids)[:, :7], model(changed)[:, :7])
+
+
+def test_hidden_picks_rows():
+    model = tiny_model()
+    ids = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([1, 4, 7])
+    every, rows = model.hidden(ids, [1, 3]), model.hidden(ids, [1, 3], at)
+    for e, r in zip(every, rows, strict=True):
+        assert r.shape == (3, 20) and torch.equal(r, e.flatten(0, 1)[at])
+
+
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for recompute in (False, True):
+        model = tiny_model()
+        model.checkpointing = recompute
+        model(torch.arange(10).view(2, 5)).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_sharded_index_is_read(tmp_path):
+    theirs = hugging_face('qwen3')
+    theirs.save_pretrained(tmp_path / 'hf', max_shard_size='20KB')
+    assert (tmp_path / 'hf/model.safetensors.index.json').exists()
+    ids = torch.arange(8).view(1, 8)
+    assert (load_model(tmp_path / 'hf')(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_older_and_newer_rope_spellings(tmp_path):
+    save_model(tiny_model(theta=777.0), tmp_path / 'm')
+    c = read_json(tmp_path / 'm/config.json')
+    assert read_config(tmp_path / 'm').theta == 777.0
+    c['rope_parameters'] = {'rope_type': 'default', 'rope_theta': c.pop('rope_theta')}
+    write_json(tmp_path / 'm/config.json', c)
+    assert read_config(tmp_path / 'm').theta == 777.0
+
+
+# ---- bad folders: each is one line that names the place ----------------------------------------
+
+def edit(folder, **keys):
+    write_json(folder / 'config.json', read_json(folder / 'config.json') | keys)
+
+
+def cut(folder):
+    file = folder / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def tensors(change):
+    def apply(folder):
+        t = load_file(folder / 'model.safetensors')
+        change(t)
+        save_file(t, folder / 'model.safetensors')
+    return apply
+
+
+@pytest.mark.parametrize('spoil, says', [
+    (lambda f: (f / 'config.json').unlink(), 'config.json: no such file'),
+    (lambda f: (f / 'config.json').write_text('{'), 'not valid JSON'),
+    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), "no 'hidden_size' in it"),
+    (lambda f: edit(f, model_type='mamba'), "model_type 'mamba'"),
+    (lambda f: edit(f, use_sliding_window=True), 'use_sliding_window'),
+    (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
+    (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
+    (lambda f: edit(f, hidden_act='gelu'), 'hidden_act'),
+    (lambda f: edit(f, num_hidden_layers=4), "'model.layers.3.self_attn.q_proj.weight' is missing"),
+    (lambda f: edit(f, num_hidden_layers=2), "surplus tensor 'model.layers.2."),
+    (lambda f: edit(f, intermediate_size=30), 'has shape [28, 20], but config.json says [30, 20]'),
+    (lambda f: (f / 'model.safetensors').unlink(), 'no model.safetensors'),
+    (cut, 'not a whole safetensors file'),
+    (tensors(lambda t: t.pop('lm_head.weight')), "'lm_head.weight' is missing"),
+    (tensors(lambda t: t['model.norm.weight'].fill_(float('nan'))), 'model.norm.weight holds NaN'),
+    (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': {'a': 'model-2.safetensors'}}),
+     'names model-2.safetensors, which is not there'),
+    (shutil.rmtree, 'no such folder'),
+])
+def test_bad_folder(tmp_path, spoil, says):
+    folder = tmp_path / 'm'
+    save_model(tiny_model(), folder)
+    spoil(folder)
+    with pytest.raises(UserError) as e:
+        load_model(str(folder))
+    assert says in str(e.value) and '\n' not in str(e.value), str(e.value)
+
+
+def test_a_hub_id_that_the_hub_does_not_give(monkeypatch):
+    """No network, or no such repository: one line that names it."""
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError('no network\nand a long story')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+    with pytest.raises(UserError) as e:
+        load_model('nobody/nothing')
+    assert 'nobody/nothing' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_config_json_keeps_every_field_it_came_with(tmp_path):
+    """A field we do not read (vLLM may) must survive load and save."""
+    save_model(tiny_model(), tmp_path / 'a')
+    edit(tmp_path / 'a', bos_token_id=7, my_note='kept')
+    save_model(load_model(tmp_path / 'a'), tmp_path / 'b')
+    assert json.loads((tmp_path / 'b/config.json').read_text())['my_note'] == 'kept'
+    assert hf_config(load_model(tmp_path / 'b').config)['bos_token_id'] == 7

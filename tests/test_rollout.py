@@ -1,0 +1,106 @@
+"""The sampler: cached equals naive, no answer depends on its neighbours, the distribution is exact."""
+import pytest
+import torch
+from conftest import tiny_model
+
+from rollout import distribution, naive, pick, sample, stream_keys, uniform
+
+PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7, 8, 9], [3], [10, 11, 12, 13, 14], [4, 4, 4, 4]]
+HOW = dict(max_new_tokens=12, stop=[0, 2, 5], seed=3, step=7)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize('how', [{}, {'temperature': 0.0}, {'temperature': 0.6, 'top_k': 5},
+                                 {'temperature': 1.3, 'top_p': 0.8}])
+def test_cached_equals_naive(how):
+    """Same tokens, lengths and finish reasons; rows stop at different times and leave the batch."""
+    model = tiny_model()
+    fast, slow = sample(model, PROMPTS, 3, **HOW, **how), naive(model, PROMPTS, 3, **HOW, **how)
+    assert same(fast, slow)
+    if not how:
+        assert fast.stopped.any() and not fast.stopped.all() and len(set(fast.resp_len.tolist())) > 3
+
+
+def test_an_answer_does_not_depend_on_its_neighbours():
+    """Alone, in another order, or on another rank: prompt number and sample number decide."""
+    model = tiny_model()
+    whole = sample(model, PROMPTS, 4, **HOW)
+    for which in ([3], [4, 1], [2, 0, 3, 1]):
+        part = sample(model, [PROMPTS[i] for i in which], 4, which=which, **HOW)
+        for j, i in enumerate(which):
+            assert part.answers()[4 * j:4 * j + 4] == whole.answers()[4 * i:4 * i + 4]
+    fewer = sample(model, PROMPTS, 2, **HOW)
+    assert fewer.answers()[2:4] == whole.answers()[4:6]      # n changes nothing either
+
+
+def test_rollout_fields():
+    """Prompt kept, padding 0, the stop token counted and last, cut answers exactly max_new_tokens."""
+    roll = sample(tiny_model(), PROMPTS, 2, **HOW)
+    for b, (prompt, answer) in enumerate(zip(roll.prompt.tolist(), roll.answers(), strict=True)):
+        assert roll.ids[b, :roll.prompt_len[b]].tolist() == PROMPTS[prompt]
+        assert not roll.ids[b, roll.length[b]:].any() and len(answer) == roll.resp_len[b] >= 1
+        assert (answer[-1] in HOW['stop']) == bool(roll.stopped[b])
+        assert not set(answer[:-1]) & set(HOW['stop'])
+        assert roll.stopped[b] or len(answer) == 12
+    assert roll.ids.shape[1] == roll.length.max()
+
+
+def test_seed_step_prompt_sample_and_position_all_matter():
+    p, s = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    keys = torch.cat([stream_keys(seed, step, p, s) for seed in (0, 1) for step in (-1, 0, 1)])
+    u = torch.cat([uniform(keys, t) for t in range(50)])
+    assert len(u.unique()) == len(u) == 24 * 50
+
+
+def test_splitmix_known_answers():
+    """Published splitmix64: seed 1234567 gives 6457827717110365317, 3203168211198807973, ..."""
+    want = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    got = [int(uniform(torch.tensor([1234567]), t).item() * 2**53) for t in range(4)]
+    assert got == [w >> 11 for w in want]
+
+
+def test_uniform_is_uniform():
+    """Over samples and over positions: mean, variance and a chi-squared over 64 bins."""
+    keys = stream_keys(0, 1, torch.zeros(4000, dtype=torch.long), torch.arange(4000))
+    u = torch.stack([uniform(keys, t) for t in range(16)])
+    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
+    counts = torch.histc(u.flatten(), 64, 0, 1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 120         # 63 degrees of freedom: p < 1e-5 beyond
+
+
+@pytest.mark.parametrize('how', [dict(), dict(temperature=0.5), dict(top_k=4), dict(top_p=0.7),
+                                 dict(temperature=1.5, top_k=6, top_p=0.8)])
+def test_sampled_frequencies_match_the_distribution(how):
+    """Chi-squared of 40,000 draws against brute force in Python floats."""
+    logits = torch.randn(11, generator=torch.Generator().manual_seed(2)) * 2
+    weights = [2.718281828459045 ** (x / how.get('temperature', 1.0)) for x in logits.tolist()]
+    ranked = sorted(range(11), key=lambda i: -weights[i])[:how.get('top_k', 11)]
+    total, kept, mass = sum(weights[i] for i in ranked), [], 0.0
+    for i in ranked:
+        if mass / total < how.get('top_p', 1.0):
+            kept.append(i)
+            mass += weights[i]
+    want = torch.tensor([weights[i] / mass if i in kept else 0.0 for i in range(11)])
+    assert (distribution(logits[None], **how)[0] / distribution(logits[None], **how).sum() - want).abs().max() < 1e-6
+    keys = stream_keys(5, 0, torch.zeros(40_000, dtype=torch.long), torch.arange(40_000))
+    draws = pick(logits.expand(40_000, -1), uniform(keys, 0), **how)
+    counts = torch.bincount(draws, minlength=11).double()
+    assert counts[want == 0].sum() == 0
+    chi = ((counts - 40_000 * want) ** 2 / (40_000 * want))[want > 0].sum()
+    assert chi < 40                                          # at most 10 degrees of freedom
+
+
+def test_no_draw_lands_on_a_forbidden_token():
+    """u just below 1 with a tail of zero mass: an fp32 sum that ends below 1 would pick the last token."""
+    logits = torch.cat([torch.zeros(150_000), torch.full((936,), -1e9)])[None]
+    assert pick(logits, torch.tensor([1 - 2.0**-53], dtype=torch.float64)) == 149_999
+    assert pick(logits, torch.tensor([0.0], dtype=torch.float64)) == 0
+
+
+def test_bfloat16_model_samples():
+    """The cache takes the model's dtype; a float32 cache would fail or cost double."""
+    roll = sample(tiny_model().bfloat16(), PROMPTS, 2, **HOW)
+    assert roll.resp_len.min() >= 1

@@ -1,0 +1,50 @@
+"""Which pairs are refused, and why."""
+from dataclasses import replace
+
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+
+from data import load_tokenizer
+from model import read_config
+from runtime import UserError
+from teacher import check_pair
+
+
+@pytest.fixture
+def pair(toy_cfg):
+    c, tok = read_config(toy_cfg['student']), load_tokenizer(toy_cfg['student'])
+    return dict(student=c, teacher=read_config(toy_cfg['teacher']), tok_s=tok,
+                tok_t=load_tokenizer(toy_cfg['teacher']), layers='all', question='1+2')
+
+
+def test_a_good_pair(pair):
+    lines = check_pair(**pair)
+    assert any("'<bos>1+2='" in line for line in lines) and any('stop ids' in line for line in lines)
+
+
+def test_other_prompts_are_shown_side_by_side(pair):
+    pair['tok_t'].template = pair['tok_t'].compile('Q: {{ messages[0].content }} A:')
+    text = '\n'.join(check_pair(**pair))
+    assert "'<bos>1+2='" in text and "'Q: 1+2 A:'" in text and 'templates differ' in text
+
+
+def swapped(tok):
+    """The same words, two of them with each other's ids."""
+    text = tok.hf.to_str().replace('"3": 7', '"#"').replace('"3":7', '"#"')
+    text = text.replace('"4": 8', '"4": 7').replace('"4":8', '"4":7').replace('"#"', '"3":8')
+    other = HFTokenizer.from_str(text)
+    assert other.get_vocab() != tok.hf.get_vocab() and other.get_vocab().keys() == tok.hf.get_vocab().keys()
+    return other
+
+
+def test_refused_pairs(pair):
+    """Each would train without complaint and mean nothing."""
+    with pytest.raises(UserError, match='student width 24, teacher width 32'):
+        check_pair(**pair | {'teacher': replace(pair['teacher'], d=32)})
+    with pytest.raises(UserError, match='but the student has 3'):
+        check_pair(**pair | {'layers': [1, 4]})
+    with pytest.raises(UserError, match='do not belong together'):
+        check_pair(**pair | {'student': replace(pair['student'], V=20)})
+    pair['tok_t'].hf = swapped(pair['tok_t'])
+    with pytest.raises(UserError, match='tokenizers differ.*gibberish'):
+        check_pair(**pair)

@@ -1,0 +1,86 @@
+"""The toy's arithmetic, split and folder."""
+import random
+
+import pytest
+import torch
+from conftest import TINY, argv
+
+import toy
+from configs import load_config
+from data import load_problems, load_tokenizer
+from eval_math import grade
+from files import read_json
+from model import load_model
+from runtime import UserError, start
+
+
+def test_worked_answers_are_right():
+    """Every line of the working and the box, against Python's own arithmetic on each step."""
+    rng = random.Random(1)
+    for _ in range(300):
+        question, work, value = toy.problem(rng, 6)
+        *lines, box = work.split(';')
+        assert len(lines) == 6 and box == f'\\boxed{{{value}}}' and grade(work, value)
+        carried = question[0]
+        for line, op, x in zip(lines, question[1::2], question[2::2], strict=True):
+            left, right = line.split('=')
+            a, b = int(carried), int(x)
+            assert left == f'{carried}{op}{x}' and not (op == '*' and b < 2)
+            carried = right
+            assert int(right) == {'+': a + b, '-': a - b, '*': a * b}[op] % 10
+        assert carried == value
+
+
+def test_held_out_questions_are_never_trained_on():
+    held = {q for q, _, _ in toy.problems(300, 2, 0, held_out=True)}
+    assert not held & {q for seed in range(3) for q, _, _ in toy.problems(2000, 2, seed)}
+
+
+def test_tokenizer_is_21_characters_and_lengths_are_known(toy_cfg):
+    tok = load_tokenizer(toy_cfg['student'])
+    assert len(tok) == 21 and tok.stop_ids == [2]
+    question, work, _ = toy.problem(random.Random(0), 6)
+    assert len(tok.chat(question)) == 15 and len(tok.encode(work)) == 39
+    assert tok.decode(tok.chat(question)) == f'{question}=' and tok.decode(tok.encode(work) + [2]) == work
+    assert tok.byte_ends(tok.encode('7;\\boxed{0}') + [2]) == [1, 2, 9, 10, 11, 11]
+
+
+def test_folder_is_reused_and_mended(toy_dir, toy_cfg, capsys, tmp_path):
+    """Same recipe: reused. A damaged weight file: made again, and the same numbers come out."""
+    cfg = load_config(argv(tmp_path, 'unused'))
+    place = start('cpu')
+    paths = toy.prepare(cfg, place)
+    first = load_model(paths['teacher'])
+    for a, b in zip(first.parameters(), load_model(toy_cfg['teacher']).parameters(), strict=True):
+        assert torch.equal(a, b)                          # made twice, in two places: bit for bit
+    capsys.readouterr()
+    toy.prepare(cfg, place)
+    assert 'making' not in capsys.readouterr().out
+    file = toy.folder_of(cfg) / 'teacher/model.safetensors'
+    file.write_bytes(file.read_bytes()[:1000])
+    toy.prepare(cfg, place)
+    assert 'is damaged' in capsys.readouterr().out
+    assert torch.equal(load_model(paths['teacher']).head.weight, first.head.weight)
+
+
+def test_teacher_shares_embedding_and_head_but_not_blocks(toy_cfg):
+    student, teacher = load_model(toy_cfg['student']), load_model(toy_cfg['teacher'])
+    assert torch.equal(student.embed.weight, teacher.embed.weight)
+    assert torch.equal(student.head.weight, teacher.head.weight)
+    assert not torch.equal(student.blocks[0].attn.qkv.weight, teacher.blocks[0].attn.qkv.weight)
+    assert student.config.L == TINY['toy_layers'] and student.config.d == TINY['toy_width']
+
+
+def test_another_seed_or_size_is_another_folder(toy_dir):
+    names = {toy.folder_of(load_config(argv(toy_dir, 'x', **k))).name
+             for k in ({}, {'seed': 1}, {'toy_width': 48}, {'toy_teacher_steps': 11})}
+    assert len(names) == 4
+    cfg = load_config(argv(toy_dir, 'x'))
+    assert read_json(toy.folder_of(cfg) / 'recipe.json') == toy.recipe(cfg)
+    assert len(load_problems(toy.folder_of(cfg) / 'eval.jsonl', load_tokenizer(
+        str(toy.folder_of(cfg) / 'student')))) == TINY['toy_eval']
+
+
+def test_impossible_shape():
+    with pytest.raises(UserError, match='toy_width=30 does not divide'):
+        toy.shape(load_config(['toy_width=30', 'toy_heads=4']))
