@@ -139,7 +139,7 @@ def open_run(out_dir, cfg, free):
                             'give the same again, or another out_dir=')
     above = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f'{out}: cannot be written, {above} is not a folder of yours; choose another out_dir=')
+        raise UserError(f'{out}: cannot be made, {above} is not a folder of yours; choose another out_dir=')
     return out
 
 

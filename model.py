@@ -343,7 +343,7 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
                 raise UserError(f'{files[hf]}: {hf} holds NaN or infinite numbers; fetch the model again')
             parts.append(t)
         # a copy of its own: a mapped tensor dies with its file
-        state[ours] = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device, dtype, copy=len(parts) == 1)
+        state[ours] = (torch.cat(parts) if parts[1:] else parts[0]).to(device, dtype, copy=not parts[1:])
     if c.tied:
         state['head.weight'] = state['embed.weight']
     model.load_state_dict(state, assign=True)

@@ -54,10 +54,9 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question):
             raise UserError(f'{side}: token id {top} in the tokenizer, but only {c.V} rows in the embedding; '
                             'tokenizer and model do not belong together')
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
-    lines = [f'vocabulary: {len(vocab_s)} tokens, the same ids on both sides; embedding rows: student {student.V}, '
-             f'teacher {teacher.V}',
-             f'width {student.d} on both sides; {student.L} student layers onto {teacher.L}'
-             + (' by Eq. (11)' if student.L != teacher.L else ''),
+    lines = [f'vocabulary: {len(vocab_s)} tokens, the same ids on both sides; '
+             f'{student.V} and {teacher.V} embedding rows',
+             f'width {student.d} on both sides; {student.L} student layers onto {teacher.L} by Eq. (11)',
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
     if prompt_s == prompt_t:
         lines.append(f'prompt, the same for both: {prompt_s!r}')

@@ -87,5 +87,5 @@ def test_a_run_folder_belongs_to_one_config(tmp_path):
     open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cuda'}, ('device',))
     with pytest.raises(UserError, match='lr=1.0, now 2.0'):
         open_run(tmp_path / 'r', {'lr': 2.0, 'device': 'cpu'}, ('device',))
-    with pytest.raises(UserError, match='cannot be written'):
+    with pytest.raises(UserError, match='cannot be made'):
         open_run(out / 'config.json' / 'x', {}, ())

@@ -215,7 +215,7 @@ def test_the_teacher_is_left_as_it_was():
 
 def test_two_student_layers_may_share_a_teacher_layer():
     """Deeper student: rows of one teacher layer serve twice, and the first loss overwrites its own copy."""
-    deep, shallow, roll = tiny_model(0, L=5), tiny_model(1, L=2), rollout()
+    shallow, roll = tiny_model(1, L=2), rollout()
     at = torch.arange(6)
     h_t = hidden_rows(shallow, roll.ids, [1, 2, 3, 4, 5], at, 5)
     want = shallow.hidden(roll.ids, [1, 2], at)
