@@ -61,6 +61,8 @@ class Tokenizer:
         jinja = folder / 'chat_template.jinja'
         self.name = str(file)
         text = jinja.read_text(encoding='utf-8') if jinja.exists() else special.get('chat_template')
+        if isinstance(text, list):           # several named templates
+            text = next((t['template'] for t in text if t.get('name') == 'default'), None)
         self.template = self.compile(text) if text else None
 
     def __len__(self):
@@ -132,6 +134,7 @@ def load_tokenizer(path_or_repo):
 
 @dataclass(frozen=True)
 class Problem:
+    """A question with a known answer, and the prompt that asks it."""
     question: str | list        # a text, or messages
     answer: str                 # what the last box should hold
     ids: list[int]              # the prompt, chat-rendered
@@ -145,14 +148,20 @@ def load_problems(file, tokenizer, first=0):
     if not str(file).endswith('.jsonl') or not Path(file).is_file():
         raise UserError(f'{file}: no such .jsonl file')
     problems = []
-    for number, line in enumerate(Path(file).read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(Path(file).read_bytes().split(b'\n'), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            question = row.get('question') or row['problem']
-            problems.append(Problem(question, str(row['answer']), tokenizer.chat(question)))
+            row = json.loads(line)           # bytes: not UTF-8 is a ValueError as well
+            question, answer = row.get('question') or row['problem'], str(row['answer'])
+            if not isinstance(question, (str, list)):
+                raise ValueError(f'question is {question!r}, not a text')
         except (ValueError, KeyError, AttributeError) as e:
             raise UserError(f'{file}:{number}: {type(e).__name__}: {e}; '
                             'each line must be {"question": .., "answer": ..}') from None
+        problems.append(Problem(question, answer, tokenizer.chat(question)))
+        if not problems[-1].ids:
+            raise UserError(f'{file}:{number}: the prompt renders to no token; mend it or the template')
         if len(problems) == first:
             break
     if not problems:
@@ -163,8 +172,8 @@ def load_problems(file, tokenizer, first=0):
 def prompt_order(N, per_step, step, seed):
     """Indices of the prompts of a step (1, 2, ...): shuffled anew each epoch, every problem once an
     epoch. A function of its arguments alone, so resuming needs no saved state."""
-    at = range((step - 1) * per_step, step * per_step)
-    return [permutation(N, seed, i // N)[i % N] for i in at]
+    draws = range((step - 1) * per_step, step * per_step)
+    return [permutation(N, seed, i // N)[i % N] for i in draws]
 
 
 @lru_cache(maxsize=2)

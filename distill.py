@@ -8,17 +8,18 @@ One step, read downward (the same numbers stand in the loop):
     4. teacher:  its hidden states at exactly those rows, for the matched layers
     5. student:  one forward; each matched layer hands its rows to the loss there and then; backward
     6. update:   clip, AdamW, log
-Neither model's LM head runs outside sampling, and no tensor of a step has an axis of vocabulary
-size. Weights are normalised over the global batch before any micro-batch runs, so the update does
-not depend on token_budget or on the number of ranks.
+After the rollout neither model's LM head runs: nothing of size rows x vocabulary is ever made. Weights
+are normalised over the global batch before any micro-batch runs, so the update does not depend on
+token_budget or on the number of ranks.
 
     python distill.py configs/toy.py                              CPU, or one GPU
     torchrun --nproc_per_node=8 distill.py configs/toy.py         eight GPUs (FSDP2), or 8 CPU ranks
     python distill.py configs/toy.py lr=1e-3 out_dir=out/lr1e-3   any key of configs/default.py
 
-Run again with the same folder, it resumes; Ctrl-C finishes the step, saves and stops. Simpler than
-usual: one loop, no trainer. What it does not know yet: output-space objectives, bridges, several
-teachers, a teacher sharded over ranks.
+Run again with the same folder, it resumes; Ctrl-C finishes the step, saves and stops (torchrun kills
+its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600).
+Simpler than usual: one loop, no trainer. What it does not know yet: output-space objectives, bridges,
+several teachers, a teacher sharded over ranks.
 """
 import math
 import time
@@ -32,11 +33,12 @@ from data import load_problems, load_tokenizer, prompt_order
 from eval_math import evaluate, grade, table
 from files import Log, open_run, read_json, resume, save, write_json
 from losses import layer_loss, layer_set, position_weights, positions
-from model import load_model, read_config, save_model
+from model import load_model, read_config, save_model, snapshot
 from rollout import sample
 from runtime import (
     Clock,
     UserError,
+    all_gather,
     all_reduce,
     full,
     gathered,
@@ -55,11 +57,12 @@ GiB = 2**30
 # ---- the schedule and the cutting of batches --------------------------------------------------
 
 def learning_rate(step, steps, peak, warmup, schedule, min_lr):
-    """Rate of a step 1..steps: linear rise over warmup * steps, then the schedule down to min_lr * peak."""
+    """Rate of a step 1..steps: linear rise to the peak over warmup * steps, then the schedule towards
+    min_lr * peak, reached when the last step is done (a step at rate 0 would be a rollout for nothing)."""
     rise = round(warmup * steps)
     if step <= rise:
         return peak * step / rise
-    x = (step - rise) / max(1, steps - rise)                                 # (0, 1]
+    x = (step - rise - 1) / (steps - rise)                                   # [0, 1)
     fall = {'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x, 'constant': 1.0}[schedule]
     return peak * (min_lr + (1 - min_lr) * fall)
 
@@ -94,30 +97,34 @@ def adamw(model, lr, betas, weight_decay):
 
 # ---- before the first step --------------------------------------------------------------------
 
-def preflight(cfg, place, tok, tok_t, problems):
+def preflight(cfg, place, tok, tok_t, train, held_out):
     """Look before the leap: the pair, the lengths, the memory; a line each, or a UserError.
     -> (student layers, stop ids)."""
     student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
-    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], problems[0].question)
+    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question)
     layers = layer_set(cfg['layers'], student.L)
     if not layers:
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     if cfg['prompts_per_step'] < place.world:
         raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {place.world} ranks; "
                         'raise it')
-    longest = max(len(p.ids) for p in problems) + max(cfg['max_new_tokens'], cfg['eval_max_new_tokens'])
-    for side, c in (('student', student), ('teacher', teacher)):
-        if longest > c.context:
-            raise UserError(f'{side}: reads {c.context} tokens, but the longest prompt and max_new_tokens='
-                            f"{cfg['max_new_tokens']} make {longest}; lower max_new_tokens")
+    longest = 0
+    for key, problems in (('max_new_tokens', train), ('eval_max_new_tokens', held_out)):
+        new, prompt = cfg[key] or cfg['max_new_tokens'], max((len(p.ids) for p in problems), default=0)
+        longest = max(longest, prompt + new)
+        for side, c in (('student', student), ('teacher', teacher)):
+            if problems and prompt + new > c.context:
+                raise UserError(f'{side}: reads {c.context} tokens, but the longest prompt has {prompt} and '
+                                f'{key}={cfg[key]} allows {new} more; lower {key}')
     need = memory_estimate(cfg, student, teacher, layers, longest, place)
+    free = f' of {torch.cuda.mem_get_info()[0] / GiB:.1f} free' if place.device.type == 'cuda' else ''
     print0('\n'.join(f'  {line}' for line in lines))
     print0(f'  student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; '
-           f'memory per rank, estimated: {sum(need.values()) / GiB:.2f} GiB')
+           f'memory per rank, estimated: {sum(need.values()) / GiB:.2f} GiB{free}')
     if cfg['dry_run']:
         print0('\n'.join(f'    {n / GiB:8.2f} GiB  {name}' for name, n in need.items()))
         print0(f"  plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers over "
-               f'{place.world} rank(s); {len(problems)} training problems; layers {layers}')
+               f'{place.world} rank(s); {len(train)} training problems; layers {layers}')
     return layers, sorted(set(tok.stop_ids) | set(tok_t.stop_ids))
 
 
@@ -128,12 +135,13 @@ def memory_estimate(cfg, student, teacher, layers, longest, place):
     rows = -(-cfg['prompts_per_step'] // place.world) * cfg['n']
     tokens = min(max(cfg['token_budget'], longest), rows * longest)
     kept = student.d if cfg['checkpointing'] else 14 * student.d + 5 * student.ff
+    kv = 2 * student.L * student.G * student.e * size                        # bytes of a token
     weights = student.count()
     return {
         'student weights, gradient and AdamW, float32': 16 * weights / place.world,
         'student weights gathered for sampling': weights * size * (place.world > 1 or size == 2),
         'teacher weights': teacher.count() * size,
-        'KV cache while sampling': rows * longest * 2 * student.L * student.G * student.e * size,
+        'KV cache while sampling': max(rows, cfg['eval_rows'] if cfg['eval_data'] else 0) * longest * kv,
         'teacher rows of a micro-batch': len(layers) * tokens * teacher.d * size,
         'activations of a micro-batch': tokens * kept * student.L * size,
     }
@@ -153,17 +161,17 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0):
     groups += [[]] * (most - len(groups))            # FSDP: as many forwards on every rank
     sums = torch.zeros(1 + len(layers), device=w.device)
     for rows in groups:
-        some = rows or [0]                           # an empty group runs one row, without weight
-        T = int(roll.length[some].max())
-        ids, w_rows = roll.ids[some, :T], (w[some, :T] * bool(rows)).flatten()
-        at = w_rows.nonzero().squeeze(-1)                                    # (K,)
+        weight, rows = w[rows or [0]] * bool(rows), rows or [0]   # an empty group: one row, of no weight
+        T = int(roll.length[rows].max())
+        ids, weight = roll.ids[rows, :T], weight[:, :T].flatten()            # (b, T), (b*T,)
+        at = weight.nonzero().squeeze(-1)                                    # (K,)
 
         # 4. teacher: {l: (K, d)}
         h_t = hidden_rows(teacher, ids, layers, at, student.config.L)
 
         # 5. student: every matched layer's loss as it passes, its gradient formed in h_t's memory
-        def match(l, h, h_t=h_t, at=at, w_rows=w_rows):
-            h, loss, cos = layer_loss(h, h_t[l], at, w_rows[at], kind)
+        def match(l, h, h_t=h_t, at=at, weight=weight):
+            h, loss, cos = layer_loss(h, h_t[l], at, weight[at], kind)
             return h, (loss, cos)
         outs = student.hidden(ids, layers, tap=match)
         loss = sum(loss for loss, _ in outs) / len(layers)                   # Eq. (6)
@@ -174,34 +182,15 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0):
 
 # ---- the loop ---------------------------------------------------------------------------------
 
-def main(cfg):
-    place = start(cfg['device'], cfg['dtype'])
-    print0('config:', ' '.join(f'{k}={v!r}' for k, v in cfg.items() if v != default[k]))
-    print0('on:', ' '.join(f'{k}={v}' for k, v in versions(place).items()), f'dtype={str(place.dtype)[6:]}')
-    for key in ('student', 'teacher', 'data'):
-        if not cfg[key]:
-            raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
-    began, out = time.time(), None
-    if cfg['dry_run']:
-        if not toy.is_made(cfg):
-            print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
-            return
-    else:
-        out = open_run(cfg['out_dir'], cfg, free)
-        if (out / 'results.json').exists():
-            results = read_json(out / 'results.json')
-            print0(f"{out}: finished at step {results['steps']}; give another out_dir= to run again")
-            print0('\n'.join(show(results)))
-            return
-    asked, cfg = cfg, toy.prepare(cfg, place)
-
+def prepare(cfg, place):
+    """Tokenizer, problems, checks, models, optimizer -> (tok, train, held_out, layers, stop, student,
+    teacher, opt); the last three are None in a dry run."""
     tok, tok_t = load_tokenizer(cfg['student']), load_tokenizer(cfg['teacher'])
     train = load_problems(cfg['data'], tok)
     held_out = load_problems(cfg['eval_data'], tok, cfg['eval_problems']) if cfg['eval_data'] else []
-    layers, stop = preflight(cfg, place, tok, tok_t, train)
+    layers, stop = preflight(cfg, place, tok, tok_t, train, held_out)
     if cfg['dry_run']:
-        return
-
+        return tok, train, held_out, layers, stop, None, None, None
     teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
     student = load_model(cfg['student'], torch.float32, place.device)
     if not student.config.tied:
@@ -209,34 +198,63 @@ def main(cfg):
     student.checkpointing = cfg['checkpointing']
     shard(student, place)
     opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
-    if place.rank == 0 and not (out / 'config.json').exists():
-        write_json(out / 'config.json', {'config': asked, 'versions': versions(place)})
-    log, done = Log(out / 'log.jsonl'), 0
-    if (out / 'last').exists():
-        done, elapsed = resume(out, student, opt)
-        began -= elapsed                             # seconds spent by earlier runs of this folder
-        print0(f'resumed after step {done}')
-    log.keep(done, place.rank)
-    loop(cfg, place, student, teacher, opt, tok, train, held_out, layers, stop, log, out, done, began)
+    return tok, train, held_out, layers, stop, student, teacher, opt
 
 
-def loop(cfg, place, student, teacher, opt, tok, train, held_out, layers, stop, log, out, done, began):
-    """Steps done + 1 .. steps, in time order; evaluation, log and checkpoints beside them."""
+def main(cfg):
+    began, place = time.time(), start(cfg['device'], cfg['dtype'])
     rank, world, steps = place.rank, place.world, cfg['steps']
+    print0('config:', ' '.join(f'{k}={v!r}' for k, v in cfg.items() if v != default[k]))
+    print0('on:', ' '.join(f'{k}={v}' for k, v in versions(place).items()), f'dtype={str(place.dtype)[6:]}')
+    for key in ('student', 'teacher', 'data'):
+        if not cfg[key]:
+            raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
+    asked = cfg | {'dtype': str(place.dtype)[6:]}    # 'auto' must not mean something else at resume
+    out = open_run(cfg['out_dir'], asked, free)
+    if (out / 'results.json').exists():
+        results = read_json(out / 'results.json')
+        print0(f"{out}: finished at step {results['steps']}; give another out_dir= to run again")
+        print0('\n'.join(show(results)))
+        return
+    if cfg['dry_run'] and not toy.is_made(cfg):
+        print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+        return
+    cfg = toy.prepare(cfg, place)
+    tok, train, held_out, layers, stop, student, teacher, opt = prepare(cfg, place)
+    if cfg['dry_run']:
+        return
+
+    if rank == 0 and not (out / 'config.json').exists():
+        write_json(out / 'config.json', {'config': asked, 'versions': versions(place)})
+    log = Log(out / 'log.jsonl')
+    done, elapsed = resume(out, student, opt)
+    log.keep(done)
+    if done and (not log.rows or log.rows[-1]['step'] != done):
+        raise UserError(f'{log.path}: its lines end before the checkpoint at step {done}, so the run cannot '
+                        'be told whole; choose another out_dir=')
+    if len(set(all_gather((done, len(log.rows))))) > 1:
+        raise UserError(f'{out}: ranks see different files there; out_dir= must be on a disk that all share')
+    began -= elapsed                                 # seconds spent by earlier runs of this folder
+    if done:
+        print0(f'resumed after step {done}')
+    log.rewrite(rank)
+
+    source = snapshot(cfg['student'])                # its tokenizer goes along with every checkpoint
     draw = dict(temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                 max_new_tokens=cfg['max_new_tokens'], stop=stop, seed=cfg['seed'])
     exam = dict(temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'],
-                max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'])
+                max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], rows=cfg['eval_rows'],
+                rank=rank, world=world)
     sequences = cfg['prompts_per_step'] * cfg['n']
 
     def examine(model, name):
         """Held-out scores, the same on every rank."""
         with gathered(model):
-            return evaluate(model, tok, held_out, cfg['eval_n'], rank=rank, world=world, **exam,
-                            progress=f'evaluate {name}') if held_out else {}
+            return evaluate(model, tok, held_out, cfg['eval_n'], **exam,
+                            progress='' if rank else f'evaluate {name}') if held_out else {}
 
     def write_model(folder, weights):
-        save_model(student, folder, cfg['student'], {k: w.to(place.dtype) for k, w in weights.items()})
+        save_model(student, folder, source, {k: w.to(place.dtype) for k, w in weights.items()})
 
     if not log.rows:
         row = {'step': 0, 'student': examine(student, 'student'), 'teacher': examine(teacher, 'teacher')}
@@ -246,20 +264,22 @@ def loop(cfg, place, student, teacher, opt, tok, train, held_out, layers, stop, 
     with interruptible() as caught:
         for step in range(done + 1, steps + 1):
             clock.start()
-            # 1. prompts: a function of (step, seed), dealt to the ranks like cards
-            mine = prompt_order(len(train), cfg['prompts_per_step'], step, cfg['seed'])[rank::world]
+            # 1. prompts: a function of (step, seed); each slot of the step goes to one rank
+            order = prompt_order(len(train), cfg['prompts_per_step'], step, cfg['seed'])
+            slots = range(rank, cfg['prompts_per_step'], world)
+            mine = [train[order[i]] for i in slots]
 
-            # 2. rollout: rank by rank, every answer a function of (seed, step, prompt, sample)
+            # 2. rollout: every answer is a function of (weights, seed, step, slot, sample) alone
             with gathered(student):
-                roll = sample(student, [train[i].ids for i in mine], cfg['n'], which=mine, step=step,
-                              progress='rollout' if place.device.type == 'cuda' else '', **draw)
+                roll = sample(student, [p.ids for p in mine], cfg['n'], which=slots, step=step,
+                              progress='rollout' if rank == 0 and clock.cuda else '', **draw)
             clock.lap('sample')
 
             # 3. rows: mask m (B, T) -> weights (B, T), which sum to 1 over all ranks
             m = positions(roll, cfg['positions'], cfg.get(cfg['positions'], 0))
             w = position_weights(m, cfg['loss_average'], sequences, all_reduce(m.sum()))
 
-            # 4, 5. teacher, student (FSDP averages gradients over ranks, and the weights already sum to 1)
+            # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
             sums = accumulate(student, teacher, roll, w, layers, cfg['rep_loss'], cfg['token_budget'],
                               factor=cfg['oprd_weight'] * world)
 
@@ -273,20 +293,19 @@ def loop(cfg, place, student, teacher, opt, tok, train, held_out, layers, stop, 
             opt.zero_grad()
             clock.lap('train')
 
-            row = {'step': step, **step_metrics(roll, sums, tok, [train[i] for i in mine]),
+            row = {'step': step, **step_metrics(roll, sums, tok, mine),
                    'lr': lr, 'grad_norm': float(full(norm)), **clock.stop()}
             if not math.isfinite(row['loss'] + row['grad_norm']):
                 raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                                 'nothing of this step is saved; lower lr=')
             if held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
                 row |= examine(student, f'step {step}')
-            row['elapsed'] = time.time() - began
-            log.write(row, rank)
+            log.write(row | {'elapsed': time.time() - began}, rank)
             if step % cfg['log_every'] == 0 or step == steps:
-                print0(step_line(row, steps, clock.eta(steps - step)))
+                print0(step_line(row, steps, clock.eta(steps - step), place.device))
             halt = bool(all_reduce(torch.tensor(float(bool(caught)), device=place.device), 'max'))
             if step % cfg['save_every'] == 0 or step == steps or halt:
-                save(out, step, row['elapsed'], student, opt, write_model, rank)
+                save(out, step, time.time() - began, student, opt, write_model, rank)
             if halt and step < steps:
                 print0(f'stopped after step {step}; the same command goes on from there')
                 raise KeyboardInterrupt
@@ -309,13 +328,13 @@ def step_metrics(roll, sums, tok, problems):
             'finish': stopped / rows, 'acc/rollout': 100 * right / rows, 'tokens': tokens}
 
 
-def step_line(row, steps, eta):
+def step_line(row, steps, eta, device):
     """One fixed-width line, most wanted first."""
     speed = row['tokens'] / (row['time/sample'] + row['time/train'])
     line = (f"step {row['step']:04d}/{steps:04d} | loss {row['loss']:.4f} | cos {row['rep/cos']:.3f} | "
             f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}% acc {row['acc/rollout']:.0f}% | "
             f"sample {row['time/sample']:.1f}s train {row['time/train']:.1f}s | {speed / 1000:.1f}k tok/s | ")
-    if torch.cuda.is_available():
+    if device.type == 'cuda':
         line += f'mem {torch.cuda.max_memory_allocated() / GiB:.1f}G | '
     eta = f'{eta / 3600:.1f}h' if eta > 3600 else f'{eta / 60:.1f}m' if eta > 60 else f'{eta:.0f}s'
     exam = ' '.join(f'{k} {v:.1f}' for k, v in row.items() if '@' in k)

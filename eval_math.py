@@ -55,20 +55,22 @@ def scores(verdicts, lengths):
             'len': sum(lengths) / len(lengths)}
 
 
-def evaluate(model, tokenizer, problems, n, *, stop, rank=0, world=1, progress='', **how):
+def evaluate(model, tokenizer, problems, n, *, rows=64, rank=0, world=1, progress='', **how):
     """n sampled answers to every problem -> `scores`, the same on every rank.
 
-    how: max_new_tokens, temperature, top_p, seed as in rollout.sample. Every call draws the same
-    random numbers, so two evaluations differ by their models alone. Ranks share the problems.
+    rows: answers sampled at once, which bounds the KV cache. how: max_new_tokens, stop, temperature,
+    top_p, seed as in rollout.sample. Every call draws the same random numbers, so two evaluations
+    differ by their models alone. Ranks share the problems.
     """
-    mine = range(rank, len(problems), world)
+    mine, each = range(rank, len(problems), world), max(1, rows // n)
     verdicts, lengths = {}, []
-    if len(mine):
-        roll = sample(model, [problems[i].ids for i in mine], n, which=list(mine), step=-1, stop=stop,
-                      progress=progress, **how)
-        lengths = roll.resp_len.tolist()
+    for first in range(0, len(mine), each):
+        some = mine[first:first + each]
+        roll = sample(model, [problems[i].ids for i in some], n, which=list(some), step=-1,
+                      progress=progress and f'{progress}, problem {first + 1}/{len(mine)}', **how)
+        lengths += roll.resp_len.tolist()
         texts = [tokenizer.decode(ids) for ids in roll.answers()]
-        for j, i in enumerate(mine):
+        for j, i in enumerate(some):
             verdicts[i] = [grade(text, problems[i].answer) for text in texts[j * n:(j + 1) * n]]
     parts = all_gather((verdicts, lengths))
     verdicts = {i: v for part, _ in parts for i, v in part.items()}
@@ -91,11 +93,18 @@ def main(cfg):
     if not cfg['eval_data']:
         raise UserError("eval_data='': nothing to evaluate on; set eval_data=")
     tok = load_tokenizer(cfg['student'])
+    stop = set(tok.stop_ids) | set(load_tokenizer(cfg['teacher']).stop_ids if cfg['teacher'] else ())
     problems = load_problems(cfg['eval_data'], tok, cfg['eval_problems'])
+    tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
     model = load_model(cfg['student'], place.dtype, place.device)
-    got = evaluate(model, tok, problems, cfg['eval_n'], stop=tok.stop_ids, rank=place.rank, world=place.world,
-                   max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], seed=cfg['seed'],
-                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'], progress='evaluate')
+    longest = max(len(p.ids) for p in problems) + tokens
+    if longest > model.config.context:
+        raise UserError(f"{cfg['student']}: reads {model.config.context} tokens, but the longest prompt and "
+                        f'{tokens} new tokens make {longest}; lower eval_max_new_tokens')
+    got = evaluate(model, tok, problems, cfg['eval_n'], rows=cfg['eval_rows'], rank=place.rank,
+                   world=place.world, stop=sorted(stop), max_new_tokens=tokens, seed=cfg['seed'],
+                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'],
+                   progress='evaluate' if place.rank == 0 else '')
     print0('\n'.join(table({cfg['student'].rstrip('/').split('/')[-1]: got})))
 
 

@@ -22,17 +22,23 @@ from runtime import UserError, barrier, full
 @contextmanager
 def whole(path):
     """`with whole(path) as tmp:` write the file or folder `tmp`; it becomes `path` only if all went
-    well: fsynced, then renamed. After an error or a power cut, `path` is as it was before."""
+    well: fsynced, then renamed. After an error or a power cut, `path` is as it was before (or, where
+    a folder replaces a folder, in the instant between two renames, not there)."""
     path = Path(path)
     tmp, old = (path.with_name(f'.{path.name}.{end}{os.getpid()}') for end in ('tmp', 'old'))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield tmp
-        for f in sorted(tmp.rglob('*')) if tmp.is_dir() else [tmp]:
+        for f in (*tmp.rglob('*'), tmp):
             fsync(f)
         if path.is_dir() and not path.is_symlink():
             os.replace(path, old)            # a folder cannot be renamed over a full one
-        os.replace(tmp, path)
+        try:
+            os.replace(tmp, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         fsync(path.parent)
     finally:
         for left in (tmp, old):
@@ -60,14 +66,17 @@ def write_json(path, obj):
         tmp.write_text(json.dumps(obj, indent=2) + '\n')
 
 
-def read_json(path):
-    """Parsed JSON of a file; missing or malformed is a UserError that names it."""
+def read_json(path, kind=dict):
+    """Parsed JSON of a file; missing, malformed or not of the kind is a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        obj = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
-    except (ValueError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise UserError(f'{path}: not valid JSON ({e}); delete it or fetch it again') from None
+    if not isinstance(obj, kind):
+        raise UserError(f'{path}: holds a {type(obj).__name__}, not a {kind.__name__}; fetch it again')
+    return obj
 
 
 def digest(obj, n=8):
@@ -109,9 +118,12 @@ class Log:
                 except ValueError:
                     break                    # a line cut off by a power loss ends what is usable
 
-    def keep(self, step, rank=0):
+    def keep(self, step):
         """Forget what a run wrote after its last checkpoint, `step`."""
         self.rows = [r for r in self.rows if r['step'] <= step]
+
+    def rewrite(self, rank=0):
+        """Make the file say what `rows` say."""
         if rank == 0 and self.path.exists():
             with whole(self.path) as tmp:
                 tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
@@ -121,6 +133,8 @@ class Log:
         if rank == 0:
             with self.path.open('a') as f:
                 f.write(json.dumps(row) + '\n')
+                f.flush()
+                os.fsync(f.fileno())         # a checkpoint must never be newer than its log
 
 
 # ---- the run folder and its checkpoints --------------------------------------------------------
@@ -137,6 +151,8 @@ def open_run(out_dir, cfg, free):
         if changed:
             raise UserError(f'{file}: this run was started with {"; ".join(changed)}; '
                             'give the same again, or another out_dir=')
+    elif (out / 'last').is_symlink():
+        raise UserError(f'{file}: not there, but {out}/last is; delete the folder or choose another out_dir=')
     above = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f'{out}: cannot be made, {above} is not a folder of yours; choose another out_dir=')
@@ -150,13 +166,16 @@ def save(out, step, elapsed, student, opt, write_model, rank):
 
     write_model(folder, weights): writes the Hugging Face folder, given {name: whole float32 tensor}.
     """
-    weights, state = {}, {}
+    state = {}
     for name, p in student.named_parameters():
-        weights[name] = full(p)              # a collective: all ranks, one tensor at a time
-        for key in ('exp_avg', 'exp_avg_sq') if p in opt.state else ():
-            state[f'{key}.{name}'] = full(opt.state[p][key])
-        state[f'weight.{name}'] = weights[name]
+        moments = opt.state[p] if p in opt.state else {}
+        for key, t in {'weight': p, **moments}.items():
+            if key != 'step':
+                t = full(t)                  # a collective: all ranks take part, one tensor at a time,
+                if rank == 0:                # and one of them keeps it
+                    state[f'{key}.{name}'] = t
     if rank == 0:
+        weights = {k.removeprefix('weight.'): t for k, t in state.items() if k.startswith('weight.')}
         folder = out / f'ckpt-{step:06d}'
         with whole(folder) as tmp:
             tmp.mkdir()
@@ -172,9 +191,12 @@ def save(out, step, elapsed, student, opt, write_model, rank):
 
 
 def resume(out, student, opt):
-    """Read back what `save` wrote into student and optimizer, shard by shard -> (step, elapsed)."""
+    """Read back what `save` wrote into student and optimizer, shard by shard -> (step, elapsed);
+    (0, 0.0) where nothing was saved."""
+    if not (out / 'last').is_symlink():
+        return 0, 0.0
     folder = (out / 'last').resolve().parent
-    at = read_json(folder / 'resume.json')
+    head = read_json(folder / 'resume.json')
     saved = open_safetensors(folder / 'resume.safetensors')
     known = set(saved.keys())
 
@@ -196,5 +218,5 @@ def resume(out, student, opt):
             if p in opt.state:
                 read(f'exp_avg.{name}', opt.state[p]['exp_avg'])
                 read(f'exp_avg_sq.{name}', opt.state[p]['exp_avg_sq'])
-                opt.state[p]['step'].fill_(at['step'])
-    return at['step'], at['elapsed']
+                opt.state[p]['step'].fill_(head['step'])
+    return head['step'], head['elapsed']

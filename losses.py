@@ -24,11 +24,11 @@ def layer_set(which, L):
 
 
 def layer_map(l, L_s, L_t):
-    """Eq. (11): the teacher layer for student layer l, both 1-based. Ends meet ends; halves round
-    up, so that the map is the same in every language."""
+    """Eq. (11): the teacher layer for student layer l, both 1-based. Ends meet ends. Whole numbers
+    throughout, halves up: Python's round() would take them to the even side."""
     if L_s == 1:
         return L_t
-    return int((l - 1) / (L_s - 1) * (L_t - 1) + 0.5) + 1
+    return (2 * (l - 1) * (L_t - 1) + L_s - 1) // (2 * (L_s - 1)) + 1
 
 
 # ---- which positions, with what weight --------------------------------------------------------

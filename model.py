@@ -29,14 +29,14 @@ from runtime import UserError
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a decoder. `hf` keeps the config.json it came from, so that saving loses nothing."""
-    family: str = 'qwen3'       # 'qwen3' has qk_norm, 'qwen2' has qkv_bias, 'llama' neither
-    V: int = 21
-    L: int = 4
-    d: int = 96
-    H: int = 4
-    G: int = 4
-    e: int = 24
-    ff: int = 256               # width of the gated MLP
+    family: str                 # 'qwen3' has qk_norm, 'qwen2' has qkv_bias, 'llama' neither
+    V: int
+    L: int
+    d: int
+    H: int
+    G: int
+    e: int
+    ff: int                     # width of the gated MLP
     tied: bool = False          # head shares the embedding's weights
     theta: float = 1e4          # rotary base
     eps: float = 1e-6           # of every RMSNorm
@@ -102,7 +102,9 @@ class Cache:
 
     def rows(self, keep):
         """Keep (or repeat) rows: `keep` is an index (B',)."""
-        self.k, self.v, self.length = self.k[:, keep], self.v[:, keep], self.length[keep]
+        self.k = self.k[:, keep]             # one after the other: the old keys go before new values come
+        self.v = self.v[:, keep]
+        self.length = self.length[keep]
 
 
 class Attention(nn.Module):
@@ -167,9 +169,9 @@ class Model(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
 
-    def trunk(self, ids, cache=None, tap=None):
+    def trunk(self, ids, cache=None, tap=None, last=None):
         """ids (B, T) -> final-normed states (B, T, d). `tap(l, h) -> h` is called after each block
-        l = 1..L; for l = L it sees the final-normed state, as Hugging Face's hidden_states do."""
+        l = 1..last; for l = L it sees the final-normed state, as Hugging Face's hidden_states do."""
         c, T = self.config, ids.shape[1]
         h = self.embed(ids)                                                  # (B, T, d)
         mask, pos = None, torch.arange(T, device=ids.device)                 # (T,)
@@ -181,11 +183,13 @@ class Model(nn.Module):
         rope = rotary(pos, c, h.dtype)                                       # (T, e) or (B, 1, 1, e)
         for l, block in enumerate(self.blocks, 1):
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, use_reentrant=False)
+                h = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, rope, cache, l - 1, mask)
             if tap and l < c.L:
                 h = tap(l, h)
+            if l == last and l < c.L:        # nothing above is asked for
+                return h
         h = self.norm(h)
         return tap(c.L, h) if tap else h
 
@@ -213,7 +217,7 @@ class Model(nn.Module):
             h, out = tap(l, h) if tap else (h, h if at is None else h.flatten(0, 1)[at])
             outs.append(out)
             return h
-        self.trunk(ids, tap=pick)
+        self.trunk(ids, tap=pick, last=max(layers))
         return outs
 
 
@@ -234,10 +238,11 @@ def init_weights(model, seed):
 
 def snapshot(path_or_repo):
     """A local folder as it is; a hub id downloaded (once) without any pickled file -> Path."""
-    if Path(path_or_repo).is_dir():
+    path_or_repo = str(path_or_repo)
+    if path_or_repo and Path(path_or_repo).is_dir():
         return Path(path_or_repo)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', path_or_repo):
-        raise UserError(f'{path_or_repo}: no such folder, and not a hub id (owner/name)')
+        raise UserError(f'{path_or_repo!r}: no such folder, and not a hub id (owner/name)')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
@@ -252,7 +257,7 @@ def read_config(path_or_repo):
     """config.json of a folder or hub id -> ModelConfig. An unknown field that changes the
     mathematics is a UserError that names it."""
     file = snapshot(path_or_repo) / 'config.json'
-    hf = read_json(file)
+    hf = read_json(file, dict)
     family = hf.get('model_type')
     if family not in ('qwen3', 'qwen2', 'llama'):
         raise UserError(f"{file}: model_type {family!r}; this decoder reads 'qwen3', 'qwen2', 'llama'")
@@ -272,15 +277,18 @@ def read_config(path_or_repo):
         if bad:
             raise UserError(f'{file}: {key} = {rope.get(key, hf.get(key))!r} changes the model in a way this '
                             'decoder does not know; choose another model')
-    try:
-        d, H = hf['hidden_size'], hf['num_attention_heads']
-        return ModelConfig(
-            family=family, V=hf['vocab_size'], L=hf['num_hidden_layers'], d=d, H=H,
-            G=hf.get('num_key_value_heads') or H, e=hf.get('head_dim') or d // H, ff=hf['intermediate_size'],
-            tied=bool(hf.get('tie_word_embeddings', False)), theta=float(rope['rope_theta']),
-            eps=hf.get('rms_norm_eps', 1e-6), context=hf.get('max_position_embeddings', 2048), hf=hf)
-    except KeyError as e:
-        raise UserError(f'{file}: no {e.args[0]!r} in it; is this the config.json of a model?') from None
+    for key in ('vocab_size', 'num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size'):
+        if type(hf.get(key)) is not int or hf[key] < 1:
+            raise UserError(f'{file}: {key} = {hf.get(key)!r}, not a whole number from 1; is this a model?')
+    d, H = hf['hidden_size'], hf['num_attention_heads']
+    G = hf.get('num_key_value_heads') or H
+    if H % G:
+        raise UserError(f'{file}: {H} query heads do not share {G} key/value heads evenly; is this a model?')
+    return ModelConfig(
+        family=family, V=hf['vocab_size'], L=hf['num_hidden_layers'], d=d, H=H, G=G,
+        e=hf.get('head_dim') or d // H, ff=hf['intermediate_size'], tied=bool(hf.get('tie_word_embeddings')),
+        theta=float(rope['rope_theta']), eps=hf.get('rms_norm_eps', 1e-6),
+        context=hf.get('max_position_embeddings', 2048), hf=hf)
 
 
 def name_map(c):

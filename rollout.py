@@ -67,6 +67,8 @@ def stream_keys(seed, step, prompt, sample):
 
 def uniform(keys, position):
     """The number of each stream at `position` (an int) -> float64 (B,) in [0, 1), 53 bits."""
+    if keys.device.type == 'mps':            # no float64 there
+        keys = keys.cpu()
     return (mix(keys + signed(GOLDEN * (position + 1))) >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
@@ -94,10 +96,10 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    if logits.device.type == 'mps':                          # no float64 there
-        return pick(logits.cpu(), u.cpu(), temperature, top_k, top_p).to(logits.device)
-    mass = distribution(logits, temperature, top_k, top_p).double().cumsum(-1)
-    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(-1)
+    mass = distribution(logits, temperature, top_k, top_p).to(u).cumsum(-1)  # (B, V)
+    token = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(-1)
+    # logits of NaN would give V: stay in the vocabulary, so that the loss says what is wrong
+    return token.clamp(max=logits.shape[-1] - 1).to(logits.device)
 
 
 # ---- whole answers ----------------------------------------------------------------------------

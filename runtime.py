@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -59,12 +60,14 @@ def start(device='auto', dtype='auto'):
         dtype = 'bfloat16' if device == 'cuda' else 'float32'
     if device == 'mps' and dtype != 'float32':
         raise UserError("device='mps' runs in float32; use dtype=float32")
-    at = torch.device(device, local) if device == 'cuda' else torch.device(device)
+    own = torch.device(device, local) if device == 'cuda' else torch.device(device)
     if device == 'cuda':
-        torch.cuda.set_device(at)
+        torch.cuda.set_device(own)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
-    return Place(rank, world, at, getattr(torch, dtype))
+        # hours, not the usual ten minutes: ranks wait for each other's longest answer, and for rank 0
+        # while it makes the toy or writes a checkpoint
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo', timeout=timedelta(hours=6))
+    return Place(rank, world, own, getattr(torch, dtype))
 
 
 def versions(place):
@@ -91,14 +94,15 @@ def run(main, cfg_of):
     except UserError as e:
         line = str(e)
     except torch.OutOfMemoryError as e:
-        line = f'{str(e).splitlines()[0]} Lower token_budget=, or set checkpointing=True'
+        line = f'{str(e).splitlines()[0]} Lower token_budget= or eval_rows=, or set checkpointing=True'
     except OSError as e:
-        line = (f'{e.filename or "file system"}: {e.strerror or e}; free space or permissions there, '
-                'or choose another folder')
+        line = f'{e.filename or "system"}: {e.strerror or e}; look at space and permissions there'
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         code = 130
     if line is not None:
+        if int(os.environ.get('RANK', 0)):
+            time.sleep(3)                    # a mistake that rank 0 meets too is told once, by rank 0
         print(f'error: {line}', file=sys.stderr, flush=True)
         if ranks() > 1:
             sys.stdout.flush()
@@ -129,9 +133,9 @@ def interruptible():
 
 
 class Clock:
-    """Seconds of a step by phase, and what the steps to come will take."""
+    """Seconds of a step by phase, and how long the steps to come will take, evaluation included."""
     def __init__(self, device):
-        self.cuda, self.steps, self.spent, self.phases = device.type == 'cuda', 0, 0.0, {}
+        self.cuda, self.began, self.steps = device.type == 'cuda', time.perf_counter(), 0
 
     def now(self):
         if self.cuda:
@@ -147,11 +151,11 @@ class Clock:
 
     def stop(self):
         """-> {'time/phase': seconds} of the step."""
-        self.steps, self.spent = self.steps + 1, self.spent + sum(self.phases.values())
+        self.steps += 1
         return self.phases
 
     def eta(self, steps):
-        return self.spent / max(1, self.steps) * steps
+        return (time.perf_counter() - self.began) / self.steps * steps
 
 
 # ---- collectives: no-ops on one rank ----------------------------------------------------------
@@ -207,8 +211,8 @@ def shard(model, place):
 
 @contextmanager
 def gathered(model):
-    """Whole weights on every rank while sampling: gathered once, not once a token, and not copied.
-    Ranks may then stop at different lengths without waiting for each other."""
+    """Whole weights, in the dtype of forwards, on every rank while sampling: gathered once, not once
+    a token. Ranks may then stop at different lengths without waiting for each other."""
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in groups:
         m.set_reshard_after_forward(False, recurse=False)

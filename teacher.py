@@ -21,11 +21,11 @@ def hidden_rows(teacher, ids, layers, at, L_s):
     ids: (B, T). at: flat positions (K,). L_s: the student's depth, for Eq. (11).
     -> {student layer: (K, d)}, each a tensor of its own (layer_loss overwrites it).
     """
-    of = {l: layer_map(l, L_s, teacher.config.L) for l in layers}
-    wanted = sorted(set(of.values()))
-    rows = dict(zip(wanted, teacher.hidden(ids, wanted, at), strict=True))
-    taken = list(of.values())
-    return {l: rows[t] if taken.count(t) == 1 else rows[t].clone() for l, t in of.items()}
+    phi = {l: layer_map(l, L_s, teacher.config.L) for l in layers}
+    read = sorted(set(phi.values()))
+    rows = dict(zip(read, teacher.hidden(ids, read, at), strict=True))
+    shared = len(read) < len(layers)
+    return {l: rows[t].clone() if shared else rows[t] for l, t in phi.items()}
 
 
 def check_pair(student, teacher, tok_s, tok_t, layers, question):
@@ -45,22 +45,25 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question):
     ids_s = {i: w for w, i in vocab_s.items()}
     wrong = wrong or next((w for w, i in vocab_t.items() if w not in vocab_s and i in ids_s), None)
     if wrong is not None:
-        raise UserError(f'tokenizers differ: {wrong!r} is id {vocab_s.get(wrong)} for the student and '
-                        f'{vocab_t.get(wrong)} for the teacher, which would read gibberish; choose a '
-                        "teacher with the student's vocabulary")
+        raise UserError(f"tokenizers differ: id {vocab_t[wrong]} is {wrong!r} to the teacher and "
+                        f'{ids_s.get(vocab_t[wrong])!r} to the student, so the teacher would read gibberish; '
+                        "choose a teacher with the student's vocabulary")
+    if student.V > teacher.V:
+        raise UserError(f'the student can write {student.V} ids, the teacher reads {teacher.V}; '
+                        'choose a teacher with at least as many')
     for side, c, tok in (('student', student, tok_s), ('teacher', teacher, tok_t)):
         top = max(tok.hf.get_vocab().values())
         if top >= c.V:
             raise UserError(f'{side}: token id {top} in the tokenizer, but only {c.V} rows in the embedding; '
                             'tokenizer and model do not belong together')
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
-    lines = [f'vocabulary: {len(vocab_s)} tokens, the same ids on both sides; '
-             f'{student.V} and {teacher.V} embedding rows',
+    alone = f"{len(vocab_s) - len(shared)} are the student's alone, {len(vocab_t) - len(shared)} the teacher's"
+    lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; {alone}',
              f'width {student.d} on both sides; {student.L} student layers onto {teacher.L} by Eq. (11)',
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
     if prompt_s == prompt_t:
         lines.append(f'prompt, the same for both: {prompt_s!r}')
     else:
         lines += [f"prompt, student's: {prompt_s!r}", f"prompt, teacher's: {prompt_t!r}",
-                  "note: the templates differ; the teacher reads the student's prompt"]
+                  "note: the templates differ; in training and evaluation the teacher reads the student's"]
     return lines

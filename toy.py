@@ -135,7 +135,7 @@ def wanted(cfg):
 
 def is_made(cfg):
     """Is there nothing left for `prepare` to make?"""
-    return not wanted(cfg) or folder_of(cfg).exists()
+    return not wanted(cfg) or is_whole(folder_of(cfg), cfg)
 
 
 def is_whole(folder, cfg):
@@ -150,14 +150,14 @@ def is_whole(folder, cfg):
         for name in ('train.jsonl', 'eval.jsonl'):
             load_problems(folder / name, load_tokenizer(folder / 'student'))
     except UserError as e:
-        print0(f'toy: {folder} is damaged ({e}); making it again')
+        print0(f'toy: {folder} is damaged ({e})')
         return False
     return True
 
 
 def make(folder, cfg, device):
     """Train both models and write the whole folder, or nothing."""
-    print0(f'toy: making student and teacher in {folder} (about a minute on two cores)')
+    print0(f'toy: making student and teacher in {folder} (about two minutes on two cores)')
     with whole(folder) as tmp:
         tmp.mkdir(parents=True)
         for name, n, held_out in (('train', cfg['toy_train'], False), ('eval', cfg['toy_eval'], True)):
@@ -192,6 +192,8 @@ def prepare(cfg, place):
 
 
 def main(cfg):
+    if not wanted(cfg):
+        raise UserError("nothing is 'toy' in this config; python toy.py configs/toy.py")
     cfg = prepare(cfg, start(cfg['device'], cfg['dtype']))
     tok = load_tokenizer(cfg['student'])
     for row in problems(3, cfg['toy_ops'], cfg['seed'], held_out=True):

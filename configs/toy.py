@@ -13,5 +13,5 @@ config = config | dict(
     prompts_per_step=16, n=2, max_new_tokens=48,
     positions='all',            # answers are 40 tokens long
     steps=100, lr=2e-3, beta2=0.95, weight_decay=0.0,
-    eval_every=20, save_every=20, log_every=5,
+    eval_every=20, eval_rows=2048, save_every=20, log_every=5,
 )

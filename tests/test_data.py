@@ -71,9 +71,19 @@ def test_bad_templates(folder, template, says):
         load_tokenizer(str(folder)).render('x')
 
 
-def test_bad_tokenizers(folder, tmp_path):
+def test_named_templates(folder):
+    """Some models keep several in a list; the one called default is meant."""
+    write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>', 'chat_template': [
+        {'name': 'tool', 'template': 'no'}, {'name': 'default', 'template': 'yes {{ messages[0].content }}'}]})
+    assert load_tokenizer(str(folder)).render('x') == 'yes x'
+
+
+def test_bad_tokenizers(folder):
     (folder / 'tokenizer_config.json').write_text('{}')
     with pytest.raises(UserError, match='no end-of-text token'):
+        load_tokenizer(str(folder))
+    (folder / 'tokenizer_config.json').write_text('[]')
+    with pytest.raises(UserError, match='holds a list'):
         load_tokenizer(str(folder))
     (folder / 'tokenizer.json').write_text('{"model": 3}')
     with pytest.raises(UserError, match='not a tokenizer'):
@@ -81,6 +91,8 @@ def test_bad_tokenizers(folder, tmp_path):
     (folder / 'tokenizer.json').unlink()
     with pytest.raises(UserError, match='no such file'):
         load_tokenizer(str(folder))
+    with pytest.raises(UserError, match="'': no such folder"):
+        load_tokenizer('')
 
 
 def test_problems(folder):
@@ -89,6 +101,8 @@ def test_problems(folder):
     first, second = load_problems(file, tok)
     assert (first.question, first.answer, first.ids) == ('1+1', '2', tok.chat('1+1')) and second.answer == 'y'
     assert len(load_problems(file, tok, first=1)) == 1
+    file.write_text('{"question": "a\u2028b\x85c", "answer": "1"}\n\n')     # separators to Python, text to JSON
+    assert load_problems(file, tok)[0].question == 'a\u2028b\x85c'
 
 
 @pytest.mark.parametrize('text, says', [
@@ -96,7 +110,8 @@ def test_problems(folder):
     ('{"question": "a", "answer": "b"}\n{"question": ', ':2: JSONDecodeError'),
     ('{"answer": "b"}', ":1: KeyError: 'problem'"),
     ('{"question": "a"}', ":1: KeyError: 'answer'"),
-    ('[1, 2]', ':1: '),
+    ('[1, 2]', ':1: AttributeError'),
+    ('{"question": 5, "answer": 5}', 'question is 5, not a text'),
 ])
 def test_bad_problems(folder, text, says):
     (folder / 'p.jsonl').write_text(text)
@@ -105,6 +120,13 @@ def test_bad_problems(folder, text, says):
     assert says in str(e.value) and '\n' not in str(e.value)
     with pytest.raises(UserError, match='no such .jsonl file'):
         load_problems(folder / 'none.jsonl', None)
+    (folder / 'p.jsonl').write_bytes(b'{"question": "\xff", "answer": "1"}')
+    with pytest.raises(UserError, match=':1: UnicodeDecodeError'):
+        load_problems(folder / 'p.jsonl', None)
+    (folder / 'p.jsonl').write_text('{"question": "a", "answer": "b"}')
+    (folder / 'chat_template.jinja').write_text('{# nothing #}')
+    with pytest.raises(UserError, match='renders to no token'):
+        load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
 
 
 def test_prompt_order_visits_everything_once_an_epoch():

@@ -54,6 +54,7 @@ def test_evaluate_is_the_same_however_problems_are_shared(toy_cfg, monkeypatch):
     problems = load_problems(toy_cfg['eval_data'], tok)
     how = dict(stop=tok.stop_ids, max_new_tokens=20, temperature=0.7, seed=0)
     whole = evaluate(model, tok, problems, 4, **how)
+    assert evaluate(model, tok, problems, 4, rows=9, **how) == whole      # two problems at a time
     parts = []
     monkeypatch.setattr(eval_math, 'all_gather', lambda x: parts.append(x) or parts)
     with pytest.raises(KeyError):            # rank 0 alone knows half of the problems

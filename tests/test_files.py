@@ -63,6 +63,7 @@ def test_log_survives_a_half_written_line_and_forgets_what_was_not_saved(tmp_pat
         f.write('{"step": 5, "lo')
     log = Log(log.path)
     log.keep(3)
+    log.rewrite()
     log.write({'step': 4, 'loss': 9.0})
     rows = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [r['step'] for r in rows] == [0, 1, 2, 3, 4] and rows[-1]['loss'] == 9.0

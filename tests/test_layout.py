@@ -20,7 +20,7 @@ ROOMS = {
     # Two rooms hold what design.md put into runtime.py, since bridge.py and eval_math.py will want
     # each on its own: runtime.py is where a process runs, files.py is what lies on disk.
     'runtime.py': (240, set()),
-    'files.py': (210, {'runtime'}),
+    'files.py': (230, {'runtime'}),
     'model.py': (420, {'files', 'runtime'}),
     'data.py': (220, {'files', 'model', 'runtime'}),
     'rollout.py': (300, {'model'}),

@@ -43,7 +43,7 @@ def test_layer_sets_and_map():
     phi = [layer_map(l, 28, 36) for l in range(1, 29)]                 # Eq. (11) for Qwen3-1.7B <- 4B
     assert phi[0] == 1 and phi[-1] == 36 and phi == sorted(phi)
     assert all(abs(p - ((l - 1) / 27 * 35 + 1)) <= 0.5 for l, p in enumerate(phi, 1))
-    assert layer_map(1, 1, 6) == 6
+    assert layer_map(1, 1, 6) == 6 and layer_map(8, 11, 46) == 33     # 31.5 + 1: floats come out one low
 
 
 def brute_force(h_s, h_t, roll, layers, which, size, kind, average):

@@ -101,6 +101,17 @@ def test_hidden_picks_rows():
         assert r.shape == (3, 20) and torch.equal(r, e.flatten(0, 1)[at])
 
 
+def test_blocks_above_the_last_tap_do_not_run():
+    """Nobody asked for them: they would be half of the work of layers=[1, 2]."""
+    model, ran = tiny_model(), []
+    for l, block in enumerate(model.blocks, 1):
+        block.register_forward_hook(lambda *_, l=l: ran.append(l))
+    model.norm.register_forward_hook(lambda *_: ran.append('norm'))
+    assert len(model.hidden(torch.arange(4).view(1, 4), [1, 2])) == 2 and ran == [1, 2]
+    model.hidden(torch.arange(4).view(1, 4), [3])
+    assert ran == [1, 2, 1, 2, 3, 'norm']
+
+
 def test_checkpointing_changes_no_gradient():
     grads = []
     for recompute in (False, True):
@@ -150,7 +161,11 @@ def tensors(change):
 @pytest.mark.parametrize('spoil, says', [
     (lambda f: (f / 'config.json').unlink(), 'config.json: no such file'),
     (lambda f: (f / 'config.json').write_text('{'), 'not valid JSON'),
-    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), "no 'hidden_size' in it"),
+    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'vocab_size = None'),
+    (lambda f: (f / 'config.json').write_text('[]'), 'holds a list, not a dict'),
+    (lambda f: edit(f, hidden_size='20'), "hidden_size = '20'"),
+    (lambda f: edit(f, num_hidden_layers=0), 'num_hidden_layers = 0'),
+    (lambda f: edit(f, num_key_value_heads=3), '4 query heads do not share 3'),
     (lambda f: edit(f, model_type='mamba'), "model_type 'mamba'"),
     (lambda f: edit(f, use_sliding_window=True), 'use_sliding_window'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
@@ -166,6 +181,7 @@ def tensors(change):
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': {'a': 'model-2.safetensors'}}),
      'names model-2.safetensors, which is not there'),
     (shutil.rmtree, 'no such folder'),
+    (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe'), 'not valid JSON'),
 ])
 def test_bad_folder(tmp_path, spoil, says):
     folder = tmp_path / 'm'

@@ -1,5 +1,6 @@
 """Two ranks on gloo against one process: the same answers, gradient, log and checkpoint."""
 import json
+import os
 import subprocess
 import sys
 
@@ -15,18 +16,19 @@ from model import load_model
 from runtime import ROOT
 
 
-def torchrun(*args, ranks=2):
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}',
+def torchrun(*args, code=0):
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                         *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert p.returncode == 0, p.stdout + p.stderr
+    assert p.returncode == code, p.stdout + p.stderr
     return p.stdout
 
 
-@pytest.mark.parametrize('budget', [10**6, 25])
-def test_gradient_does_not_depend_on_the_number_of_ranks(toy_cfg, tmp_path, budget):
+@pytest.mark.parametrize('budget, recompute', [(10**6, False), (25, True)])
+def test_gradient_does_not_depend_on_the_number_of_ranks(toy_cfg, tmp_path, budget, recompute):
     """Ranks hold 4 and 2 rows, so with a small budget they need different numbers of micro-batches:
-    the poorer one runs empty ones, and nothing hangs."""
-    torchrun('tests/two_ranks.py', tmp_path / 'g.safetensors', toy_cfg['student'], toy_cfg['teacher'], budget, 'float32')
+    the poorer one runs empty ones, and nothing hangs; blocks recomputed under FSDP included."""
+    torchrun('tests/two_ranks.py', 'gradient', tmp_path / 'g.safetensors', toy_cfg['student'], toy_cfg['teacher'],
+             budget, 'float32', recompute)
     got = load_file(tmp_path / 'g.safetensors')
     want, sums, _ = gradient(load_model(toy_cfg['student']), load_model(toy_cfg['teacher']), 10**6, 0, 1)
     assert torch.allclose(got.pop('sums'), sums, rtol=1e-6)
@@ -37,7 +39,8 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(toy_cfg, tmp_path, budg
 
 def test_bfloat16_forwards_keep_float32_gradients(toy_cfg, tmp_path):
     """Mixed precision: near the float32 gradient, and reduced in float32."""
-    torchrun('tests/two_ranks.py', tmp_path / 'g.safetensors', toy_cfg['student'], toy_cfg['teacher'], 10**6, 'bfloat16')
+    torchrun('tests/two_ranks.py', 'gradient', tmp_path / 'g.safetensors', toy_cfg['student'], toy_cfg['teacher'],
+             10**6, 'bfloat16', False)
     got = load_file(tmp_path / 'g.safetensors')
     want, *_ = gradient(load_model(toy_cfg['student']), load_model(toy_cfg['teacher']), 10**6, 0, 1)
     assert all(got[name].dtype == torch.float32 for name in want)
@@ -45,28 +48,48 @@ def test_bfloat16_forwards_keep_float32_gradients(toy_cfg, tmp_path):
     assert torch.cosine_similarity(*flat, dim=0) > 0.98
 
 
-def test_a_whole_run_on_two_ranks(toy_dir, tmp_path):
-    """torchrun through the `config` link: the log agrees with one process, and one process can go on
-    from the checkpoint that two ranks wrote."""
-    args = argv(toy_dir, tmp_path / 'two', lr=1e-4)
-    args[0] = 'config/toy.py'
-    out = torchrun('distill.py', *args)
-    assert out.count('Avg@2') == 2                        # rank 0 alone speaks
-    main(load_config(argv(toy_dir, tmp_path / 'one', lr=1e-4)))
-    rows = [[json.loads(line) for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()]
-            for name in ('one', 'two')]
-    assert len(rows[0]) == len(rows[1]) == 5
-    for a, b in zip(*(r[1:] for r in rows), strict=True):
-        for key in ('loss', 'rep/cos', 'grad_norm', 'len/mean', 'acc/rollout', 'finish'):
-            assert a[key] == pytest.approx(b[key], rel=1e-5), key
-    for a, b in zip(load_model(tmp_path / 'one/last').parameters(), load_model(tmp_path / 'two/last').parameters(),
-                    strict=True):
-        assert (a - b).norm() <= 1e-5 * a.norm()
+KEYS = ('loss', 'rep/cos', 'grad_norm', 'len/mean', 'acc/rollout', 'finish')
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    rows = log_of(a), log_of(b)
+    assert [[r['step'] for r in rs] for rs in rows] == [[0, 1, 2, 3, 4]] * 2
+    for x, y in zip(*(rs[1:] for rs in rows), strict=True):
+        assert [x[k] for k in KEYS] == pytest.approx([y[k] for k in KEYS], rel=1e-5)
+    for p, q in zip(load_model(a / 'last').parameters(), load_model(b / 'last').parameters(), strict=True):
+        assert (p - q).norm() <= 1e-5 * p.norm()
+
+
+def test_a_whole_run_on_two_ranks_and_on_one(toy_dir, tmp_path):
+    """Through the `config` link: rank 0 alone speaks, and log and weights agree with one process. A
+    run that two ranks began goes on on one, and the other way round."""
+    def args(name):
+        return ['config/toy.py', *argv(toy_dir, tmp_path / name, lr=1e-4)[1:]]
+    main(load_config(args('one')))
+    out = torchrun('distill.py', *args('two'))
+    assert out.count('Avg@2') == 2 and out.count('step 0004') == 1
+    assert_same_run(tmp_path / 'one', tmp_path / 'two')
+
+    torchrun('tests/two_ranks.py', 'interrupt', 3, *args('two, one'), code=1)
+    assert [r['step'] for r in log_of(tmp_path / 'two, one')] == [0, 1, 2, 3]
+    main(load_config(args('two, one')))
+    assert_same_run(tmp_path / 'one', tmp_path / 'two, one')
+
+    env = {**os.environ, 'RANK': '0', 'WORLD_SIZE': '1'}
+    p = subprocess.run([sys.executable, 'tests/two_ranks.py', 'interrupt', '1', *args('one, two')], cwd=ROOT, env=env,
+                       capture_output=True, text=True)
+    assert p.returncode == 130 and 'stopped after step 1' in p.stdout and p.stderr == '\ninterrupted\n'
+    torchrun('distill.py', *args('one, two'))
+    assert_same_run(tmp_path / 'one', tmp_path / 'one, two')
 
 
 def test_an_error_on_two_ranks_ends_both(toy_dir, tmp_path):
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                         'distill.py', *argv(toy_dir, tmp_path / 'x', prompts_per_step=1)],
                        cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert p.returncode != 0 and 'prompts_per_step=1 is fewer than the 2 ranks' in p.stderr
+    assert p.returncode != 0 and p.stderr.count('prompts_per_step=1 is fewer than the 2 ranks') == 1
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / 'distill.py') not in p.stderr

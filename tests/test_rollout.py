@@ -98,6 +98,7 @@ def test_no_draw_lands_on_a_forbidden_token():
     logits = torch.cat([torch.zeros(150_000), torch.full((936,), -1e9)])[None]
     assert pick(logits, torch.tensor([1 - 2.0**-53], dtype=torch.float64)) == 149_999
     assert pick(logits, torch.tensor([0.0], dtype=torch.float64)) == 0
+    assert pick(logits * float('nan'), torch.tensor([0.5], dtype=torch.float64)) < logits.shape[-1]
 
 
 def test_bfloat16_model_samples():

@@ -43,6 +43,8 @@ def test_refused_pairs(pair):
         check_pair(**pair | {'teacher': replace(pair['teacher'], d=32)})
     with pytest.raises(UserError, match='but the student has 3'):
         check_pair(**pair | {'layers': [1, 4]})
+    with pytest.raises(UserError, match='can write 64 ids, the teacher reads 21'):
+        check_pair(**pair | {'student': replace(pair['student'], V=64)})
     with pytest.raises(UserError, match='do not belong together'):
         check_pair(**pair | {'student': replace(pair['student'], V=20)})
     pair['tok_t'].hf = swapped(pair['tok_t'])

@@ -1,5 +1,6 @@
 """The toy's arithmetic, split and folder."""
 import random
+import shutil
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def test_folder_is_reused_and_mended(toy_dir, toy_cfg, capsys, tmp_path):
     toy.prepare(cfg, place)
     assert 'is damaged' in capsys.readouterr().out
     assert torch.equal(load_model(paths['teacher']).head.weight, first.head.weight)
+    shutil.rmtree(paths['student'])
+    assert not toy.is_made(cfg)
 
 
 def test_teacher_shares_embedding_and_head_but_not_blocks(toy_cfg):

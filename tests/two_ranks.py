@@ -1,7 +1,10 @@
-"""Run by test_ranks.py under torchrun: one gradient of the tiny toy, whole, to a file.
+"""Run by test_ranks.py under torchrun, on the tiny toy:
 
-    torchrun --nproc_per_node=2 tests/two_ranks.py OUT.safetensors STUDENT TEACHER BUDGET DTYPE
+    two_ranks.py gradient OUT.safetensors STUDENT TEACHER BUDGET DTYPE RECOMPUTE    one gradient, to a file
+    two_ranks.py interrupt STEP configs/toy.py key=value ...                        a run, Ctrl-C in a step
 """
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
-from distill import accumulate
+import distill
+from configs import load_config
 from losses import position_weights, positions
 from model import load_model
 from rollout import sample
-from runtime import all_reduce, full, gathered, shard, start
+from runtime import all_reduce, full, gathered, run, shard, start
 
 PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 
@@ -25,17 +29,34 @@ def gradient(student, teacher, budget, rank, world):
         roll = sample(student, [PROMPTS[i] for i in mine], 2, which=mine, max_new_tokens=20, stop=[2], seed=1)
     m = positions(roll, 'last_k', 9)
     w = position_weights(m, 'sequence', sequences=6, tokens=all_reduce(m.sum()))
-    sums = all_reduce(accumulate(student, teacher, roll, w, [1, 3], 'mse', budget, factor=world))
+    sums = all_reduce(distill.accumulate(student, teacher, roll, w, [1, 3], 'mse', budget, factor=world))
     grads = {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     return grads, sums, roll
 
 
-if __name__ == '__main__':
-    torch.set_num_threads(1)
-    out, student, teacher, budget, dtype = sys.argv[1:]
+def write_gradient(out, student, teacher, budget, dtype, recompute):
     place = start('cpu', dtype)
-    model = shard(load_model(student), place)
-    grads, sums, _ = gradient(model, load_model(teacher, place.dtype), int(budget), place.rank, place.world)
+    model = load_model(student)
+    model.checkpointing = recompute == 'True'
+    grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world)
     if place.rank == 0:
         save_file({k: v.contiguous() for k, v in grads.items()} | {'sums': sums}, out)
     torch.distributed.destroy_process_group()
+
+
+def interrupt(step, *args):
+    """distill.main, with Ctrl-C on the last rank alone in the middle of a step: all must stop together."""
+    real, calls = distill.accumulate, []
+
+    def accumulate(*a, **k):
+        calls.append(1)
+        if len(calls) == int(step) and int(os.environ['RANK']) == int(os.environ['WORLD_SIZE']) - 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(*a, **k)
+    distill.accumulate = accumulate
+    run(distill.main, lambda: load_config(list(args)))
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    {'gradient': write_gradient, 'interrupt': interrupt}[sys.argv[1]](*sys.argv[2:])
