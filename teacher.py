@@ -57,8 +57,8 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question):
             raise UserError(f'{side}: token id {top} in the tokenizer, but only {c.V} rows in the embedding; '
                             'tokenizer and model do not belong together')
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
-    alone = f"{len(vocab_s) - len(shared)} are the student's alone, {len(vocab_t) - len(shared)} the teacher's"
-    lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; {alone}',
+    lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; only the student has '
+             f'{len(vocab_s) - len(shared)} more, only the teacher {len(vocab_t) - len(shared)}',
              f'width {student.d} on both sides; {student.L} student layers onto {teacher.L} by Eq. (11)',
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
     if prompt_s == prompt_t:
