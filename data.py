@@ -1,16 +1,20 @@
 """
 Text in, ids out: tokenizers, chat templates, problem sets.
 
-Everything that comes from a model folder is untrusted: templates render in jinja2's sandbox, and
-nothing is evaluated or unpickled. What it does not know yet: tiktoken vocabularies, parquet and
-hub data sets, tokenizers that are not byte-level.
+Everything that comes from a model folder or a data set is untrusted: templates render in jinja2's
+sandbox, and nothing is evaluated or unpickled. What it does not know yet: tokenizers that are not
+byte-level (their byte offsets), tool calls in templates.
 """
+import base64
 import json
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+import tiktoken
 import torch
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -18,7 +22,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from files import read_json
 from model import snapshot
-from runtime import UserError
+from runtime import UserError, print0
 
 
 @lru_cache
@@ -29,69 +33,138 @@ def byte_alphabet():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+# ---- vocabularies: two libraries, one face ----------------------------------------------------
+
+class JsonVocabulary:
+    """A tokenizer.json, through `tokenizers`."""
+    def __init__(self, file):
+        try:
+            self.core = HFTokenizer.from_file(str(file))
+        except Exception as e:               # `tokenizers` raises bare Exception
+            raise UserError(f'{file}: not a tokenizer ({e}); fetch or make it again') from None
+        self.added = self.core.get_added_tokens_decoder()
+        self.special = {i for i, t in self.added.items() if t.special}
+
+    def encode(self, text):
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.core.decode(ids, skip_special_tokens=True)
+
+    def words(self):
+        """{bytes the token stands for: id}; a token that is not byte-level keeps its string."""
+        alphabet, out = byte_alphabet(), {}
+        for word, i in self.core.get_vocab().items():
+            if i in self.added:
+                out[word.encode()] = i
+            elif all(ch in alphabet for ch in word):
+                out[bytes(alphabet[ch] for ch in word)] = i
+            else:
+                out[word] = i
+        return out
+
+
+# What a .tiktoken file does not say: how text is cut before merging, and the special tokens.
+QWEN_CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+LOWER, UPPER = r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]', r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]'
+END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_CUT = (rf'[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{END}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{END}'
+             r'|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+TIKTOKEN = {
+    'qwen.tiktoken': (QWEN_CUT, {'<|endoftext|>': 151643, '<|im_start|>': 151644, '<|im_end|>': 151645}),
+    'o200k_base.tiktoken': (O200K_CUT, {'<|endoftext|>': 199999, '<|endofprompt|>': 200018}),
+}
+
+
+class TiktokenVocabulary:
+    """A .tiktoken file of a known vocabulary, through `tiktoken`."""
+    def __init__(self, file):
+        if file.name not in TIKTOKEN:
+            raise UserError(f'{file}: how it cuts its text is not known; known: {", ".join(TIKTOKEN)}')
+        cut, special = TIKTOKEN[file.name]
+        try:
+            pairs = (line.split() for line in file.read_bytes().splitlines() if line)
+            self.ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            self.core = tiktoken.Encoding(file.stem, pat_str=cut, mergeable_ranks=self.ranks,
+                                          special_tokens=special)
+        except ValueError as e:
+            raise UserError(f'{file}: not a tiktoken file ({e}); fetch it again') from None
+        self.special = set(special.values())
+
+    def encode(self, text):
+        return self.core.encode(text, allowed_special='all')
+
+    def decode(self, ids):
+        return self.core.decode([i for i in ids if i not in self.special])
+
+    def words(self):
+        special = self.core.special_tokens_set
+        return self.ranks | {w.encode(): self.core.encode_single_token(w) for w in special}
+
+
 class Tokenizer:
-    """tokenizer.json of a Hugging Face folder, with its chat template and stop set.
+    """The vocabulary of a Hugging Face folder, with its chat template (whose `variables` are set once,
+    such as enable_thinking) and stop set.
 
     stop_ids: every id that ends an answer: the union of what config.json, generation_config.json
     and tokenizer_config.json call eos (models disagree among their own files).
     """
-    def __init__(self, folder):
-        file = Path(folder) / 'tokenizer.json'
-        if not file.exists():
-            raise UserError(f'{file}: no such file; the folder needs its tokenizer')
-        try:
-            self.hf = HFTokenizer.from_file(str(file))
-        except Exception as e:               # `tokenizers` raises bare Exception
-            raise UserError(f'{file}: not a tokenizer ({e}); fetch or make it again') from None
+    def __init__(self, folder, **variables):
+        self.variables = variables
+        file = folder / 'tokenizer.json'
+        other = sorted(folder.glob('*.tiktoken'))
+        if not file.exists() and not other:
+            raise UserError(f'{file}: no such file, and no .tiktoken file; the folder needs its tokenizer')
+        self.name = str(file if file.exists() else other[0])
+        self.vocabulary = JsonVocabulary(file) if file.exists() else TiktokenVocabulary(other[0])
+        self.words = self.vocabulary.words()                                 # {bytes: id}
+        self.size = max(self.words.values()) + 1     # ids it knows; a model's V is often rounded up from it
+
         settings = folder / 'tokenizer_config.json'
         special = read_json(settings) if settings.exists() else {}
-        self.words = {k: special[k]['content'] if isinstance(special[k], dict) else special[k]
+        self.marks = {k: special[k]['content'] if isinstance(special[k], dict) else special[k]
                       for k in ('bos_token', 'eos_token', 'pad_token') if special.get(k)}
-        self.added = {i: t for i, t in self.hf.get_added_tokens_decoder().items()}
-        self.stop_ids = set()
+        stops = {self.words.get(self.marks['eos_token'].encode())} if 'eos_token' in self.marks else set()
         for name in ('config.json', 'generation_config.json'):
             ids = read_json(folder / name).get('eos_token_id') if (folder / name).exists() else None
-            self.stop_ids |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        if 'eos_token' in self.words:
-            self.stop_ids.add(self.hf.token_to_id(self.words['eos_token']))
-        if not self.stop_ids - {None}:
+            stops |= set(ids) if isinstance(ids, list) else {ids}
+        self.stop_ids = sorted(stops - {None})
+        if not self.stop_ids:
             raise UserError(f'{folder}: no end-of-text token in config.json, generation_config.json or '
                             'tokenizer_config.json; answers would never end')
-        self.stop_ids = sorted(self.stop_ids - {None})
+
         jinja = folder / 'chat_template.jinja'
-        self.name = str(file)
         text = jinja.read_text(encoding='utf-8') if jinja.exists() else special.get('chat_template')
         if isinstance(text, list):           # several named templates
             text = next((t['template'] for t in text if t.get('name') == 'default'), None)
         self.template = self.compile(text) if text else None
 
-    def __len__(self):
-        return self.hf.get_vocab_size()
-
     def encode(self, text):
-        """Text -> ids, nothing added."""
-        return self.hf.encode(text, add_special_tokens=False).ids
+        """Text -> ids, nothing added; special tokens written in the text become their ids."""
+        return self.vocabulary.encode(text)
 
     def decode(self, ids):
         """Ids -> text, special tokens left out."""
-        return self.hf.decode(list(ids), skip_special_tokens=True)
+        return self.vocabulary.decode([i for i in ids if i < self.size])
 
-    def render(self, messages, **variables):
+    def render(self, messages):
         """Messages [{role, content}] (or one user's text) -> the prompt's text, up to where the
         assistant speaks. Without a template: the contents, one to a line."""
         if isinstance(messages, str):
             messages = [{'role': 'user', 'content': messages}]
         if not self.template:
-            return self.words.get('bos_token', '') + '\n'.join(m['content'] for m in messages) + '\n'
+            return self.marks.get('bos_token', '') + '\n'.join(m['content'] for m in messages) + '\n'
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.words,
-                                        **variables)
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.marks,
+                                        **self.variables)
         except (TemplateError, TypeError) as e:
             raise UserError(f'{self.name}: its chat template failed ({e})') from None
 
     def compile(self, text):
         """A chat template, sandboxed, with the functions that published templates call."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=['jinja2.ext.loopcontrols'])
         env.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
         env.globals.update(raise_exception=refuse, strftime_now=lambda f: datetime.now().strftime(f))
         try:
@@ -99,24 +172,27 @@ class Tokenizer:
         except TemplateError as e:
             raise UserError(f'{self.name}: its chat template does not parse ({e})') from None
 
-    def chat(self, messages, **variables):
+    def chat(self, messages):
         """Messages -> prompt ids. Special tokens in the rendered text become their ids."""
-        return self.encode(self.render(messages, **variables))
+        return self.encode(self.render(messages))
+
+    @cached_property
+    def widths(self):
+        """Bytes of text that each id writes: [int]; special tokens write none."""
+        out = [0] * self.size
+        for word, i in self.words.items():
+            if isinstance(word, str):
+                raise UserError(f'{self.name}: token {i} {word!r} is not byte-level, so its bytes are '
+                                'not known; choose a model with a byte-level tokenizer')
+            out[i] = 0 if i in self.vocabulary.special else len(word)
+        return out
 
     def byte_ends(self, ids):
         """Ids -> for each, how many bytes of text have been written after it (len(ids) numbers).
-        Special tokens write none; a character split over tokens ends in the middle, exactly."""
+        A character split over tokens ends in the middle, exactly."""
         ends, n = [], 0
         for i in ids:
-            if i in self.added:
-                n += 0 if self.added[i].special else len(self.added[i].content.encode())
-            else:
-                token = self.hf.id_to_token(i) or ''
-                bad = [ch for ch in token if ch not in byte_alphabet()]
-                if bad:
-                    raise UserError(f'{self.name}: token {i} {token!r} is not byte-level, so its bytes are '
-                                    'not known; choose a model with a byte-level tokenizer')
-                n += len(token)
+            n += self.widths[i]
             ends.append(n)
         return ends
 
@@ -125,47 +201,110 @@ def refuse(message):
     raise TemplateError(message)
 
 
-def load_tokenizer(path_or_repo):
-    """Tokenizer of a Hugging Face folder or hub id."""
-    return Tokenizer(snapshot(path_or_repo))
+def load_tokenizer(path_or_repo, **variables):
+    """Tokenizer of a Hugging Face folder or hub id; variables go to its chat template."""
+    return Tokenizer(snapshot(path_or_repo), **variables)
 
 
 # ---- problems -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with a known answer, and the prompt that asks it."""
+    """A question, its known answer if there is one, and the prompt that asks it."""
     question: str | list        # a text, or messages
-    answer: str                 # what the last box should hold
+    answer: str | None          # what the last box should hold
     ids: list[int]              # the prompt, chat-rendered
 
 
-def load_problems(file, tokenizer, first=0):
-    """A .jsonl file, {"question" or "problem": text, "answer": text} on each line -> [Problem].
+def problem_files(source, split):
+    """A file, a folder or a hub data set (owner/name) -> its data files; of several, those whose
+    name has `split` in it, if any do."""
+    if Path(source).is_file():
+        return [Path(source)]
+    folder = snapshot(source, dataset=True)
+    for end in ('parquet', 'jsonl', 'json'):
+        files = sorted(folder.rglob(f'*.{end}'))
+        if files:
+            return [f for f in files if split in f.name] or files
+    raise UserError(f'{source}: no .parquet, .jsonl or .json file in it')
 
-    first: take so many; 0 = all. Raises UserError with file and line.
-    """
-    if not str(file).endswith('.jsonl') or not Path(file).is_file():
-        raise UserError(f'{file}: no such .jsonl file')
-    problems = []
-    for number, line in enumerate(Path(file).read_bytes().split(b'\n'), 1):
-        if not line.strip():
-            continue
+
+def rows_of(file):
+    """Rows of a data file -> (place, dict) one by one. Raises UserError with file and row."""
+    if file.suffix == '.parquet':
         try:
-            row = json.loads(line)           # bytes: not UTF-8 is a ValueError as well
-            question, answer = row.get('question') or row['problem'], str(row['answer'])
-            if not isinstance(question, (str, list)):
-                raise ValueError(f'question is {question!r}, not a text')
-        except (ValueError, KeyError, AttributeError) as e:
-            raise UserError(f'{file}:{number}: {type(e).__name__}: {e}; '
-                            'each line must be {"question": .., "answer": ..}') from None
-        problems.append(Problem(question, answer, tokenizer.chat(question)))
-        if not problems[-1].ids:
-            raise UserError(f'{file}:{number}: the prompt renders to no token; mend it or the template')
-        if len(problems) == first:
-            break
+            table = pyarrow.parquet.ParquetFile(file)
+            keep = [k for k in table.schema_arrow.names if k in QUESTION + ANSWER]
+            rows = (row for part in table.iter_batches(columns=keep) for row in part.to_pylist())
+            yield from ((f'{file}, row {i}', row) for i, row in enumerate(rows, 1))
+        except (pyarrow.ArrowException, OSError) as e:
+            raise UserError(f'{file}: not a whole parquet file ({str(e).splitlines()[0]}); '
+                            'fetch it again') from None
+    elif file.suffix == '.json':
+        yield from ((f'{file}, row {i}', row) for i, row in enumerate(read_json(file, list), 1))
+    elif file.suffix in ('.jsonl', '.txt'):
+        for i, line in enumerate(file.read_bytes().split(b'\n'), 1):
+            if line.strip():
+                try:                         # bytes: not UTF-8 is a ValueError as well
+                    row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line)
+                except ValueError as e:
+                    raise UserError(f'{file}:{i}: {e}; mend the line or delete it') from None
+                yield f'{file}:{i}', row
+    else:
+        raise UserError(f'{file}: problems come as .parquet, .jsonl, .json or .txt')
+
+
+QUESTION, ANSWER = ('prompt', 'question', 'problem'), ('answer', 'reward_model', 'solution')
+
+
+def ask(row, place):
+    """One row of the layouts people have -> (question, answer or None).
+
+    Question: `prompt` (messages as verl has them, or a text), `question` or `problem`.
+    Answer: `answer`, `reward_model.ground_truth` or `solution`.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f'{place}: a {type(row).__name__}, not a row with names')
+    question = next((row[k] for k in QUESTION if row.get(k)), None)
+    messages = isinstance(question, list) and all(
+        isinstance(m, dict) and isinstance(m.get('content'), str) and 'role' in m for m in question)
+    if not messages and not isinstance(question, str):
+        raise UserError(f'{place}: no question; wants {" or ".join(QUESTION)}, a text or [{{role, content}}]')
+    reward = row.get('reward_model')
+    if isinstance(reward, dict):
+        row = row | {'reward_model': reward.get('ground_truth')}
+    answer = next((row[k] for k in ANSWER if row.get(k) is not None), None)
+    return question, None if answer is None else str(answer)
+
+
+def load_problems(source, tokenizer, first=0, longest=0, split='train'):
+    """Problems of a file, folder or hub data set -> [Problem], each question once.
+
+    first: take so many; 0 = all. longest: prompts of more tokens are left out; 0 = none. How many
+    were repeated or left out is printed. Raises UserError with file and row.
+    """
+    problems, seen, rows, long = [], set(), 0, 0
+    for file in problem_files(source, split):
+        for place, row in rows_of(file):
+            question, answer = ask(row, place)
+            key, rows = json.dumps(question), rows + 1
+            if key in seen:
+                continue
+            seen.add(key)
+            ids = tokenizer.chat(question)
+            if not ids:
+                raise UserError(f'{place}: the prompt renders to no token; mend it or the template')
+            if longest and len(ids) > longest:
+                long += 1
+                continue
+            problems.append(Problem(question, answer, ids))
+            if len(problems) == first:
+                break
+    if rows > len(seen) or long:
+        print0(f'  {source}: {rows} rows, {rows - len(seen)} of them repeated, {long} prompts longer than '
+               f'{longest} tokens; {len(problems)} problems left')
     if not problems:
-        raise UserError(f'{file}: no problems in it')
+        raise UserError(f'{source}: no problems in it')
     return problems
 
 

@@ -40,6 +40,7 @@ from runtime import (
     UserError,
     all_gather,
     all_reduce,
+    barrier,
     full,
     gathered,
     interruptible,
@@ -99,7 +100,7 @@ def adamw(model, lr, betas, weight_decay):
 
 def preflight(cfg, place, tok, tok_t, train, held_out):
     """Look before the leap: the pair, the lengths, the memory; a line each, or a UserError.
-    -> (student layers, stop ids)."""
+    -> (student layers, stop ids, longest sequence)."""
     student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
     lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question)
     layers = layer_set(cfg['layers'], student.L)
@@ -125,7 +126,7 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
         print0('\n'.join(f'    {n / GiB:8.2f} GiB  {name}' for name, n in need.items()))
         print0(f"  plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers over "
                f'{place.world} rank(s); {len(train)} training problems; layers {layers}')
-    return layers, sorted(set(tok.stop_ids) | set(tok_t.stop_ids))
+    return layers, sorted(set(tok.stop_ids) | set(tok_t.stop_ids)), longest
 
 
 def memory_estimate(cfg, student, teacher, layers, longest, place):
@@ -185,17 +186,24 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0):
 def prepare(cfg, place):
     """Tokenizer, problems, checks, models, optimizer -> (tok, train, held_out, layers, stop, student,
     teacher, opt); the last three are None in a dry run."""
-    tok, tok_t = load_tokenizer(cfg['student']), load_tokenizer(cfg['teacher'])
-    train = load_problems(cfg['data'], tok)
-    held_out = load_problems(cfg['eval_data'], tok, cfg['eval_problems']) if cfg['eval_data'] else []
-    layers, stop = preflight(cfg, place, tok, tok_t, train, held_out)
+    tok, tok_t = (load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
+                  for side in ('student', 'teacher'))
+    train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
+    held_out = []
+    if cfg['eval_data']:
+        held_out = load_problems(cfg['eval_data'], tok, cfg['eval_problems'], split='test')
+    layers, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
     if cfg['dry_run']:
         return tok, train, held_out, layers, stop, None, None, None
+    if place.local == 0:                             # from a hub: once per machine
+        snapshot(cfg['student'], weights=True), snapshot(cfg['teacher'], weights=True)
+    barrier()
     teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
     student = load_model(cfg['student'], torch.float32, place.device)
     if not student.config.tied:
         student.head.requires_grad_(False)           # Eq. (6) never reaches it
     student.checkpointing = cfg['checkpointing']
+    student.reach = teacher.reach = longest
     shard(student, place)
     opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
     return tok, train, held_out, layers, stop, student, teacher, opt
@@ -241,10 +249,10 @@ def main(cfg):
 
     source = snapshot(cfg['student'])                # its tokenizer goes along with every checkpoint
     draw = dict(temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
-                max_new_tokens=cfg['max_new_tokens'], stop=stop, seed=cfg['seed'])
+                max_new_tokens=cfg['max_new_tokens'], stop=stop, vocab=tok.size, seed=cfg['seed'])
     exam = dict(temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'],
                 max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], rows=cfg['eval_rows'],
-                rank=rank, world=world)
+                vocab=tok.size, rank=rank, world=world)
     sequences = cfg['prompts_per_step'] * cfg['n']
 
     def examine(model, name):
@@ -319,20 +327,22 @@ def main(cfg):
 
 def step_metrics(roll, sums, tok, problems):
     """A step's weighted sums and its rollout -> the numbers to log, over all ranks."""
-    right = sum(grade(tok.decode(ids), problems[i].answer)
-                for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True))
-    counts = torch.stack([roll.resp_len.sum(), roll.stopped.sum(), torch.tensor(right).to(sums.device),
-                          torch.tensor(len(roll.ids)).to(sums.device)])
-    loss, *cos, tokens, stopped, right, rows = all_reduce(torch.cat([sums, counts.to(sums.dtype)])).tolist()
-    return {'loss': loss, 'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos, 'len/mean': tokens / rows,
-            'finish': stopped / rows, 'acc/rollout': 100 * right / rows, 'tokens': tokens}
+    answers = [(ids, problems[i].answer) for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True)]
+    verdicts = [grade(tok.decode(ids), answer) for ids, answer in answers if answer is not None]
+    counts = [int(roll.resp_len.sum()), int(roll.stopped.sum()), sum(verdicts), len(verdicts), len(answers)]
+    total = all_reduce(torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)])).tolist()
+    loss, *cos, tokens, stopped, right, graded, rows = total
+    row = {'loss': loss, 'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos, 'len/mean': tokens / rows,
+           'finish': stopped / rows, 'tokens': tokens}
+    return row | ({'acc/rollout': 100 * right / graded} if graded else {})
 
 
 def step_line(row, steps, eta, device):
     """One fixed-width line, most wanted first."""
     speed = row['tokens'] / (row['time/sample'] + row['time/train'])
     line = (f"step {row['step']:04d}/{steps:04d} | loss {row['loss']:.4f} | cos {row['rep/cos']:.3f} | "
-            f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}% acc {row['acc/rollout']:.0f}% | "
+            f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}% "
+            + (f"acc {row['acc/rollout']:.0f}% | " if 'acc/rollout' in row else '| ') +
             f"sample {row['time/sample']:.1f}s train {row['time/train']:.1f}s | {speed / 1000:.1f}k tok/s | ")
     if device.type == 'cuda':
         line += f'mem {torch.cuda.max_memory_allocated() / GiB:.1f}G | '

@@ -43,7 +43,7 @@ def grade(text, answer):
     found = boxed(text)
     if found is None:
         return False
-    found, answer = found.strip(), answer.strip()
+    found, answer = found.strip(), (boxed(answer) or answer).strip()         # a solution as answer: its box
     return found == answer or (number(found) is not None and number(found) == number(answer))
 
 
@@ -58,9 +58,9 @@ def scores(verdicts, lengths):
 def evaluate(model, tokenizer, problems, n, *, rows=64, rank=0, world=1, progress='', **how):
     """n sampled answers to every problem -> `scores`, the same on every rank.
 
-    rows: answers sampled at once, which bounds the KV cache. how: max_new_tokens, stop, temperature,
-    top_p, seed as in rollout.sample. Every call draws the same random numbers, so two evaluations
-    differ by their models alone. Ranks share the problems.
+    rows: answers sampled at once, which bounds the KV cache. how: max_new_tokens, stop, vocab,
+    temperature, top_p, seed as in rollout.sample. Every call draws the same random numbers, so two
+    evaluations differ by their models alone. Ranks share the problems.
     """
     mine, each = range(rank, len(problems), world), max(1, rows // n)
     verdicts, lengths = {}, []
@@ -71,7 +71,8 @@ def evaluate(model, tokenizer, problems, n, *, rows=64, rank=0, world=1, progres
         lengths += roll.resp_len.tolist()
         texts = [tokenizer.decode(ids) for ids in roll.answers()]
         for j, i in enumerate(some):
-            verdicts[i] = [grade(text, problems[i].answer) for text in texts[j * n:(j + 1) * n]]
+            answer = problems[i].answer or ''
+            verdicts[i] = [grade(text, answer) for text in texts[j * n:(j + 1) * n]]
     parts = all_gather((verdicts, lengths))
     verdicts = {i: v for part, _ in parts for i, v in part.items()}
     return scores([verdicts[i] for i in range(len(problems))], [x for _, part in parts for x in part])
@@ -92,19 +93,20 @@ def main(cfg):
     cfg = toy.prepare(cfg, place)
     if not cfg['eval_data']:
         raise UserError("eval_data='': nothing to evaluate on; set eval_data=")
-    tok = load_tokenizer(cfg['student'])
+    tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
     stop = set(tok.stop_ids) | set(load_tokenizer(cfg['teacher']).stop_ids if cfg['teacher'] else ())
-    problems = load_problems(cfg['eval_data'], tok, cfg['eval_problems'])
+    problems = load_problems(cfg['eval_data'], tok, cfg['eval_problems'], split='test')
     tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
     model = load_model(cfg['student'], place.dtype, place.device)
     longest = max(len(p.ids) for p in problems) + tokens
     if longest > model.config.context:
         raise UserError(f"{cfg['student']}: reads {model.config.context} tokens, but the longest prompt and "
                         f'{tokens} new tokens make {longest}; lower eval_max_new_tokens')
+    model.reach = longest
+    how = dict(max_new_tokens=tokens, stop=sorted(stop), vocab=tok.size, seed=cfg['seed'],
+               temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
     got = evaluate(model, tok, problems, cfg['eval_n'], rows=cfg['eval_rows'], rank=place.rank,
-                   world=place.world, stop=sorted(stop), max_new_tokens=tokens, seed=cfg['seed'],
-                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'],
-                   progress='evaluate' if place.rank == 0 else '')
+                   world=place.world, progress='evaluate' if place.rank == 0 else '', **how)
     print0('\n'.join(table({cfg['student'].rstrip('/').split('/')[-1]: got})))
 
 

@@ -1,17 +1,18 @@
 """
-One decoder for the Qwen3, Qwen2 and Llama families; Hugging Face folders in and out.
+One decoder for the Qwen3, Qwen2, Llama and Phi-3 / Phi-4-mini families; Hugging Face folders in and out.
 
     h = embed(ids);  for each block: h += attention(norm(h)); h += mlp(norm(h));  logits = head(norm(h))
 
 Simpler than usual: rows are right-padded and attention is causal, so a training forward needs no
 attention mask; rotary angles are computed where they are used, so there are no buffers; q, k, v and
 gate, up are one matrix each, split only in files. What it does not know: sliding windows, mixtures
-of experts, quantised weights, rotary scaling (read_config refuses them by name).
+of experts, quantised weights, YaRN (read_config refuses what it does not know by name).
 
 Letters: B rows, T tokens, K selected rows, L layers, d width, V vocabulary,
-         H query heads, G key/value heads, e head width.
+         H query heads, G key/value heads, e head width, R rotated numbers of a head.
 """
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -22,14 +23,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import open_safetensors, read_json, whole, write_safetensors
+from files import open_safetensors, read_json, whole, write_json, write_safetensors
 from runtime import UserError
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a decoder. `hf` keeps the config.json it came from, so that saving loses nothing."""
-    family: str                 # 'qwen3' has qk_norm, 'qwen2' has qkv_bias, 'llama' neither
+    family: str                 # 'qwen3' has qk_norm, 'qwen2' has qkv_bias, 'llama' and 'phi3' neither
     V: int
     L: int
     d: int
@@ -41,6 +42,8 @@ class ModelConfig:
     theta: float = 1e4          # rotary base
     eps: float = 1e-6           # of every RMSNorm
     context: int = 128          # longest sequence the model was made for
+    partial: float = 1.0        # share of each head that is rotated
+    rope: dict = field(default_factory=dict)    # frequency scaling as config.json has it; {} = none
     hf: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -64,6 +67,8 @@ PRESETS = {
     'r1_1p5b':    ModelConfig('qwen2', 151_936, 28, 1536, 12, 2, 128, 8960, False, 1e4, 1e-6, 131_072),
     'qwen3_1p7b': ModelConfig('qwen3', 151_936, 28, 2048, 16, 8, 128, 6144,  True, 1e6, 1e-6,  32_768),
     'qwen3_4b':   ModelConfig('qwen3', 151_936, 36, 2560, 32, 8, 128, 9728,  True, 1e6, 1e-6,  40_960),
+    'smollm2':    ModelConfig('llama',  49_152, 30,  576,  9, 3,  64, 1536,  True, 1e5, 1e-5,   8_192),
+    'phi4_mini':  ModelConfig('phi3',  200_064, 32, 3072, 24, 8, 128, 8192,  True, 1e4, 1e-5, 131_072, 0.75),
 }
 
 
@@ -79,17 +84,39 @@ class Norm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def rotary(pos, c, dtype):
-    """cos and sin of the rotary angles at positions `pos` (...,) -> two of (..., e)."""
-    inv = c.theta ** -(torch.arange(0, c.e, 2, device=pos.device, dtype=torch.float32) / c.e)
-    angle = pos[..., None].float() * inv                                     # (..., e/2)
+def frequencies(c, length):
+    """Rotary frequencies (R/2,) of a model for sequences up to `length`, and the factor on cos and sin."""
+    R, r, kind = int(c.e * c.partial), c.rope, c.rope.get('rope_type', 'default')
+    inv = c.theta ** -(torch.arange(0, R, 2, dtype=torch.float32) / R)
+    if kind == 'linear':
+        inv /= r['factor']
+    if kind == 'llama3':                     # long waves stretched, short ones kept, a ramp between
+        turns = r['original_max_position_embeddings'] * inv / (2 * math.pi)  # in the original context
+        low, high = r['low_freq_factor'], r['high_freq_factor']
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv = inv * keep + inv / r['factor'] * (1 - keep)
+    if kind != 'longrope':
+        return inv, 1.0
+    original = r['original_max_position_embeddings']
+    inv /= torch.tensor(r['long_factor' if length > original else 'short_factor'])
+    stretch = r.get('factor') or c.context / original
+    scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    return inv, r.get('attention_factor') or scale
+
+
+def rotary(pos, inv, scale, dtype):
+    """cos and sin of the rotary angles at positions `pos` (...,) -> two of (..., R)."""
+    angle = pos[..., None].float() * inv                                     # (..., R/2)
     angle = torch.cat([angle, angle], -1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 
 def rotate(x, cos, sin):
+    """Rotate the first R of the last axis's e numbers; the rest stays."""
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    x = x * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([x, rest], -1) if rest.shape[-1] else x
 
 
 class Cache:
@@ -162,6 +189,7 @@ class Model(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.checkpointing = c, False
+        self.reach, self.turning = 0, {}     # longest sequence to come, if known; frequencies by device
         self.embed = nn.Embedding(c.V, c.d)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.L))
         self.norm = Norm(c.d, c.eps)
@@ -180,7 +208,8 @@ class Model(nn.Module):
             cache.longest += 1
             pos = cache.length[:, None, None]                                # (B, 1, 1): heads, tokens
             mask = torch.arange(cache.longest, device=ids.device) <= pos[..., None]   # (B, 1, 1, longest)
-        rope = rotary(pos, c, h.dtype)                                       # (T, e) or (B, 1, 1, e)
+        reach = max(self.reach, T if cache is None else cache.k.shape[3])
+        rope = rotary(pos, *self.frequencies(reach, ids.device), h.dtype)    # (T, R) or (B, 1, 1, R)
         for l, block in enumerate(self.blocks, 1):
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False)
@@ -192,6 +221,16 @@ class Model(nn.Module):
                 return h
         h = self.norm(h)
         return tap(c.L, h) if tap else h
+
+    def frequencies(self, reach, device):
+        """longrope turns differently beyond the original context. transformers decides by the length
+        of each forward, and so contradicts its own cache when an answer grows past it; here the
+        longest sequence to come decides (`reach`, set by whoever knows it), as in vLLM."""
+        long = reach > self.config.rope.get('original_max_position_embeddings', math.inf)
+        if (long, device) not in self.turning:
+            inv, scale = frequencies(self.config, reach)
+            self.turning[long, device] = inv.to(device), scale
+        return self.turning[long, device]
 
     def forward(self, ids, cache=None, at=None):
         """ids (B, T) -> logits (B, T, V), or (K, V) at flat positions `at` (K,) of (B*T,).
@@ -236,18 +275,22 @@ def init_weights(model, seed):
 
 # ---- Hugging Face folders -------------------------------------------------------------------
 
-def snapshot(path_or_repo):
-    """A local folder as it is; a hub id downloaded (once) without any pickled file -> Path."""
+def snapshot(path_or_repo, weights=False, dataset=False):
+    """A local folder as it is; a hub id, owner/name or owner/name@revision, downloaded once -> Path.
+    Never a pickled file; the weights only if asked for. dataset: a data set's files."""
     path_or_repo = str(path_or_repo)
     if path_or_repo and Path(path_or_repo).is_dir():
         return Path(path_or_repo)
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', path_or_repo):
+    hub = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', path_or_repo)
+    if not hub:
         raise UserError(f'{path_or_repo!r}: no such folder, and not a hub id (owner/name)')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    model = ['*.json', '*.jinja', '*.txt', '*.tiktoken', *(['*.safetensors'] if weights else [])]
     try:
-        return Path(snapshot_download(path_or_repo, allow_patterns=[
-            '*.safetensors', '*.json', '*.jinja', '*.txt', '*.tiktoken']))
+        return Path(snapshot_download(
+            hub[1], revision=hub[2], repo_type='dataset' if dataset else 'model',
+            allow_patterns=['*.parquet', '*.jsonl', '*.json'] if dataset else model))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(f'{path_or_repo}: no such folder, and the hub did not give it '
                         f'({type(e).__name__}: {(str(e).split(chr(10)) or [""])[0][:120]})') from None
@@ -259,20 +302,29 @@ def read_config(path_or_repo):
     file = snapshot(path_or_repo) / 'config.json'
     hf = read_json(file, dict)
     family = hf.get('model_type')
-    if family not in ('qwen3', 'qwen2', 'llama'):
-        raise UserError(f"{file}: model_type {family!r}; this decoder reads 'qwen3', 'qwen2', 'llama'")
+    if family not in ('qwen3', 'qwen2', 'llama', 'phi3'):
+        raise UserError(f"{file}: model_type {family!r}; this decoder reads qwen3, qwen2, llama, phi3")
     # older files spell rope_theta and rope_scaling, newer ones put both into rope_parameters
-    rope = {'rope_theta': hf.get('rope_theta', 1e4)}
+    original = 'original_max_position_embeddings'
+    partial = 'partial_rotary_factor'
+    rope = {'rope_theta': hf.get('rope_theta', 1e4), partial: hf.get(partial, 1.0)}
     rope |= hf.get('rope_scaling') or {}
     rope |= hf.get('rope_parameters') or {}
+    rope['rope_type'] = rope.get('rope_type') or rope.pop('type', 'default')
+    if rope['rope_type'] == 'longrope':
+        rope.setdefault(original, hf.get(original))
+    context = hf.get('max_position_embeddings', 2048)
+    window = hf.get('sliding_window') if hf.get('use_sliding_window', family == 'phi3') else None
+    needs = {'linear': ['factor'], 'longrope': ['long_factor', 'short_factor', original],
+             'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', original]}
     refused = {
-        'rope_type': rope.get('rope_type', rope.get('type', 'default')) != 'default',
-        'use_sliding_window': bool(hf.get('use_sliding_window')),
+        'rope_type': rope['rope_type'] not in ('default', *needs),
+        'sliding_window': window is not None and window < context,
         'quantization_config': bool(hf.get('quantization_config')),
         'hidden_act': hf.get('hidden_act', 'silu') != 'silu',
-        'attention_bias': bool(hf.get('attention_bias')),
+        'attention_bias': bool(hf.get('attention_bias')) and family != 'qwen2',
         'mlp_bias': bool(hf.get('mlp_bias')),
-    }
+    } | {key: not rope.get(key) for key in needs.get(rope['rope_type'], ())}
     for key, bad in refused.items():
         if bad:
             raise UserError(f'{file}: {key} = {rope.get(key, hf.get(key))!r} changes the model in a way this '
@@ -287,8 +339,8 @@ def read_config(path_or_repo):
     return ModelConfig(
         family=family, V=hf['vocab_size'], L=hf['num_hidden_layers'], d=d, H=H, G=G,
         e=hf.get('head_dim') or d // H, ff=hf['intermediate_size'], tied=bool(hf.get('tie_word_embeddings')),
-        theta=float(rope['rope_theta']), eps=hf.get('rms_norm_eps', 1e-6),
-        context=hf.get('max_position_embeddings', 2048), hf=hf)
+        theta=float(rope['rope_theta']), eps=hf.get('rms_norm_eps', 1e-6), context=context, hf=hf,
+        partial=rope[partial], rope=rope if rope['rope_type'] != 'default' else {})
 
 
 def name_map(c):
@@ -299,12 +351,14 @@ def name_map(c):
     for l in range(c.L):
         ours, hf = f'blocks.{l}.', f'model.layers.{l}.'
         for end in ['weight', 'bias'] if c.qkv_bias else ['weight']:
-            names[f'{ours}attn.qkv.{end}'] = [f'{hf}self_attn.{x}_proj.{end}' for x in 'qkv']
+            parts = ['qkv'] if c.family == 'phi3' else 'qkv'
+            names[f'{ours}attn.qkv.{end}'] = [f'{hf}self_attn.{x}_proj.{end}' for x in parts]
         names[f'{ours}attn.out.weight'] = [f'{hf}self_attn.o_proj.weight']
         if c.qk_norm:
             names[f'{ours}attn.q_norm.weight'] = [f'{hf}self_attn.q_norm.weight']
             names[f'{ours}attn.k_norm.weight'] = [f'{hf}self_attn.k_norm.weight']
-        names[f'{ours}mlp.gate_up.weight'] = [f'{hf}mlp.gate_proj.weight', f'{hf}mlp.up_proj.weight']
+        parts = ['gate_up'] if c.family == 'phi3' else ['gate', 'up']
+        names[f'{ours}mlp.gate_up.weight'] = [f'{hf}mlp.{x}_proj.weight' for x in parts]
         names[f'{ours}mlp.down.weight'] = [f'{hf}mlp.down_proj.weight']
         names[f'{ours}norm1.weight'] = [f'{hf}input_layernorm.weight']
         names[f'{ours}norm2.weight'] = [f'{hf}post_attention_layernorm.weight']
@@ -313,6 +367,8 @@ def name_map(c):
 
 def splits(c, name):
     """How many rows each stacked Hugging Face tensor has, in order; [-1] = all in one."""
+    if c.family == 'phi3':
+        return [-1]                          # stacked in the file as well
     if '.qkv.' in name:
         return [c.H * c.e, c.G * c.e, c.G * c.e]
     return [c.ff, c.ff] if '.gate_up.' in name else [-1]
@@ -321,10 +377,11 @@ def splits(c, name):
 def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
     """Model of a Hugging Face folder or hub id, in eval mode.
 
-    Weights are memory-mapped and go straight to dtype and device, one tensor at a time. Missing,
-    surplus, misshapen or non-finite tensors are a UserError that names them.
+    Weights are memory-mapped and go straight to dtype and device, one tensor at a time; each mapping
+    is closed again, so that host memory holds one copy and the largest tensor. Missing, surplus,
+    misshapen or non-finite tensors are a UserError that names them.
     """
-    folder = snapshot(path_or_repo)
+    folder = snapshot(path_or_repo, weights=True)
     c = read_config(folder)
     files = shards(folder)
     with torch.device('meta'):
@@ -335,15 +392,12 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
     for hf in files:
         if hf not in known and not hf.endswith('rotary_emb.inv_freq'):
             raise UserError(f'{files[hf]}: surplus tensor {hf!r}; config.json describes another model')
-    opened = {}
     for ours, hfs in names.items():
         parts = []
         for hf, rows in zip(hfs, splits(c, ours), strict=True):
             if hf not in files:
                 raise UserError(f'{folder}: tensor {hf!r} is missing; fetch the model again')
-            if files[hf] not in opened:
-                opened[files[hf]] = open_safetensors(files[hf])
-            t = opened[files[hf]].get_tensor(hf)
+            t = open_safetensors(files[hf]).get_tensor(hf)
             shape = list(want[ours].shape) if rows == -1 else [rows, *want[ours].shape[1:]]
             if list(t.shape) != shape:
                 raise UserError(f'{files[hf]}: {hf} has shape {list(t.shape)}, but config.json says {shape}')
@@ -377,14 +431,15 @@ def shards(folder):
 
 # what travels with the weights, so that the folder is a model and not just numbers
 ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
-         'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
+         'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'qwen.tiktoken')
 
 
-def save_model(model, folder, source=None, state=None):
+def save_model(model, folder, source=None, state=None, shard_bytes=5 * 10**9):
     """Write a folder that `transformers` and vLLM load as it is; whole or not at all.
 
     source: a Hugging Face folder whose tokenizer, chat template and generation config go along.
     state: parameters by our names, where they cannot be read off the model (sharded ranks).
+    shard_bytes: larger models are cut into files of at most so much, with an index.
     """
     c = model.config
     state = state or dict(model.named_parameters())
@@ -396,7 +451,19 @@ def save_model(model, folder, source=None, state=None):
             tensors[hf] = part.contiguous()
     with whole(folder) as tmp:
         tmp.mkdir()
-        write_safetensors(tensors, tmp / 'model.safetensors', {'format': 'pt'})
+        groups = [{}]
+        for hf, t in tensors.items():
+            if groups[-1] and sum(x.nbytes for x in groups[-1].values()) + t.nbytes > shard_bytes:
+                groups.append({})
+            groups[-1][hf] = t
+        names = [f'model-{i:05d}-of-{len(groups):05d}.safetensors' for i in range(1, len(groups) + 1)]
+        names = names if groups[1:] else ['model.safetensors']
+        for name, group in zip(names, groups, strict=True):
+            write_safetensors(group, tmp / name, {'format': 'pt'})
+        if groups[1:]:
+            write_json(tmp / 'model.safetensors.index.json', {
+                'metadata': {'total_size': sum(t.nbytes for t in tensors.values())},
+                'weight_map': {hf: name for name, group in zip(names, groups, strict=True) for hf in group}})
         dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
         (tmp / 'config.json').write_text(json.dumps(hf_config(c) | {'dtype': dtype}, indent=2) + '\n')
         for name in ALONG if source else ():
@@ -408,11 +475,13 @@ def hf_config(c):
     """config.json of a model: the one it came from, or one written from its shape."""
     if c.hf:
         return c.hf
-    name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama'}[c.family]
+    name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}[c.family]
     return {
         'architectures': [f'{name}ForCausalLM'], 'model_type': c.family, 'vocab_size': c.V,
         'hidden_size': c.d, 'intermediate_size': c.ff, 'num_hidden_layers': c.L, 'num_attention_heads': c.H,
         'num_key_value_heads': c.G, 'head_dim': c.e, 'hidden_act': 'silu', 'rms_norm_eps': c.eps,
         'rope_theta': c.theta, 'max_position_embeddings': c.context, 'tie_word_embeddings': c.tied,
-        'attention_bias': False, 'use_sliding_window': False,
+        'attention_bias': False, 'use_sliding_window': False, 'partial_rotary_factor': c.partial,
+        'rope_scaling': c.rope or None, 'original_max_position_embeddings':
+            c.rope.get('original_max_position_embeddings', c.context),
     }

@@ -88,12 +88,14 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
     return p
 
 
-def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0, vocab=None):
     """One token a row by inverting the cumulative distribution at u (B,) in [0, 1) -> (B,).
 
     In float64: with 150k tokens an fp32 sum could end below 1 and hand the rest to a token that
-    top-p removed. Temperature 0 is greedy.
+    top-p removed. Temperature 0 is greedy. vocab: ids from here on are padding of the embedding
+    that no token stands for, and are never drawn.
     """
+    logits = logits[:, :vocab]
     if temperature == 0:
         return logits.argmax(-1)
     mass = distribution(logits, temperature, top_k, top_p).to(u).cumsum(-1)  # (B, V)
@@ -139,7 +141,7 @@ def naive(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=No
 def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=None, progress='', **how):
     """n answers to each prompt -> Rollout of B = len(prompts) * n rows, a prompt's rows together.
 
-    prompts: lists of ids. stop: ids that end an answer. how: temperature, top_k, top_p.
+    prompts: lists of ids. stop: ids that end an answer. how: temperature, top_k, top_p, vocab as in pick.
     which: each prompt's number in its problem set (default: its place in the list); with seed, step
     and the sample's number it fixes the answer. progress: label of a progress bar on a terminal.
     """

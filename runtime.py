@@ -31,9 +31,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """This process: rank r of `world`, its device, and the dtype that forwards run in."""
+    """This process: rank r of `world`, its number on this machine, its device, and the dtype that
+    forwards run in."""
     rank: int
     world: int
+    local: int
     device: torch.device
     dtype: torch.dtype
 
@@ -67,7 +69,7 @@ def start(device='auto', dtype='auto'):
         # hours, not the usual ten minutes: ranks wait for each other's longest answer, and for rank 0
         # while it makes the toy or writes a checkpoint
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo', timeout=timedelta(hours=6))
-    return Place(rank, world, own, getattr(torch, dtype))
+    return Place(rank, world, local, own, getattr(torch, dtype))
 
 
 def versions(place):

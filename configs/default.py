@@ -16,11 +16,14 @@ config = dict(
                                 # weights, gradients and optimizer state are float32
     dry_run=False,              # --dry-run: resolve, check, print the plan and the memory estimate, stop
 
-    # models and problems: a local folder or file, or a hub id; 'toy' is made on the spot by toy.py
+    # models and problems: local, or a hub id (owner/name, owner/name@revision); 'toy' is made by toy.py
     student='',                 # Hugging Face folder or id; this one is trained
     teacher='',                 # Hugging Face folder or id; frozen
-    data='',                    # training problems: .jsonl with question + answer on each line
-    eval_data='',               # held-out problems, same layout; '' = no evaluation
+    data='',                    # training problems: .parquet, .jsonl, .json, .txt, or a data set's id;
+                                # prompt, question or problem; answer, reward_model.ground_truth or solution
+    eval_data='',               # held-out problems, same layouts; '' = no evaluation
+    max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
+    enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
 
     # rollout: the student's own answers (section 4.1.1)
     prompts_per_step=8,         # prompts of a step, over all ranks
@@ -89,8 +92,9 @@ positive, share = (1, inf), (0, 1)
 # Keys not listed take any value of their default's type.
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
-    prompts_per_step=positive, n=positive, max_new_tokens=positive, temperature=(0, inf), top_k=(0, inf),
-    top_p=(1e-6, 1), rep_loss=('mse', 'nmse', 'cosine'), layers=('all', 'last', 'even', 'odd', list),
+    max_prompt_tokens=(0, inf), prompts_per_step=positive, n=positive, max_new_tokens=positive,
+    temperature=(0, inf), top_k=(0, inf), top_p=(1e-6, 1),
+    rep_loss=('mse', 'nmse', 'cosine'), layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     loss_average=('sequence', 'token'), oprd_weight=(0, inf),

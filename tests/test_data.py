@@ -50,14 +50,14 @@ def test_chat_template_is_rendered_with_what_templates_expect(folder):
     (folder / 'chat_template.jinja').write_text(
         "{{ bos_token }}{% for m in messages %}\n    [{{ m.role }}] {{ m.content | tojson }}\n    {% endfor %}"
         "{% if add_generation_prompt %}>{% endif %}{% if thinking %} think{% endif %}{{ strftime_now('%%') }}")
-    tok = load_tokenizer(str(folder))
-    assert tok.render('é"x"', thinking=True) == '<bos>    [user] "é\\"x\\""\n> think%'
+    tok = load_tokenizer(str(folder), thinking=True)
+    assert tok.render('é"x"') == '<bos>    [user] "é\\"x\\""\n> think%'
     assert tok.chat('a')[0] == 1
     transformers = pytest.importorskip('transformers')
     ref = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token='<bos>',
                                                chat_template=(folder / 'chat_template.jinja').read_text())
     talk = [{'role': 'user', 'content': 'x\n y'}, {'role': 'assistant', 'content': '∑'}]
-    assert tok.render(talk) == ref.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert tok.render(talk) == ref.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, thinking=True)
 
 
 @pytest.mark.parametrize('template, says', [
@@ -105,23 +105,50 @@ def test_problems(folder):
     assert load_problems(file, tok)[0].question == 'a\u2028b\x85c'
 
 
+def test_layouts_of_problems(folder, capsys):
+    """verl's messages and ground truth, problem + solution, plain text, json; a folder prefers the split
+    that is asked for; repeated questions are read once and counted."""
+    import pyarrow
+    from pyarrow import parquet
+    tok = load_tokenizer(str(folder))
+    (folder / 'd').mkdir()
+    talk = [{'role': 'user', 'content': 'a'}]
+    verl = [{'prompt': talk, 'reward_model': {'ground_truth': '7', 'style': 'rule'}, 'index': i} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(verl), folder / 'd/train.parquet')
+    parquet.write_table(pyarrow.Table.from_pylist([{'problem': 'b', 'solution': 'so \\boxed{8}', 'id': 1}]), folder / 'd/test.parquet')
+    first, = load_problems(folder / 'd', tok)
+    assert first.question == talk and first.answer == '7' and first.ids == tok.chat(talk)
+    assert '3 rows, 2 of them repeated' in capsys.readouterr().out
+    assert load_problems(folder / 'd', tok, split='test')[0].answer == 'so \\boxed{8}'
+    (folder / 'p.txt').write_text('one\n\ntwo\n')
+    assert [(p.question, p.answer) for p in load_problems(folder / 'p.txt', tok)] == [('one', None), ('two', None)]
+    (folder / 'p.json').write_text('[{"question": "q", "answer": 0}]')
+    assert load_problems(folder / 'p.json', tok)[0].answer == '0'
+    (folder / 'p.txt').write_text('short\n' + 'long ' * 50)
+    assert [p.question for p in load_problems(folder / 'p.txt', tok, longest=20)] == ['short']
+    assert '1 prompts longer than 20 tokens' in capsys.readouterr().out
+    (folder / 'd/train.parquet').write_bytes((folder / 'd/train.parquet').read_bytes()[:-20])
+    with pytest.raises(UserError, match='not a whole parquet file'):
+        load_problems(folder / 'd', tok)
+
+
 @pytest.mark.parametrize('text, says', [
     ('', 'no problems in it'),
-    ('{"question": "a", "answer": "b"}\n{"question": ', ':2: JSONDecodeError'),
-    ('{"answer": "b"}', ":1: KeyError: 'problem'"),
-    ('{"question": "a"}', ":1: KeyError: 'answer'"),
-    ('[1, 2]', ':1: AttributeError'),
-    ('{"question": 5, "answer": 5}', 'question is 5, not a text'),
+    ('{"question": "a", "answer": "b"}\n{"question": ', ':2: Expecting value'),
+    ('{"answer": "b"}', ':1: no question; wants prompt or question'),
+    ('[1, 2]', ':1: a list, not a row'),
+    ('{"question": 5, "answer": 5}', ':1: no question'),
+    ('{"prompt": [{"role": "user"}], "answer": 5}', ':1: no question'),
 ])
 def test_bad_problems(folder, text, says):
     (folder / 'p.jsonl').write_text(text)
     with pytest.raises(UserError) as e:
         load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
     assert says in str(e.value) and '\n' not in str(e.value)
-    with pytest.raises(UserError, match='no such .jsonl file'):
+    with pytest.raises(UserError, match='no such folder'):
         load_problems(folder / 'none.jsonl', None)
     (folder / 'p.jsonl').write_bytes(b'{"question": "\xff", "answer": "1"}')
-    with pytest.raises(UserError, match=':1: UnicodeDecodeError'):
+    with pytest.raises(UserError, match=":1: 'utf-8' codec"):
         load_problems(folder / 'p.jsonl', None)
     (folder / 'p.jsonl').write_text('{"question": "a", "answer": "b"}')
     (folder / 'chat_template.jinja').write_text('{# nothing #}')

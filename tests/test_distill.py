@@ -17,10 +17,10 @@ import data
 import distill
 from configs import load_config
 from distill import learning_rate, main
-from files import read_json
-from model import load_model
+from files import read_json, write_json
+from model import PRESETS, hf_config, load_model
 from runtime import ROOT, run
-from toy import folder_of
+from toy import folder_of, write_tokenizer
 
 
 def log_of(out):
@@ -139,7 +139,7 @@ def test_bfloat16_run_keeps_float32_master_weights(toy_dir, tmp_path):
 def test_a_student_from_the_hub_keeps_its_tokenizer(toy_dir, tmp_path, monkeypatch):
     """A hub id is no folder: what goes along with the weights must come from its snapshot."""
     import model
-    monkeypatch.setattr(model, 'snapshot', lambda name: folder if name == 'me/student' else Path(name))
+    monkeypatch.setattr(model, 'snapshot', lambda name, **_: folder if name == 'me/student' else Path(name))
     monkeypatch.setattr(data, 'snapshot', model.snapshot)
     monkeypatch.setattr(distill, 'snapshot', model.snapshot)
     folder = folder_of(load_config(argv(toy_dir, 'x'))) / 'student'
@@ -159,6 +159,27 @@ def test_dry_run_writes_nothing(toy_dir, tmp_path, capsys):
     assert 'plan: 4 steps of 3 prompts x 2 answers' in out and 'AdamW' in out and os.listdir(tmp_path) == []
     main(load_config([*argv(tmp_path / 'none', tmp_path / 'r'), '--dry-run']))
     assert 'a run makes' in capsys.readouterr().out and os.listdir(tmp_path) == []
+
+
+def test_dry_run_of_the_paper_loads_no_weights(tmp_path, monkeypatch, capsys):
+    """configs/r1_1p5b.py to the plan, on folders that hold config.json and tokenizer but no weights."""
+    folder, data_file = tmp_path / 'model', tmp_path / 'p.jsonl'
+    folder.mkdir()
+    write_json(folder / 'config.json', hf_config(PRESETS['r1_1p5b']))
+    write_tokenizer(folder)
+    data_file.write_text('{"question": "1+2", "answer": "3"}')
+    main(load_config(['config/r1_1p5b.py', f'student={folder}', f'teacher={folder}', f'data={data_file}', '--dry-run',
+                      'eval_data=', f'out_dir={tmp_path / "r"}']))
+    out = capsys.readouterr().out
+    assert 'student 1777.09M weights, teacher 1777.09M' in out and '500 steps of 8 prompts x 2 answers' in out
+    assert f'layers {list(range(1, 29))}' in out and not (tmp_path / 'r').exists()
+
+
+def test_answers_unknown(toy_dir, tmp_path, capsys):
+    """Plain questions: nothing to grade, and the line does not pretend."""
+    (tmp_path / 'q.txt').write_text('1+2*3\n4-5-6\n7+8+9')
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, data=tmp_path / 'q.txt', eval_data='')))
+    assert 'acc/rollout' not in log_of(tmp_path / 'r')[1] and ' acc ' not in capsys.readouterr().out.split('step 0001')[1]
 
 
 @pytest.mark.parametrize('schedule, end', [('cosine', 0.1), ('linear', 0.1), ('constant', 1.0)])
@@ -189,8 +210,9 @@ def test_folders_and_files_that_are_not_there(toy_dir, tmp_path, capsys):
     assert 'student=' in refused(capsys, args(student=''))
     assert 'no such folder' in refused(capsys, args(student=tmp_path / 'none'))
     assert 'no such folder' in refused(capsys, args(teacher='a/b/c'))
-    assert 'none.jsonl: no such .jsonl' in refused(capsys, args(data='none.jsonl'))
-    assert 'no such .jsonl' in refused(capsys, args(eval_data=tmp_path))
+    assert "'none.jsonl': no such folder" in refused(capsys, args(data='none.jsonl'))
+    assert 'no .parquet, .jsonl or .json file in it' in refused(capsys, args(eval_data=tmp_path))
+    assert 'problems come as' in refused(capsys, args(data=ROOT / 'README.md'))
     assert 'lower max_new_tokens' in refused(capsys, args(max_new_tokens=10_000))
     assert 'lower eval_max_new_tokens' in refused(capsys, args(eval_max_new_tokens=10_000))
     assert 'the student has 3' in refused(capsys, args(layers=[7]))

@@ -1,6 +1,8 @@
 """The decoder against transformers, cached against uncached, folders in and out."""
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from files import read_json, write_json
-from model import PRESETS, Cache, hf_config, load_model, read_config, save_model
-from runtime import UserError
+from model import PRESETS, Cache, Model, ModelConfig, hf_config, load_model, read_config, save_model, snapshot
+from rollout import naive, sample
+from runtime import ROOT, UserError
 
 transformers = pytest.importorskip('transformers')
 
@@ -17,8 +20,8 @@ transformers = pytest.importorskip('transformers')
 def hugging_face(family, tied=False, **other):
     """A random model of the reference library, with odd sizes and grouped heads."""
     torch.manual_seed(0)
-    name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama'}[family]
-    c = dict(vocab_size=37, hidden_size=24, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
+    name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}[family]
+    c = dict(vocab_size=37, pad_token_id=0, eos_token_id=2, hidden_size=24, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, rope_theta=5e4,
              initializer_range=0.3, **other)
     if family == 'qwen3':
@@ -31,7 +34,7 @@ def hugging_face(family, tied=False, **other):
 
 
 @pytest.mark.parametrize('tied', [False, True])
-@pytest.mark.parametrize('family', ['qwen3', 'qwen2', 'llama'])
+@pytest.mark.parametrize('family', ['qwen3', 'qwen2', 'llama', 'phi3'])
 def test_equals_transformers(family, tied, tmp_path):
     """Logits, every hidden state (layer L final-normed) and gradients; then back into transformers."""
     theirs = hugging_face(family, tied)
@@ -44,12 +47,52 @@ def test_equals_transformers(family, tied, tmp_path):
         assert (h - ref).norm() / ref.norm() < 1e-5
     (ours(ids) ** 2).mean().backward()
     (want.logits ** 2).mean().backward()
-    grad = dict(theirs.named_parameters())['model.layers.1.self_attn.q_proj.weight'].grad
+    q = 'qkv' if family == 'phi3' else 'q'
+    grad = dict(theirs.named_parameters())[f'model.layers.1.self_attn.{q}_proj.weight'].grad
     mine = ours.blocks[1].attn.qkv.weight.grad[:len(grad)]
     assert (mine - grad).norm() / grad.norm() < 1e-4
     save_model(ours, tmp_path / 'back')
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'back')
     assert (back(ids).logits - want.logits).abs().max() < 1e-5
+
+
+LONG = dict(rope_type='longrope', short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 3.0, 9.0],
+            original_max_position_embeddings=16)
+LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+SCALED = [('llama', LLAMA3, {}), ('llama', dict(rope_type='linear', factor=4.0), {}),
+          ('phi3', None, dict(partial_rotary_factor=0.5)),
+          ('phi3', LONG, dict(original_max_position_embeddings=16)),
+          ('phi3', LONG | dict(attention_factor=1.3), dict(original_max_position_embeddings=16))]
+
+
+@pytest.mark.parametrize('family, scaling, other', SCALED)
+def test_rotary_scaling_equals_transformers(family, scaling, other, tmp_path):
+    """Within, at and beyond the original context of 16; partial rotation; then back into transformers."""
+    theirs = hugging_face(family, rope_scaling=scaling, **other)
+    theirs.save_pretrained(tmp_path / 'hf')
+    ours = load_model(tmp_path / 'hf')
+    save_model(ours, tmp_path / 'back')
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'back')
+    for T in (9, 16, 17, 40):
+        ids = torch.randint(37, (2, T), generator=torch.Generator().manual_seed(T))
+        want = theirs(ids).logits
+        assert (ours(ids) - want).abs().max() < 1e-4 and (back(ids).logits - want).abs().max() < 1e-5
+
+
+def test_longrope_cached_equals_uncached_across_the_original_context(tmp_path):
+    """An answer that grows past the original context: the cache was made with the long factors from the
+    start, and a training forward of a short answer uses them too, once `reach` says what is to come."""
+    hugging_face('phi3', rope_scaling=LONG, original_max_position_embeddings=16).save_pretrained(tmp_path / 'hf')
+    model = load_model(tmp_path / 'hf')
+    how = dict(max_new_tokens=20, stop=[99], temperature=0.7, seed=1)
+    model.reach = 30
+    fast, slow = sample(model, [[1, 2, 3], [4] * 10], 2, **how), naive(model, [[1, 2, 3], [4] * 10], 2, **how)
+    assert torch.equal(fast.ids, slow.ids) and fast.length.max() == 30
+    ids = torch.arange(8).view(1, 8)
+    long = model(ids)
+    model.reach = 0
+    assert (model(ids) - long).abs().max() > 1e-3
 
 
 def test_a_model_made_here_loads_in_transformers(tmp_path):
@@ -62,7 +105,8 @@ def test_a_model_made_here_loads_in_transformers(tmp_path):
     assert theirs.config.rope_parameters['rope_theta'] == model.config.theta
 
 
-@pytest.mark.parametrize('name, millions', [('r1_1p5b', 1777.1), ('qwen3_1p7b', 1720.6), ('qwen3_4b', 4022.5)])
+@pytest.mark.parametrize('name, millions', [('r1_1p5b', 1777.1), ('qwen3_1p7b', 1720.6), ('qwen3_4b', 4022.5),
+                                            ('smollm2', 134.5), ('phi4_mini', 3836.0)])
 def test_presets_have_the_published_sizes(name, millions):
     assert abs(PRESETS[name].count() / 1e6 - millions) < 0.1
 
@@ -130,6 +174,31 @@ def test_sharded_index_is_read(tmp_path):
     assert (load_model(tmp_path / 'hf')(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
+def test_large_models_are_saved_in_shards(tmp_path):
+    """With an index, as transformers writes them; both sides read it."""
+    model = tiny_model()
+    save_model(model, tmp_path / 'm', shard_bytes=8000)
+    files = sorted(p.name for p in (tmp_path / 'm').glob('*.safetensors'))
+    assert len(files) > 3 and files[0].startswith('model-00001-of-')
+    assert all((tmp_path / 'm' / f).stat().st_size < 12_000 for f in files)
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(load_model(tmp_path / 'm')(ids), model(ids))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
+    assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
+
+
+def test_host_memory_while_loading(tmp_path):
+    """At most 1.3 times the checkpoint, mapped pages included: one copy, and one tensor on its way."""
+    c = ModelConfig('llama', V=4000, L=12, d=1024, H=8, G=8, e=128, ff=3072, tied=True)
+    save_model(Model(c), tmp_path / 'm')
+    size = (tmp_path / 'm/model.safetensors').stat().st_size
+    code = ('import resource, sys, torch; from model import Model, ModelConfig, load_model\n'
+            'def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
+            'before = peak(); m = load_model(sys.argv[1]); print(peak() - before)')
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'm')], cwd=ROOT, capture_output=True, text=True)
+    assert size > 600e6 and int(p.stdout) < 1.3 * size, (p.stdout, size, p.stderr)
+
+
 def test_older_and_newer_rope_spellings(tmp_path):
     save_model(tiny_model(theta=777.0), tmp_path / 'm')
     c = read_json(tmp_path / 'm/config.json')
@@ -167,7 +236,9 @@ def tensors(change):
     (lambda f: edit(f, num_hidden_layers=0), 'num_hidden_layers = 0'),
     (lambda f: edit(f, num_key_value_heads=3), '4 query heads do not share 3'),
     (lambda f: edit(f, model_type='mamba'), "model_type 'mamba'"),
-    (lambda f: edit(f, use_sliding_window=True), 'use_sliding_window'),
+    (lambda f: edit(f, use_sliding_window=True, sliding_window=16), 'sliding_window = 16'),
+    (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0] * 3}), 'long_factor = None'),
+    (lambda f: edit(f, attention_bias=True), 'attention_bias'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
     (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
     (lambda f: edit(f, hidden_act='gelu'), 'hidden_act'),
@@ -190,6 +261,22 @@ def test_bad_folder(tmp_path, spoil, says):
     with pytest.raises(UserError) as e:
         load_model(str(folder))
     assert says in str(e.value) and '\n' not in str(e.value), str(e.value)
+
+
+def test_what_is_asked_of_the_hub(monkeypatch, tmp_path):
+    """Revision after @; weights only for load_model; never a pickled file; data sets as data sets."""
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: asked.append((a, k)) or tmp_path)
+    save_model(tiny_model(), tmp_path)
+    read_config('me/model@v1.2')
+    load_model('me/model')
+    snapshot('me/problems', dataset=True)
+    (a, config), (_, weights), (_, data) = asked
+    assert a == ('me/model',) and config['revision'] == 'v1.2' and weights['revision'] is None
+    assert '*.safetensors' in weights['allow_patterns'] and '*.safetensors' not in config['allow_patterns']
+    assert data['repo_type'] == 'dataset' and '*.parquet' in data['allow_patterns']
+    assert not any(p.endswith(('.bin', '.pt', '.py', '*')) for _, k in asked for p in k['allow_patterns'])
 
 
 def test_a_hub_id_that_the_hub_does_not_give(monkeypatch):

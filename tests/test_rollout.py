@@ -101,6 +101,14 @@ def test_no_draw_lands_on_a_forbidden_token():
     assert pick(logits * float('nan'), torch.tensor([0.5], dtype=torch.float64)) < logits.shape[-1]
 
 
+def test_padding_of_the_embedding_is_never_sampled():
+    """Rows beyond the tokenizer (151,936 against 151,665) stand for no text."""
+    roll = sample(tiny_model(), PROMPTS, 20, **HOW, temperature=5.0, vocab=15)
+    assert max(max(a) for a in roll.answers()) == 14
+    greedy = sample(tiny_model(), PROMPTS, **HOW, temperature=0.0, vocab=15)
+    assert max(max(a) for a in greedy.answers()) <= 14
+
+
 def test_bfloat16_model_samples():
     """The cache takes the model's dtype; a float32 cache would fail or cost double."""
     roll = sample(tiny_model().bfloat16(), PROMPTS, 2, **HOW)

@@ -39,7 +39,7 @@ def test_held_out_questions_are_never_trained_on():
 
 def test_tokenizer_is_21_characters_and_lengths_are_known(toy_cfg):
     tok = load_tokenizer(toy_cfg['student'])
-    assert len(tok) == 21 and tok.stop_ids == [2]
+    assert tok.size == len(tok.words) == 21 and tok.stop_ids == [2]
     question, work, _ = toy.problem(random.Random(0), 6)
     assert len(tok.chat(question)) == 15 and len(tok.encode(work)) == 39
     assert tok.decode(tok.chat(question)) == f'{question}=' and tok.decode(tok.encode(work) + [2]) == work

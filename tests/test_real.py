@@ -1,0 +1,152 @@
+"""Real vocabularies, problem sets and pretrained weights, where they are at hand; skipped, saying so, where not.
+
+    shared/tokenizers, shared/data beside the project: Qwen and o200k vocabularies, AIME, AIMO, DAPO-Math
+    SMOLLM2=folder made by tests/smollm2.py: SmolLM2-135M-Instruct
+"""
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import load_config
+from data import TIKTOKEN, load_problems, load_tokenizer
+from distill import main
+from files import write_json
+from model import load_model, save_model
+from rollout import sample
+from runtime import ROOT
+
+transformers = pytest.importorskip('transformers')
+SHARED = ROOT.parent / 'shared'
+SMOL = Path(os.environ.get('SMOLLM2', '/nowhere'))
+needs_vocabularies = pytest.mark.skipif(not (SHARED / 'tokenizers').exists(), reason='no shared/tokenizers beside the project')
+needs_data = pytest.mark.skipif(not (SHARED / 'data').exists(), reason='no shared/data beside the project')
+needs_smollm2 = pytest.mark.skipif(not SMOL.exists(), reason='SMOLLM2= is not set; see tests/smollm2.py')
+
+
+def mixed_text(lines=1000):
+    """Mathematics, code, Chinese, emoji, combining marks, odd whitespace; seeded."""
+    rng = random.Random(0)
+    pieces = ['\\frac{a}{b} = \\sqrt{x^2+y^2}', '数学题：求最大值。', '🙂👩‍👩‍👧🇫🇷', 'e\u0301\u0323', '  \t', 'def f(x):\n    return x**2',
+              '3.14159', "don't we'll I'M", '١٢٣', 'ß ﬁ Ǆ', '\u00a0\u3000', 'http://a.b/c?d=e&f', '$$\\int_0^1 x\\,dx$$', '…—“”',
+              'ÅNGSTRÖM', '1234567890', 'x²+y₃', '\r\n', 'HTMLParser2Go', 'नमस्ते', '한국어', '#!/bin/sh', "'s'T'RE"]
+    return [' '.join(rng.sample(pieces, rng.randrange(1, 7))) + rng.choice(['', ' ', '\n', '  \n\n']) for _ in range(lines)]
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """A model folder for each real vocabulary that is at hand."""
+    out = {}
+    for name, eos in (('qwen.tiktoken', 151645), ('o200k_base.tiktoken', 199999)):
+        source = SHARED / 'tokenizers' / name
+        out[name] = tmp_path_factory.mktemp(name)
+        (out[name] / name).write_bytes(source.read_bytes() if source.exists() else
+                                       gzip.decompress(source.with_name(name + '.gz').read_bytes()))
+        write_json(out[name] / 'config.json', {'eos_token_id': eos})
+        (out[name] / 'chat_template.jinja').write_text(
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    return out
+
+
+@needs_vocabularies
+@pytest.mark.parametrize('name', list(TIKTOKEN))
+def test_tiktoken_vocabularies_equal_transformers(folders, name):
+    """1,000 lines of mixed text: ids equal to the reference's own conversion of the file; text and
+    byte offsets come back exactly."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    tok = load_tokenizer(folders[name])
+    cut, special = TIKTOKEN[name]
+    ref = TikTokenConverter(vocab_file=str(folders[name] / name), pattern=cut,
+                            extra_special_tokens=list(special)).converted()
+    for line in mixed_text():
+        ids = tok.encode(line)
+        assert ids == ref.encode(line, add_special_tokens=False).ids
+        assert tok.decode(ids) == line
+        ends = tok.byte_ends(ids)
+        assert ends[-1] == len(line.encode()) and all(
+            tok.vocabulary.core.decode_bytes(ids[:i + 1]) == line.encode()[:end] for i, end in enumerate(ends))
+    assert tok.encode('<|endoftext|>') == [special['<|endoftext|>']] and tok.byte_ends([special['<|endoftext|>']]) == [0]
+
+
+@needs_vocabularies
+def test_chat_prompt_of_a_tiktoken_model(folders):
+    tok = load_tokenizer(folders['qwen.tiktoken'])
+    assert tok.chat('hi')[0] == 151644 and tok.chat('hi').count(151645) == 1 and tok.stop_ids == [151645]
+
+
+@needs_data
+@needs_vocabularies
+def test_problem_sets(folders, capsys):
+    """The verl layout as published; repeated questions once, long prompts left out, both counted."""
+    tok = load_tokenizer(folders['qwen.tiktoken'])
+    sets = {name: load_problems(SHARED / 'data' / f'{name}.parquet', tok) for name in ('AIME24', 'AIME25', 'AIMO')}
+    assert {k: len(v) for k, v in sets.items()} == {'AIME24': 30, 'AIME25': 30, 'AIMO': 83}
+    assert sets['AIME24'][0].answer == '204' and sets['AIMO'][0].answer == '142.0'
+    assert tok.decode(sets['AIME25'][0].ids).startswith('user\nFind the sum of all integer bases')
+    capsys.readouterr()
+    dapo = load_problems(SHARED / 'data/dapo-math-17k.parquet', tok, longest=256)
+    said = capsys.readouterr().out
+    assert '17917 rows' in said and 'repeated' in said and 'longer than 256 tokens' in said
+    assert len({json.dumps(p.question) for p in dapo}) == len(dapo) > 15_000
+    assert max(len(p.ids) for p in dapo) <= 256 and all(p.answer for p in dapo)
+
+
+# ---- SmolLM2-135M-Instruct --------------------------------------------------------------------
+
+QUESTIONS = ['What is the capital of France?', 'Add 17 and 25.', 'Write a haiku about rain.', 'Qui es-tu ?',
+             'List three primes.', 'Explain gravity to a child.', 'Translate "good morning" to Spanish.',
+             'def fib(n):', 'Why is the sky blue?', '2, 4, 8, 16, what comes next?']
+TEXT = ('A representation is a way of writing something down. The same quantity may be written in many ways, and '
+        'what is easy in one of them is hard in another: 3 + 4 = 7, but VII is III and IV. ') * 3
+
+
+@needs_smollm2
+def test_smollm2_tokenizer_equals_transformers():
+    """1,000 lines, byte offsets, and the chat template."""
+    ours, theirs = load_tokenizer(SMOL), transformers.AutoTokenizer.from_pretrained(SMOL)
+    for line in mixed_text():
+        ids = ours.encode(line)
+        assert ids == theirs.encode(line, add_special_tokens=False)
+        assert ours.byte_ends(ids)[-1] == len(line.encode())
+    for q in QUESTIONS:
+        talk = [{'role': 'user', 'content': q}]
+        assert ours.render(q) == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+
+@needs_smollm2
+def test_smollm2_equals_transformers():
+    """Greedy text of ten prompts, 64 tokens each, and the perplexity of a fixed text to four digits."""
+    tok, ours = load_tokenizer(SMOL), load_model(SMOL)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.float32)
+    prompts = [tok.chat(q) for q in QUESTIONS]
+    roll = sample(ours, prompts, max_new_tokens=64, stop=tok.stop_ids, temperature=0.0, vocab=tok.size)
+    for prompt, answer in zip(prompts, roll.answers(), strict=True):
+        ref = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=tok.stop_ids)
+        assert answer == ref[0, len(prompt):].tolist()
+    ids = torch.tensor([tok.encode(TEXT)])
+    with torch.no_grad():
+        loss = [torch.nn.functional.cross_entropy(x[0, :-1], ids[0, 1:]).exp() for x in (ours(ids), theirs(ids).logits)]
+    assert abs(loss[0] - loss[1]) < 5e-5 * loss[1] and 2 < loss[0] < 60
+
+
+@needs_smollm2
+def test_smollm2_learns_from_its_unperturbed_self(tmp_path):
+    """Five steps of the whole loop with the real 49k vocabulary: the student is the model with noise on
+    its weights, the teacher the model itself; the cosine rises."""
+    noisy, g = load_model(SMOL), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in noisy.parameters():
+            if p.ndim == 2 and p is not noisy.embed.weight:
+                p += 0.15 * p.std() * torch.randn(p.shape, generator=g)
+    save_model(noisy, tmp_path / 'student', SMOL)
+    (tmp_path / 'q.jsonl').write_text(''.join(json.dumps({'question': q}) + '\n' for q in QUESTIONS))
+    main(load_config([f'student={tmp_path / "student"}', f'teacher={SMOL}', f'data={tmp_path / "q.jsonl"}', 'steps=5',
+                      'lr=1e-4', 'warmup=0', 'prompts_per_step=2', 'n=2', 'max_new_tokens=24', f'out_dir={tmp_path / "r"}']))
+    rows = [json.loads(line) for line in (tmp_path / 'r/log.jsonl').read_text().splitlines()][1:]
+    assert rows[-1]['rep/cos'] > rows[0]['rep/cos'] + 0.01 and rows[-1]['loss'] < rows[0]['loss']
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'r/last').config.vocab_size == 49152
