@@ -7,6 +7,8 @@ byte-level (their byte offsets), tool calls in templates.
 """
 import base64
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -17,6 +19,7 @@ import pyarrow.parquet
 import tiktoken
 import torch
 from jinja2 import TemplateError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -42,6 +45,8 @@ class JsonVocabulary:
             self.core = HFTokenizer.from_file(str(file))
         except Exception as e:               # `tokenizers` raises bare Exception
             raise UserError(f'{file}: not a tokenizer ({e}); fetch or make it again') from None
+        self.core.no_truncation()            # published files carry leftovers of somebody's training
+        self.core.no_padding()
         self.added = self.core.get_added_tokens_decoder()
         self.special = {i for i, t in self.added.items() if t.special}
 
@@ -64,7 +69,8 @@ class JsonVocabulary:
         return out
 
 
-# What a .tiktoken file does not say: how text is cut before merging, and the special tokens.
+# What a .tiktoken file does not say: how many ranks it has, how text is cut before merging, the special
+# tokens, and the Unicode form the text is brought into first.
 QWEN_CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
             r'|\s*[\r\n]+|\s+(?!\S)|\s+')
 LOWER, UPPER = r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]', r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]'
@@ -72,8 +78,9 @@ END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_CUT = (rf'[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{END}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{END}'
              r'|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+')
 TIKTOKEN = {
-    'qwen.tiktoken': (QWEN_CUT, {'<|endoftext|>': 151643, '<|im_start|>': 151644, '<|im_end|>': 151645}),
-    'o200k_base.tiktoken': (O200K_CUT, {'<|endoftext|>': 199999, '<|endofprompt|>': 200018}),
+    'qwen.tiktoken': (151_643, QWEN_CUT, {'<|endoftext|>': 151643, '<|im_start|>': 151644,
+                                          '<|im_end|>': 151645}, 'NFC'),
+    'o200k_base.tiktoken': (199_998, O200K_CUT, {'<|endoftext|>': 199999, '<|endofprompt|>': 200018}, None),
 }
 
 
@@ -82,21 +89,25 @@ class TiktokenVocabulary:
     def __init__(self, file):
         if file.name not in TIKTOKEN:
             raise UserError(f'{file}: how it cuts its text is not known; known: {", ".join(TIKTOKEN)}')
-        cut, special = TIKTOKEN[file.name]
+        count, cut, special, self.form = TIKTOKEN[file.name]
         try:
             pairs = (line.split() for line in file.read_bytes().splitlines() if line)
             self.ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-            self.core = tiktoken.Encoding(file.stem, pat_str=cut, mergeable_ranks=self.ranks,
-                                          special_tokens=special)
         except ValueError as e:
             raise UserError(f'{file}: not a tiktoken file ({e}); fetch it again') from None
+        if len(self.ranks) != count:
+            raise UserError(f'{file}: {len(self.ranks)} tokens, but this vocabulary has {count}; '
+                            'fetch it again')
+        self.core = tiktoken.Encoding(file.stem, pat_str=cut, mergeable_ranks=self.ranks,
+                                      special_tokens=special)
         self.special = set(special.values())
 
     def encode(self, text):
+        text = unicodedata.normalize(self.form, text) if self.form else text
         return self.core.encode(text, allowed_special='all')
 
     def decode(self, ids):
-        return self.core.decode([i for i in ids if i not in self.special])
+        return self.core.decode([i for i in ids if i < len(self.ranks)])     # the others write nothing
 
     def words(self):
         special = self.core.special_tokens_set
@@ -125,19 +136,19 @@ class Tokenizer:
         special = read_json(settings) if settings.exists() else {}
         self.marks = {k: special[k]['content'] if isinstance(special[k], dict) else special[k]
                       for k in ('bos_token', 'eos_token', 'pad_token') if special.get(k)}
-        stops = {self.words.get(self.marks['eos_token'].encode())} if 'eos_token' in self.marks else set()
+        stops = [self.words.get(str(self.marks.get('eos_token', '')).encode())]
         for name in ('config.json', 'generation_config.json'):
             ids = read_json(folder / name).get('eos_token_id') if (folder / name).exists() else None
-            stops |= set(ids) if isinstance(ids, list) else {ids}
-        self.stop_ids = sorted(stops - {None})
+            stops += ids if isinstance(ids, list) else [ids]
+        self.stop_ids = sorted({i for i in stops if isinstance(i, int)})
         if not self.stop_ids:
             raise UserError(f'{folder}: no end-of-text token in config.json, generation_config.json or '
                             'tokenizer_config.json; answers would never end')
 
         jinja = folder / 'chat_template.jinja'
-        text = jinja.read_text(encoding='utf-8') if jinja.exists() else special.get('chat_template')
+        text = jinja.read_bytes().decode(errors='replace') if jinja.exists() else special.get('chat_template')
         if isinstance(text, list):           # several named templates
-            text = next((t['template'] for t in text if t.get('name') == 'default'), None)
+            text = {t['name']: t['template'] for t in text}.get('default')
         self.template = self.compile(text) if text else None
 
     def encode(self, text):
@@ -156,20 +167,20 @@ class Tokenizer:
         if not self.template:
             return self.marks.get('bos_token', '') + '\n'.join(m['content'] for m in messages) + '\n'
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.marks,
-                                        **self.variables)
-        except (TemplateError, TypeError) as e:
+            return self.template.render(messages=messages, add_generation_prompt=True, tools=None,
+                                        documents=None, **self.marks, **self.variables)
+        except Exception as e:               # the template is somebody else's program
             raise UserError(f'{self.name}: its chat template failed ({e})') from None
 
     def compile(self, text):
         """A chat template, sandboxed, with the functions that published templates call."""
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=['jinja2.ext.loopcontrols'])
-        env.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+                                            extensions=['jinja2.ext.loopcontrols', GenerationTag])
+        env.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
         env.globals.update(raise_exception=refuse, strftime_now=lambda f: datetime.now().strftime(f))
         try:
             return env.from_string(text)
-        except TemplateError as e:
+        except (TemplateError, TypeError, AttributeError) as e:
             raise UserError(f'{self.name}: its chat template does not parse ({e})') from None
 
     def chat(self, messages):
@@ -197,8 +208,25 @@ class Tokenizer:
         return ends
 
 
+class GenerationTag(Extension):
+    """{% generation %} .. {% endgeneration %} marks what an assistant wrote, for training masks; the
+    text is the same with and without it."""
+    tags = {'generation'}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(['name:endgeneration'], drop_needle=True)
+
+
 def refuse(message):
     raise TemplateError(message)
+
+
+def check_ids(name, V, tokenizer):
+    """A model whose embedding has fewer rows than the tokenizer has ids is a UserError."""
+    if tokenizer.size > V:
+        raise UserError(f'{name}: {V} rows in its embedding, but token ids up to {tokenizer.size - 1} in '
+                        f'{tokenizer.name}; tokenizer and model do not belong together')
 
 
 def load_tokenizer(path_or_repo, **variables):
@@ -217,16 +245,20 @@ class Problem:
 
 
 def problem_files(source, split):
-    """A file, a folder or a hub data set (owner/name) -> its data files; of several, those whose
-    name has `split` in it, if any do."""
+    """A file, a folder or a hub data set (owner/name) -> its data files: those with the word `split`
+    in their path if there are any; else all, but for 'train' never what is named as held out."""
     if Path(source).is_file():
         return [Path(source)]
     folder = snapshot(source, dataset=True)
     for end in ('parquet', 'jsonl', 'json'):
         files = sorted(folder.rglob(f'*.{end}'))
-        if files:
-            return [f for f in files if split in f.name] or files
-    raise UserError(f'{source}: no .parquet, .jsonl or .json file in it')
+        words = {f: set(re.split(r'[^a-z]+', str(f.relative_to(folder)).lower())) for f in files}
+        fit = [f for f in files if split in words[f]]
+        held = {'test', 'validation', 'valid', 'val', 'dev', 'eval'} if split == 'train' else set()
+        fit = fit or [f for f in files if not words[f] & held]
+        if fit:
+            return fit
+    raise UserError(f'{source}: no .parquet, .jsonl or .json file in it for {split}; name one file')
 
 
 def rows_of(file):
@@ -247,7 +279,7 @@ def rows_of(file):
             if line.strip():
                 try:                         # bytes: not UTF-8 is a ValueError as well
                     row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line)
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise UserError(f'{file}:{i}: {e}; mend the line or delete it') from None
                 yield f'{file}:{i}', row
     else:
@@ -277,29 +309,31 @@ def ask(row, place):
     return question, None if answer is None else str(answer)
 
 
-def load_problems(source, tokenizer, first=0, longest=0, split='train'):
+def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix=''):
     """Problems of a file, folder or hub data set -> [Problem], each question once.
 
-    first: take so many; 0 = all. longest: prompts of more tokens are left out; 0 = none. How many
-    were repeated or left out is printed. Raises UserError with file and row.
+    first: take so many; 0 = all. longest: prompts of more tokens are left out; 0 = none. suffix: added
+    to questions that are texts. How many were repeated or left out is printed. Raises UserError with
+    file and row.
     """
     problems, seen, rows, long = [], set(), 0, 0
-    for file in problem_files(source, split):
-        for place, row in rows_of(file):
-            question, answer = ask(row, place)
-            key, rows = json.dumps(question), rows + 1
-            if key in seen:
-                continue
-            seen.add(key)
-            ids = tokenizer.chat(question)
-            if not ids:
-                raise UserError(f'{place}: the prompt renders to no token; mend it or the template')
-            if longest and len(ids) > longest:
-                long += 1
-                continue
-            problems.append(Problem(question, answer, ids))
-            if len(problems) == first:
-                break
+    for place, row in (pair for file in problem_files(source, split) for pair in rows_of(file)):
+        question, answer = ask(row, place)
+        key, rows = json.dumps(question), rows + 1
+        if key in seen:
+            continue
+        seen.add(key)
+        if suffix and isinstance(question, str):
+            question = question + suffix
+        ids = tokenizer.chat(question)
+        if not ids:
+            raise UserError(f'{place}: the prompt renders to no token; mend it or the template')
+        if longest and len(ids) > longest:
+            long += 1
+            continue
+        problems.append(Problem(question, answer, ids))
+        if len(problems) == first:
+            break
     if rows > len(seen) or long:
         print0(f'  {source}: {rows} rows, {rows - len(seen)} of them repeated, {long} prompts longer than '
                f'{longest} tokens; {len(problems)} problems left')

@@ -30,7 +30,7 @@ import figures
 import toy
 from configs import default, free, load_config
 from data import load_problems, load_tokenizer, prompt_order
-from eval_math import evaluate, grade, table
+from eval_math import evaluate, exam_problems, grade, table
 from files import Log, open_run, read_json, resume, save, write_json
 from losses import layer_loss, layer_set, position_weights, positions
 from model import load_model, read_config, save_model, snapshot
@@ -157,14 +157,13 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0):
     -> [loss, cos of each layer], this rank's share of the weighted sums; their sum over ranks is
     Eq. (6) and the mean cosines, whatever the micro-batches were.
     """
-    groups = micro_batches(roll.length.tolist(), budget)
+    groups = [(rows, 1.0) for rows in micro_batches(roll.length.tolist(), budget)]
     most = int(all_reduce(torch.tensor(len(groups), device=w.device), 'max'))
-    groups += [[]] * (most - len(groups))            # FSDP: as many forwards on every rank
+    groups += [([0], 0.0)] * (most - len(groups))    # FSDP: as many forwards on every rank, of no weight
     sums = torch.zeros(1 + len(layers), device=w.device)
-    for rows in groups:
-        weight, rows = w[rows or [0]] * bool(rows), rows or [0]   # an empty group: one row, of no weight
+    for rows, share in groups:
         T = int(roll.length[rows].max())
-        ids, weight = roll.ids[rows, :T], weight[:, :T].flatten()            # (b, T), (b*T,)
+        ids, weight = roll.ids[rows, :T], (share * w[rows, :T]).flatten()    # (b, T), (b*T,)
         at = weight.nonzero().squeeze(-1)                                    # (K,)
 
         # 4. teacher: {l: (K, d)}
@@ -191,12 +190,13 @@ def prepare(cfg, place):
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
     held_out = []
     if cfg['eval_data']:
-        held_out = load_problems(cfg['eval_data'], tok, cfg['eval_problems'], split='test')
+        held_out = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     layers, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
     if cfg['dry_run']:
         return tok, train, held_out, layers, stop, None, None, None
     if place.local == 0:                             # from a hub: once per machine
-        snapshot(cfg['student'], weights=True), snapshot(cfg['teacher'], weights=True)
+        for side in ('student', 'teacher'):
+            snapshot(cfg[side], weights=True)
     barrier()
     teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
     student = load_model(cfg['student'], torch.float32, place.device)

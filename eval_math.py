@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import toy
 from configs import load_config
-from data import load_problems, load_tokenizer
+from data import check_ids, load_problems, load_tokenizer
 from model import load_model
 from rollout import sample
 from runtime import UserError, all_gather, print0, run, start
@@ -39,11 +39,15 @@ def number(text):
 
 
 def grade(text, answer):
-    """Does the text's last box hold the answer: the same characters, or the same decimal number?"""
+    """Does the text's last box hold the answer: the same characters, or the same decimal number?
+    Without a box, its last line counts if it reads `Answer: ...`, as DAPO's prompts ask for."""
     found = boxed(text)
     if found is None:
-        return False
+        line = re.fullmatch(r'answer:(.*)', text.strip()[-200:].split('\n')[-1].strip(), re.IGNORECASE)
+        found = line[1] if line else ''
     found, answer = found.strip(), (boxed(answer) or answer).strip()         # a solution as answer: its box
+    if not answer:
+        return False
     return found == answer or (number(found) is not None and number(found) == number(answer))
 
 
@@ -71,11 +75,20 @@ def evaluate(model, tokenizer, problems, n, *, rows=64, rank=0, world=1, progres
         lengths += roll.resp_len.tolist()
         texts = [tokenizer.decode(ids) for ids in roll.answers()]
         for j, i in enumerate(some):
-            answer = problems[i].answer or ''
-            verdicts[i] = [grade(text, answer) for text in texts[j * n:(j + 1) * n]]
+            verdicts[i] = [grade(text, problems[i].answer) for text in texts[j * n:(j + 1) * n]]
     parts = all_gather((verdicts, lengths))
     verdicts = {i: v for part, _ in parts for i, v in part.items()}
     return scores([verdicts[i] for i in range(len(problems))], [x for _, part in parts for x in part])
+
+
+def exam_problems(source, tokenizer, first, suffix):
+    """Held-out problems; one without a known answer is a UserError, since it would always count as wrong."""
+    problems = load_problems(source, tokenizer, first, split='test', suffix=suffix)
+    unknown = sum(not p.answer for p in problems)
+    if unknown:
+        raise UserError(f'{source}: {unknown} of {len(problems)} problems have no answer to grade by; '
+                        'choose other eval_data=')
+    return problems
 
 
 def table(rows):
@@ -95,13 +108,14 @@ def main(cfg):
         raise UserError("eval_data='': nothing to evaluate on; set eval_data=")
     tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
     stop = set(tok.stop_ids) | set(load_tokenizer(cfg['teacher']).stop_ids if cfg['teacher'] else ())
-    problems = load_problems(cfg['eval_data'], tok, cfg['eval_problems'], split='test')
+    problems = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
     model = load_model(cfg['student'], place.dtype, place.device)
     longest = max(len(p.ids) for p in problems) + tokens
     if longest > model.config.context:
         raise UserError(f"{cfg['student']}: reads {model.config.context} tokens, but the longest prompt and "
                         f'{tokens} new tokens make {longest}; lower eval_max_new_tokens')
+    check_ids(cfg['student'], model.config.V, tok)
     model.reach = longest
     how = dict(max_new_tokens=tokens, stop=sorted(stop), vocab=tok.size, seed=cfg['seed'],
                temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])

@@ -11,7 +11,6 @@ of experts, quantised weights, YaRN (read_config refuses what it does not know b
 Letters: B rows, T tokens, K selected rows, L layers, d width, V vocabulary,
          H query heads, G key/value heads, e head width, R rotated numbers of a head.
 """
-import json
 import math
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -285,62 +285,74 @@ def snapshot(path_or_repo, weights=False, dataset=False):
     if not hub:
         raise UserError(f'{path_or_repo!r}: no such folder, and not a hub id (owner/name)')
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     model = ['*.json', '*.jinja', '*.txt', '*.tiktoken', *(['*.safetensors'] if weights else [])]
     try:
         return Path(snapshot_download(
             hub[1], revision=hub[2], repo_type='dataset' if dataset else 'model',
             allow_patterns=['*.parquet', '*.jsonl', '*.json'] if dataset else model))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+    except Exception as e:                   # the library lets its network libraries' errors through
         raise UserError(f'{path_or_repo}: no such folder, and the hub did not give it '
                         f'({type(e).__name__}: {(str(e).split(chr(10)) or [""])[0][:120]})') from None
 
 
 def read_config(path_or_repo):
-    """config.json of a folder or hub id -> ModelConfig. An unknown field that changes the
-    mathematics is a UserError that names it."""
+    """config.json of a folder or hub id -> ModelConfig. What is not a model, or changes the mathematics
+    in a way this decoder does not know, is a UserError that names it."""
     file = snapshot(path_or_repo) / 'config.json'
-    hf = read_json(file, dict)
+    hf = read_json(file)
+
+    def expect(ok, key, value, what):
+        if not ok:
+            raise UserError(f'{file}: {key} = {value!r}, {what}')
+
     family = hf.get('model_type')
-    if family not in ('qwen3', 'qwen2', 'llama', 'phi3'):
-        raise UserError(f"{file}: model_type {family!r}; this decoder reads qwen3, qwen2, llama, phi3")
-    # older files spell rope_theta and rope_scaling, newer ones put both into rope_parameters
-    original = 'original_max_position_embeddings'
-    partial = 'partial_rotary_factor'
-    rope = {'rope_theta': hf.get('rope_theta', 1e4), partial: hf.get(partial, 1.0)}
-    rope |= hf.get('rope_scaling') or {}
-    rope |= hf.get('rope_parameters') or {}
-    rope['rope_type'] = rope.get('rope_type') or rope.pop('type', 'default')
-    if rope['rope_type'] == 'longrope':
-        rope.setdefault(original, hf.get(original))
-    context = hf.get('max_position_embeddings', 2048)
+    expect(family in ('qwen3', 'qwen2', 'llama', 'phi3'), 'model_type', family,
+           'but this decoder reads qwen3, qwen2, llama, phi3')
+    sizes = {'num_attention_heads': None, 'hidden_size': None, 'vocab_size': None, 'num_hidden_layers': None,
+             'intermediate_size': None, 'num_key_value_heads': hf.get('num_attention_heads'),
+             'head_dim': 128 if family == 'qwen3' else 0, 'max_position_embeddings': 2048}
+    for key, default in sizes.items():
+        sizes[key] = n = default if hf.get(key) is None else hf[key]
+        expect(type(n) is int and (n > 0 or key == 'head_dim'), key, n, 'no whole number; is this a model?')
+    H, d, V, L, ff, G, e, context = sizes.values()
+    e = e or d // H
+    expect(H % G == 0, 'num_key_value_heads', G, f'which {H} query heads cannot share evenly')
     window = hf.get('sliding_window') if hf.get('use_sliding_window', family == 'phi3') else None
-    needs = {'linear': ['factor'], 'longrope': ['long_factor', 'short_factor', original],
-             'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', original]}
-    refused = {
-        'rope_type': rope['rope_type'] not in ('default', *needs),
-        'sliding_window': window is not None and window < context,
-        'quantization_config': bool(hf.get('quantization_config')),
-        'hidden_act': hf.get('hidden_act', 'silu') != 'silu',
-        'attention_bias': bool(hf.get('attention_bias')) and family != 'qwen2',
-        'mlp_bias': bool(hf.get('mlp_bias')),
-    } | {key: not rope.get(key) for key in needs.get(rope['rope_type'], ())}
-    for key, bad in refused.items():
-        if bad:
-            raise UserError(f'{file}: {key} = {rope.get(key, hf.get(key))!r} changes the model in a way this '
-                            'decoder does not know; choose another model')
-    for key in ('vocab_size', 'num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size'):
-        if type(hf.get(key)) is not int or hf[key] < 1:
-            raise UserError(f'{file}: {key} = {hf.get(key)!r}, not a whole number from 1; is this a model?')
-    d, H = hf['hidden_size'], hf['num_attention_heads']
-    G = hf.get('num_key_value_heads') or H
-    if H % G:
-        raise UserError(f'{file}: {H} query heads do not share {G} key/value heads evenly; is this a model?')
-    return ModelConfig(
-        family=family, V=hf['vocab_size'], L=hf['num_hidden_layers'], d=d, H=H, G=G,
-        e=hf.get('head_dim') or d // H, ff=hf['intermediate_size'], tied=bool(hf.get('tie_word_embeddings')),
-        theta=float(rope['rope_theta']), eps=hf.get('rms_norm_eps', 1e-6), context=context, hf=hf,
-        partial=rope[partial], rope=rope if rope['rope_type'] != 'default' else {})
+    used = any('sliding' in kind for kind in hf.get('layer_types') or ['sliding'])
+    for key, fine in {
+        'sliding_window': not window or not used or window >= context,       # allowed, if it never bites
+        'quantization_config': not hf.get('quantization_config'),
+        'hidden_act': hf.get('hidden_act', 'silu') == 'silu',
+        'attention_bias': family == 'qwen2' or not hf.get('attention_bias'),
+        'mlp_bias': not hf.get('mlp_bias'),
+    }.items():
+        expect(fine, key, hf.get(key), 'which this decoder does not know; choose another model')
+    theta, partial, rope = read_rope(hf, family, e, expect)
+    return ModelConfig(family, V, L, d, H, G, e, ff, bool(hf.get('tie_word_embeddings')), theta,
+                       hf.get('rms_norm_eps', 1e-6), context, partial, rope, hf)
+
+
+def read_rope(hf, family, e, expect):
+    """config.json's rotary settings -> (theta, share of a head that is rotated, scaling or {}). Older
+    files spell rope_theta and rope_scaling, newer ones put both into rope_parameters."""
+    original = 'original_max_position_embeddings'
+    rope = {'rope_theta': 1e4, 'partial_rotary_factor': 1.0}
+    rope |= {key: hf[key] for key in (*rope, original) if key in hf}
+    for key in ('rope_scaling', 'rope_parameters'):
+        expect(isinstance(hf.get(key) or {}, dict), key, hf.get(key), 'not a group of names; fetch it again')
+        rope |= hf.get(key) or {}
+    kind = rope['rope_type'] = rope.get('rope_type') or rope.get('type', 'default')
+    numbers = {'default': [], 'linear': ['factor'], 'longrope': [original],
+               'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', original]}
+    expect(kind in numbers, 'rope_type', kind, 'which this decoder does not know; choose another model')
+    for key in ('rope_theta', 'partial_rotary_factor', *numbers[kind]):
+        expect(isinstance(rope.get(key), (int, float)), key, rope.get(key), 'not a number; fetch it again')
+    partial = rope['partial_rotary_factor'] if family == 'phi3' else 1.0     # the others ignore it
+    for key in ('long_factor', 'short_factor') if kind == 'longrope' else ():
+        pairs = int(e * partial) // 2
+        expect(isinstance(rope.get(key), list) and len(rope[key]) == pairs, key, rope.get(key),
+               f'not the {pairs} numbers that {pairs} rotated pairs need')
+    return float(rope['rope_theta']), partial, {} if kind == 'default' else rope
 
 
 def name_map(c):
@@ -397,7 +409,10 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
         for hf, rows in zip(hfs, splits(c, ours), strict=True):
             if hf not in files:
                 raise UserError(f'{folder}: tensor {hf!r} is missing; fetch the model again')
-            t = open_safetensors(files[hf]).get_tensor(hf)
+            try:
+                t = open_safetensors(files[hf]).get_tensor(hf)
+            except SafetensorError as e:
+                raise UserError(f'{files[hf]}: {hf} cannot be read ({e}); fetch the model again') from None
             shape = list(want[ours].shape) if rows == -1 else [rows, *want[ours].shape[1:]]
             if list(t.shape) != shape:
                 raise UserError(f'{files[hf]}: {hf} has shape {list(t.shape)}, but config.json says {shape}')
@@ -422,7 +437,9 @@ def shards(folder):
         if not one.exists():
             raise UserError(f'{folder}: no model.safetensors in it; pickled weights are never loaded')
         return dict.fromkeys(open_safetensors(one).keys(), one)
-    places = read_json(index).get('weight_map') or {}
+    places = read_json(index).get('weight_map')
+    if not isinstance(places, dict) or not places:
+        raise UserError(f'{index}: no weight_map in it; fetch the model again')
     for name in sorted(set(places.values())):
         if not (folder / name).is_file():
             raise UserError(f'{index}: names {name}, which is not there; fetch the model again')
@@ -431,7 +448,7 @@ def shards(folder):
 
 # what travels with the weights, so that the folder is a model and not just numbers
 ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
-         'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'qwen.tiktoken')
+         'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', '*.tiktoken')
 
 
 def save_model(model, folder, source=None, state=None, shard_bytes=5 * 10**9):
@@ -465,10 +482,12 @@ def save_model(model, folder, source=None, state=None, shard_bytes=5 * 10**9):
                 'metadata': {'total_size': sum(t.nbytes for t in tensors.values())},
                 'weight_map': {hf: name for name, group in zip(names, groups, strict=True) for hf in group}})
         dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
-        (tmp / 'config.json').write_text(json.dumps(hf_config(c) | {'dtype': dtype}, indent=2) + '\n')
-        for name in ALONG if source else ():
-            if (Path(source) / name).exists():
-                shutil.copy(Path(source) / name, tmp / name)
+        config = hf_config(c) | {'dtype': dtype, 'torch_dtype': dtype}       # newer and older spelling
+        config.pop('auto_map', None)         # points at Python files, which do not travel
+        write_json(tmp / 'config.json', config)
+        for pattern in ALONG if source else ():
+            for file in Path(source).glob(pattern):
+                shutil.copy(file, tmp / file.name)
 
 
 def hf_config(c):

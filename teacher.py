@@ -10,6 +10,7 @@ Letters: B rows, T tokens, K supervised positions, L layers, d width.
 """
 import torch
 
+from data import check_ids
 from losses import layer_map
 from runtime import UserError
 
@@ -48,16 +49,16 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question):
         raise UserError(f"tokenizers differ: id {vocab_t[wrong]} is {wrong!r} to the teacher and "
                         f'{ids_s.get(vocab_t[wrong])!r} to the student, so the teacher would read gibberish; '
                         "choose a teacher with the student's vocabulary")
-    for side, c, tok in (('student', student, tok_s), ('teacher', teacher, tok_t),
-                         ('teacher', teacher, tok_s)):
-        if tok.size > c.V:
-            raise UserError(f'{side}: {c.V} rows in its embedding, but token ids up to {tok.size - 1} in '
-                            f'{tok.name}; tokenizer and model do not belong together')
+    check_ids('student', student.V, tok_s)
+    check_ids('teacher', teacher.V, tok_t)
+    check_ids('teacher', teacher.V, tok_s)           # it reads what the student writes
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
     lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; only the student has '
              f'{len(vocab_s) - len(shared)} more, only the teacher {len(vocab_t) - len(shared)}',
              f'width {student.d} on both sides; {student.L} student layers onto {teacher.L} by Eq. (11)',
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
+    lines += [f'note: the {side} has no chat template; its prompt is the question and a new line'
+              for side, tok in (('student', tok_s), ('teacher', tok_t)) if not tok.template]
     if prompt_s == prompt_t:
         lines.append(f'prompt, the same for both: {prompt_s!r}')
     else:

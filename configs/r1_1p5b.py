@@ -12,6 +12,7 @@ config = config | dict(
     teacher='hbx/JustRL-DeepSeek-1.5B',
     data='BytedTsinghua-SIA/DAPO-Math-17k',     # repeats each problem a hundred times; each is read once
     eval_data='HuggingFaceH4/aime_2024', eval_every=100,
+    eval_suffix=' Please reason step by step, and put your final answer within \\boxed{}.',
     checkpointing=True,
     # everything else is the paper's and stands in default.py
 )

@@ -64,6 +64,8 @@ def test_chat_template_is_rendered_with_what_templates_expect(folder):
     ("{{ raise_exception('no system role') }}", 'no system role'),
     ("{{ messages[0].content.__class__.__mro__ }}", 'chat template failed'),      # the sandbox holds
     ("{% for %}", 'does not parse'),
+    ("{{ 1 / 0 }}", 'division by zero'),
+    ("{{ 'a'.index('b') }}", 'chat template failed'),
 ])
 def test_bad_templates(folder, template, says):
     (folder / 'chat_template.jinja').write_text(template)
@@ -76,6 +78,27 @@ def test_named_templates(folder):
     write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>', 'chat_template': [
         {'name': 'tool', 'template': 'no'}, {'name': 'default', 'template': 'yes {{ messages[0].content }}'}]})
     assert load_tokenizer(str(folder)).render('x') == 'yes x'
+
+
+def test_leftover_truncation_and_padding_are_ignored(folder):
+    """Published tokenizer.json files carry them; a prompt cut at 5 ids would train without complaint."""
+    ids = load_tokenizer(folder).encode('the cat sat on the mat ' * 5)
+    core = HFTokenizer.from_file(str(folder / 'tokenizer.json'))
+    core.enable_truncation(5)
+    core.enable_padding(length=9)
+    core.save(str(folder / 'tokenizer.json'))
+    tok = load_tokenizer(folder)
+    assert tok.encode('the cat sat on the mat ' * 5) == ids and len(tok.encode('the')) < 9
+
+
+def test_generation_marks_and_tools_as_transformers_renders_them(folder):
+    template = ("{% if tools is not none %}TOOLS{% endif %}{% for m in messages %}{% generation %}{{ m.content }}"
+                "{% endgeneration %}{% endfor %}{{ messages | tojson(indent=1) }}")
+    (folder / 'chat_template.jinja').write_text(template)
+    transformers = pytest.importorskip('transformers')
+    ref = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), chat_template=template)
+    talk = [{'role': 'user', 'content': 'é'}]
+    assert load_tokenizer(folder).render(talk) == ref.apply_chat_template(talk, tokenize=False)
 
 
 def test_bad_tokenizers(folder):
@@ -127,6 +150,16 @@ def test_layouts_of_problems(folder, capsys):
     (folder / 'p.txt').write_text('short\n' + 'long ' * 50)
     assert [p.question for p in load_problems(folder / 'p.txt', tok, longest=20)] == ['short']
     assert '1 prompts longer than 20 tokens' in capsys.readouterr().out
+    with (folder / 'd/more.train.parquet').open('wb') as f:
+        parquet.write_table(pyarrow.Table.from_pylist([{'problem': str(i), 'answer': '1'} for i in range(9)]), f)
+    assert len(load_problems(folder / 'd', tok, first=3)) == 3 and len(load_problems(folder / 'd', tok, first=9)) == 9
+    (folder / 'e/test').mkdir(parents=True)
+    (folder / 'e/test/0.jsonl').write_text('{"question": "held out", "answer": "1"}')
+    with pytest.raises(UserError, match='for train; name one file'):
+        load_problems(folder / 'e', tok)
+    (folder / 'e/constrained.jsonl').write_text('{"question": "mine", "answer": "1"}')
+    assert [p.question for p in load_problems(folder / 'e', tok)] == ['mine']
+    assert load_problems(folder / 'e', tok, split='test', suffix=' Box it.')[0].question == 'held out Box it.'
     (folder / 'd/train.parquet').write_bytes((folder / 'd/train.parquet').read_bytes()[:-20])
     with pytest.raises(UserError, match='not a whole parquet file'):
         load_problems(folder / 'd', tok)

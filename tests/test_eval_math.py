@@ -27,7 +27,8 @@ def test_boxed(text, inside):
     ('\\boxed{142}', '142', True), ('\\boxed{142.0}', '142', True), ('\\boxed{ 142 }', '142', True),
     ('\\boxed{143}', '142', False), ('142', '142', False), ('\\boxed{0142}', '142', True),
     ('\\boxed{142}, no, \\boxed{7}', '142', False), ('\\boxed{1e2}', '100', False), ('\\boxed{x+1}', 'x+1', True),
-    ('\\boxed{8}', 'so \\boxed{8}', True), ('\\boxed{9**9**9}', '0', False), ('\\boxed{__import__("os")}', '1', False), ('\\boxed{١٤٢}', '142', True),
+    ('\\boxed{8}', 'so \\boxed{8}', True), ('\\boxed{}', '', False), ('thus\nAnswer: 34', '34', True),
+    ('Answer: 34\nor so', '34', False), ('\\boxed{7}\nAnswer: 34', '34', False), ('\\boxed{9**9**9}', '0', False), ('\\boxed{__import__("os")}', '1', False), ('\\boxed{١٤٢}', '142', True),
 ])
 def test_grade(text, answer, right):
     assert grade(text, answer) is right

@@ -21,15 +21,15 @@ ROOMS = {
     # each on its own: runtime.py is where a process runs, files.py is what lies on disk.
     'runtime.py': (240, set()),
     'files.py': (230, {'runtime'}),
-    'model.py': (500, {'files', 'runtime'}),      # five families' config.json, four kinds of rotary scaling
-    'data.py': (330, {'files', 'model', 'runtime'}),  # two tokenizer libraries, five layouts of problems
+    'model.py': (520, {'files', 'runtime'}),      # five families' config.json, four kinds of rotary scaling
+    'data.py': (370, {'files', 'model', 'runtime'}),  # two tokenizer libraries, five layouts of problems
     'rollout.py': (300, {'model'}),
     'losses.py': (200, set()),
-    'teacher.py': (200, {'losses', 'runtime'}),
+    'teacher.py': (200, {'data', 'losses', 'runtime'}),
     'toy.py': (210, GROUND),              # the making, the checking and the reusing of a folder
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),
     'figures.py': (250, {'files', 'runtime'}),
-    'distill.py': (370, GROUND | {'rollout', 'losses', 'teacher', 'eval_math', 'figures', 'toy'}),
+    'distill.py': (375, GROUND | {'rollout', 'losses', 'teacher', 'eval_math', 'figures', 'toy'}),
 }
 
 

@@ -66,6 +66,10 @@ SCALED = [('llama', LLAMA3, {}), ('llama', dict(rope_type='linear', factor=4.0),
           ('phi3', LONG | dict(attention_factor=1.3), dict(original_max_position_embeddings=16))]
 
 
+SCALED += [('phi3', {k: v[:2] if 'factor' in k else v for k, v in LONG.items()},           # Phi-4-mini's form
+            dict(original_max_position_embeddings=16, partial_rotary_factor=0.75))]
+
+
 @pytest.mark.parametrize('family, scaling, other', SCALED)
 def test_rotary_scaling_equals_transformers(family, scaling, other, tmp_path):
     """Within, at and beyond the original context of 16; partial rotation; then back into transformers."""
@@ -210,6 +214,10 @@ def test_older_and_newer_rope_spellings(tmp_path):
 
 # ---- bad folders: each is one line that names the place ----------------------------------------
 
+def index_all(folder):
+    return list(load_file(folder / 'model.safetensors'))
+
+
 def edit(folder, **keys):
     write_json(folder / 'config.json', read_json(folder / 'config.json') | keys)
 
@@ -230,15 +238,25 @@ def tensors(change):
 @pytest.mark.parametrize('spoil, says', [
     (lambda f: (f / 'config.json').unlink(), 'config.json: no such file'),
     (lambda f: (f / 'config.json').write_text('{'), 'not valid JSON'),
-    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'vocab_size = None'),
+    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'num_attention_heads = None'),
     (lambda f: (f / 'config.json').write_text('[]'), 'holds a list, not a dict'),
     (lambda f: edit(f, hidden_size='20'), "hidden_size = '20'"),
     (lambda f: edit(f, num_hidden_layers=0), 'num_hidden_layers = 0'),
-    (lambda f: edit(f, num_key_value_heads=3), '4 query heads do not share 3'),
-    (lambda f: edit(f, model_type='mamba'), "model_type 'mamba'"),
+    (lambda f: edit(f, num_key_value_heads=3), 'which 4 query heads cannot share evenly'),
+    (lambda f: edit(f, model_type='mamba'), "model_type = 'mamba'"),
     (lambda f: edit(f, use_sliding_window=True, sliding_window=16), 'sliding_window = 16'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0] * 3}), 'long_factor = None'),
     (lambda f: edit(f, attention_bias=True), 'attention_bias'),
+    (lambda f: edit(f, rope_scaling='x'), "rope_scaling = 'x'"),
+    (lambda f: edit(f, rope_theta='x'), "rope_theta = 'x'"),
+    (lambda f: edit(f, rope_theta=None), 'rope_theta = None'),
+    (lambda f: edit(f, head_dim='6'), "head_dim = '6'"),
+    (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0],
+                                     'original_max_position_embeddings': 9}), 'long_factor = [1.0], not the 3 numbers'),
+    (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': []}), 'no weight_map'),
+    (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': dict.fromkeys(
+        ['model.norm.weight', *index_all(f)], 'model.safetensors') | {'lm_head.weight': 'other.safetensors'}}),
+     'names other.safetensors'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
     (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
     (lambda f: edit(f, hidden_act='gelu'), 'hidden_act'),
@@ -291,10 +309,37 @@ def test_a_hub_id_that_the_hub_does_not_give(monkeypatch):
     assert 'nobody/nothing' in str(e.value) and '\n' not in str(e.value)
 
 
+def test_an_index_that_names_a_tensor_its_file_lacks(tmp_path):
+    save_model(tiny_model(), tmp_path)
+    names = dict.fromkeys(index_all(tmp_path), 'model.safetensors')
+    tensors(lambda t: t.pop('model.norm.weight'))(tmp_path)
+    write_json(tmp_path / 'model.safetensors.index.json', {'weight_map': names})
+    with pytest.raises(UserError, match='model.norm.weight cannot be read'):
+        load_model(tmp_path)
+
+
+def test_published_spellings_that_change_nothing_are_accepted(tmp_path):
+    """Sliding windows that no layer uses or that are wider than the context; partial rotation where the
+    family ignores it; head_dim null; Qwen3's default head_dim of 128."""
+    save_model(tiny_model(), tmp_path)
+    full = ['full_attention'] * 3
+    for keys in (dict(use_sliding_window=True, sliding_window=16, layer_types=full), dict(partial_rotary_factor=0.5),
+                 dict(use_sliding_window=True, sliding_window=64), dict(use_sliding_window=False, sliding_window=8)):
+        save_model(tiny_model(), tmp_path)
+        edit(tmp_path, **keys)
+        assert read_config(tmp_path).partial == 1.0
+    edit(tmp_path, head_dim=None)
+    assert read_config(tmp_path).e == 128
+    edit(tmp_path, model_type='llama')
+    assert read_config(tmp_path).e == 5
+
+
 def test_config_json_keeps_every_field_it_came_with(tmp_path):
     """A field we do not read (vLLM may) must survive load and save."""
     save_model(tiny_model(), tmp_path / 'a')
-    edit(tmp_path / 'a', bos_token_id=7, my_note='kept')
+    edit(tmp_path / 'a', bos_token_id=7, my_note='kept', torch_dtype='bfloat16', auto_map={'x': 'y.py'})
     save_model(load_model(tmp_path / 'a'), tmp_path / 'b')
     assert json.loads((tmp_path / 'b/config.json').read_text())['my_note'] == 'kept'
     assert hf_config(load_model(tmp_path / 'b').config)['bos_token_id'] == 7
+    saved = read_json(tmp_path / 'b/config.json')
+    assert saved['torch_dtype'] == saved['dtype'] == 'float32' and 'auto_map' not in saved

@@ -7,10 +7,12 @@ import gzip
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from configs import load_config
 from data import TIKTOKEN, load_problems, load_tokenizer
@@ -18,7 +20,7 @@ from distill import main
 from files import write_json
 from model import load_model, save_model
 from rollout import sample
-from runtime import ROOT
+from runtime import ROOT, UserError
 
 transformers = pytest.importorskip('transformers')
 SHARED = ROOT.parent / 'shared'
@@ -46,7 +48,7 @@ def folders(tmp_path_factory):
         out[name] = tmp_path_factory.mktemp(name)
         (out[name] / name).write_bytes(source.read_bytes() if source.exists() else
                                        gzip.decompress(source.with_name(name + '.gz').read_bytes()))
-        write_json(out[name] / 'config.json', {'eos_token_id': eos})
+        write_json(out[name] / 'generation_config.json', {'eos_token_id': eos})
         (out[name] / 'chat_template.jinja').write_text(
             "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -55,22 +57,45 @@ def folders(tmp_path_factory):
 
 @needs_vocabularies
 @pytest.mark.parametrize('name', list(TIKTOKEN))
-def test_tiktoken_vocabularies_equal_transformers(folders, name):
-    """1,000 lines of mixed text: ids equal to the reference's own conversion of the file; text and
-    byte offsets come back exactly."""
+def test_tiktoken_vocabularies_equal_transformers(folders, name, monkeypatch):
+    """1,000 lines of mixed text: ids equal to transformers' own conversion of the file, with the pattern
+    and the normalisation that the reference libraries publish; text and byte offsets come back exactly."""
+    import tiktoken_ext.openai_public as openai
+    from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
     tok = load_tokenizer(folders[name])
-    cut, special = TIKTOKEN[name]
-    ref = TikTokenConverter(vocab_file=str(folders[name] / name), pattern=cut,
-                            extra_special_tokens=list(special)).converted()
+    monkeypatch.setattr(openai, 'load_tiktoken_bpe', lambda *a, **k: {})
+    published = openai.o200k_base()
+    special = published['special_tokens'] if 'o200k' in name else {'<|endoftext|>': 151643, '<|im_end|>': 151645}
+    ref = TikTokenConverter(vocab_file=str(folders[name] / name), extra_special_tokens=list(special),
+                            pattern=published['pat_str'] if 'o200k' in name else PRETOKENIZE_REGEX).converted()
+    if 'qwen' in name:
+        ref.normalizer = normalizers.NFC()
     for line in mixed_text():
         ids = tok.encode(line)
         assert ids == ref.encode(line, add_special_tokens=False).ids
-        assert tok.decode(ids) == line
+        text = unicodedata.normalize('NFC', line) if 'qwen' in name else line
+        assert tok.decode(ids) == text
         ends = tok.byte_ends(ids)
-        assert ends[-1] == len(line.encode()) and all(
-            tok.vocabulary.core.decode_bytes(ids[:i + 1]) == line.encode()[:end] for i, end in enumerate(ends))
+        assert ends[-1] == len(text.encode()) and all(
+            tok.vocabulary.core.decode_bytes(ids[:i + 1]) == text.encode()[:end] for i, end in enumerate(ends))
+    for word, i in special.items():
+        assert tok.encode(word) == [i]
     assert tok.encode('<|endoftext|>') == [special['<|endoftext|>']] and tok.byte_ends([special['<|endoftext|>']]) == [0]
+
+
+@needs_vocabularies
+@pytest.mark.parametrize('name', list(TIKTOKEN))
+def test_a_tiktoken_vocabulary_travels_with_the_model_and_must_be_whole(folders, name, tmp_path):
+    save_model(tiny_model(), tmp_path / 'm', source=folders[name])
+    tok = load_tokenizer(tmp_path / 'm')
+    assert tok.encode('x²+1') == load_tokenizer(folders[name]).encode('x²+1')
+    assert tok.decode([tok.size - 1, tok.size - 2, *tok.encode('a')]) == 'a'      # special, or a hole in the ids
+    lines = (tmp_path / 'm' / name).read_bytes().splitlines(keepends=True)
+    (tmp_path / 'm' / name).write_bytes(b''.join(lines[:50_000]))
+    with pytest.raises(UserError, match='50000 tokens, but this vocabulary has'):
+        load_tokenizer(tmp_path / 'm')
 
 
 @needs_vocabularies
