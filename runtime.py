@@ -110,6 +110,12 @@ def run(main, cfg_of):
             sys.stdout.flush()
             os._exit(2)                      # no farewell: the other ranks may wait in a collective
         code = 2
+    if ranks() > 1:
+        if code == 0:
+            barrier()                        # nobody leaves while another still talks to it
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(code)                       # gloo's threads have been seen to abort a process that is done
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -41,7 +41,6 @@ def write_gradient(out, student, teacher, budget, dtype, recompute):
     grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world)
     if place.rank == 0:
         save_file({k: v.contiguous() for k, v in grads.items()} | {'sums': sums}, out)
-    torch.distributed.destroy_process_group()
 
 
 def interrupt(step, *args):
@@ -54,9 +53,10 @@ def interrupt(step, *args):
             signal.raise_signal(signal.SIGINT)
         return real(*a, **k)
     distill.accumulate = accumulate
-    run(distill.main, lambda: load_config(list(args)))
+    distill.main(load_config(list(args)))
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    {'gradient': write_gradient, 'interrupt': interrupt}[sys.argv[1]](*sys.argv[2:])
+    job = {'gradient': write_gradient, 'interrupt': interrupt}[sys.argv[1]]
+    run(lambda args: job(*args), lambda: sys.argv[2:])
