@@ -8,9 +8,10 @@ One step, read downward (the same numbers stand in the loop):
     4. teacher:  its hidden states at exactly those rows, for the matched layers
     5. student:  one forward; each matched layer hands its rows to the loss there and then; backward
     6. update:   clip, AdamW, log
-After the rollout neither model's LM head runs: nothing of size rows x vocabulary is ever made. Weights
-are normalised over the global batch before any micro-batch runs, so the update does not depend on
-token_budget or on the number of ranks.
+The loss is Eq. (7): oprd_weight * Eq. (6), hidden states, + opd_weight * one of Eqs. (3)-(5), output space.
+With opd_weight=0 neither model's LM head runs after the rollout, and nothing of size rows x vocabulary
+is ever made (but for a few rows every diagnose_every steps). Weights are normalised over the global
+batch before any micro-batch runs, so the update does not depend on token_budget or the number of ranks.
 
     python distill.py configs/toy.py                              CPU, or one GPU
     torchrun --nproc_per_node=8 distill.py configs/toy.py         eight GPUs (FSDP2), or 8 CPU ranks
@@ -18,11 +19,12 @@ token_budget or on the number of ranks.
 
 Run again with the same folder, it resumes; Ctrl-C finishes the step, saves and stops (torchrun kills
 its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600).
-Simpler than usual: one loop, no trainer. What it does not know yet: output-space objectives, bridges,
-several teachers, a teacher sharded over ranks.
+Simpler than usual: one loop, no trainer. What it does not know yet: bridges, several teachers, a
+teacher sharded over ranks.
 """
 import math
 import time
+from functools import partial
 
 import torch
 
@@ -32,8 +34,9 @@ from configs import default, free, load_config
 from data import load_problems, load_tokenizer, prompt_order
 from eval_math import evaluate, exam_problems, grade, table
 from files import Log, open_run, read_json, resume, save, write_json
-from losses import layer_loss, layer_set, position_weights, positions
-from model import load_model, read_config, save_model, snapshot
+from losses import ever, layer_loss, opd_loss, position_weights, positions, spread, weight_at
+from model import load_model, save_model, snapshot
+from preflight import preflight
 from rollout import sample
 from runtime import (
     Clock,
@@ -50,10 +53,7 @@ from runtime import (
     start,
     versions,
 )
-from teacher import check_pair, hidden_rows
-
-GiB = 2**30
-
+from teacher import hidden_rows
 
 # ---- the schedule and the cutting of batches --------------------------------------------------
 
@@ -96,88 +96,65 @@ def adamw(model, lr, betas, weight_decay):
     return opt
 
 
-# ---- before the first step --------------------------------------------------------------------
-
-def preflight(cfg, place, tok, tok_t, train, held_out):
-    """Look before the leap: the pair, the lengths, the memory; a line each, or a UserError.
-    -> (student layers, stop ids, longest sequence)."""
-    student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
-    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question)
-    layers = layer_set(cfg['layers'], student.L)
-    if not layers:
-        raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
-    if cfg['prompts_per_step'] < place.world:
-        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {place.world} ranks; "
-                        'raise it')
-    longest = 0
-    for key, problems in (('max_new_tokens', train), ('eval_max_new_tokens', held_out)):
-        new, prompt = cfg[key] or cfg['max_new_tokens'], max((len(p.ids) for p in problems), default=0)
-        longest = max(longest, prompt + new)
-        for side, c in (('student', student), ('teacher', teacher)):
-            if problems and prompt + new > c.context:
-                raise UserError(f'{side}: reads {c.context} tokens, but the longest prompt has {prompt} and '
-                                f'{key}={cfg[key]} allows {new} more; lower {key}')
-    need = memory_estimate(cfg, student, teacher, layers, longest, place)
-    free = f' of {torch.cuda.mem_get_info()[0] / GiB:.1f} free' if place.device.type == 'cuda' else ''
-    print0('\n'.join(f'  {line}' for line in lines))
-    print0(f'  student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; '
-           f'memory per rank, estimated: {sum(need.values()) / GiB:.2f} GiB{free}')
-    if cfg['dry_run']:
-        print0('\n'.join(f'    {n / GiB:8.2f} GiB  {name}' for name, n in need.items()))
-        print0(f"  plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers over "
-               f'{place.world} rank(s); {len(train)} training problems; layers {layers}')
-    return layers, sorted(set(tok.stop_ids) | set(tok_t.stop_ids)), longest
-
-
-def memory_estimate(cfg, student, teacher, layers, longest, place):
-    """Bytes per rank, by what they are for. Activations are a rough count: per token and block, what
-    a gated MLP and attention keep for their backward, or one state where blocks are recomputed."""
-    size = 2 if place.dtype == torch.bfloat16 else 4
-    rows = -(-cfg['prompts_per_step'] // place.world) * cfg['n']
-    tokens = min(max(cfg['token_budget'], longest), rows * longest)
-    kept = student.d if cfg['checkpointing'] else 14 * student.d + 5 * student.ff
-    kv = 2 * student.L * student.G * student.e * size                        # bytes of a token
-    weights = student.count()
-    return {
-        'student weights, gradient and AdamW, float32': 16 * weights / place.world,
-        'student weights gathered for sampling': weights * size * (place.world > 1 or size == 2),
-        'teacher weights': teacher.count() * size,
-        'KV cache while sampling': max(rows, cfg['eval_rows'] if cfg['eval_data'] else 0) * longest * kv,
-        'teacher rows of a micro-batch': len(layers) * tokens * teacher.d * size,
-        'activations of a micro-batch': tokens * kept * student.L * size,
-    }
-
-
 # ---- one step's gradient ----------------------------------------------------------------------
 
-def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0):
-    """Steps 4 and 5: add the gradient of factor * Eq. (6) over a rollout to the student's .grad.
+def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, oprd_weight=1.0,
+               opd_weight=0.0, opd=opd_loss, probe=None, drift=False, lap=lambda phase: None):
+    """Steps 4 and 5: add the gradient of factor * Eq. (7) over a rollout to the student's .grad.
 
-    w: weights (B, T) from position_weights. budget: tokens of a micro-batch.
-    -> [loss, cos of each layer], this rank's share of the weighted sums; their sum over ranks is
-    Eq. (6) and the mean cosines, whatever the micro-batches were.
+    w: weights (B, T) from position_weights. kind: rep_loss. budget: tokens of a micro-batch.
+    opd: losses.opd_loss with its choices made. probe: mask (B, T) of positions whose output
+    distributions, and all layers' cosines, are looked at without a gradient; None = not in this step.
+    -> [Eq. (6), opd, stats (5,), cos of each layer], this rank's share of the weighted sums; their sum
+    over ranks is what it would be on one rank in one micro-batch.
     """
     groups = [(rows, 1.0) for rows in micro_batches(roll.length.tolist(), budget)]
     most = int(all_reduce(torch.tensor(len(groups), device=w.device), 'max'))
     groups += [([0], 0.0)] * (most - len(groups))    # FSDP: as many forwards on every rank, of no weight
-    sums = torch.zeros(1 + len(layers), device=w.device)
+    matched = layers if oprd_weight or probe is not None else []
+    if opd_weight:
+        probe = None                                 # the term itself looks at all its positions
+    sums = torch.zeros(7 + len(layers), device=w.device)
     for rows, share in groups:
         T = int(roll.length[rows].max())
-        ids, weight = roll.ids[rows, :T], (share * w[rows, :T]).flatten()    # (b, T), (b*T,)
-        at = weight.nonzero().squeeze(-1)                                    # (K,)
-
-        # 4. teacher: {l: (K, d)}
-        h_t = hidden_rows(teacher, ids, layers, at, student.config.L)
-
-        # 5. student: every matched layer's loss as it passes, its gradient formed in h_t's memory
-        def match(l, h, h_t=h_t, at=at, weight=weight):
-            h, loss, cos = layer_loss(h, h_t[l], at, weight[at], kind)
-            return h, (loss, cos)
-        outs = student.hidden(ids, layers, tap=match)
-        loss = sum(loss for loss, _ in outs) / len(layers)                   # Eq. (6)
-        (loss * factor).backward()
-        sums += torch.stack([loss.detach(), *(cos for _, cos in outs)])
+        look = probe[rows, :T].flatten() if probe is not None else None
+        rep, out, stats, cos = micro_batch(student, teacher, roll.ids[rows, :T], share * w[rows, :T], matched,
+                                           kind, drift, opd, bool(opd_weight), look, lap)
+        ((oprd_weight * rep + opd_weight * out) * factor).backward()
+        lap('student')
+        sums[:7 + len(cos)] += torch.stack([rep.detach(), out.detach(), *stats, *cos])
     return sums
+
+
+def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, learn, look, lap):
+    """Steps 4 and 5 on rows (b, T) of a rollout, w their weights (b, T) -> Eq. (6), the output-space
+    term, its stats (5,), [cos of each layer]. learn: is there an output-space term? Else look (b*T,),
+    if given, marks positions for stats alone. What is not wanted is 0."""
+    L, T, none = student.config.L, ids.shape[1], torch.zeros((), device=w.device)
+    at = w.flatten().nonzero().squeeze(-1)                                   # (K,)
+    w, y, answer = w.flatten()[at], ids.flatten()[at + 1], at // T           # (K,) each
+    heads = learn or look is not None
+    read = sorted({*layers, L}) if heads else layers
+
+    # 4. teacher: {l: (K, d)}
+    h_t = hidden_rows(teacher, ids, read, at, L)
+    lap('teacher')
+
+    # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
+    def tap(l, h):
+        out, stats, loss, cos = none, none.repeat(5), none, None
+        if heads and l == L:                 # before layer_loss takes over the teacher's rows
+            some = slice(None) if learn else look[at]
+            term = partial(opd, h_t=h_t[L][some], W_t=teacher.head.weight, y=y[some], w=w[some],
+                           answer=answer[some], **({} if learn else {'kind': None}))
+            with torch.set_grad_enabled(learn):
+                out, stats = student.head(h.flatten(0, 1)[at[some]], term)
+        if l in layers:
+            h, loss, cos = layer_loss(h, h_t[l], at, w, kind, answer if drift else None)
+        return h, (out, stats, loss, cos)
+    outs, stats, losses, cos = zip(*student.hidden(ids, read, tap=tap), strict=True)
+    rep = sum(losses) / len(layers) if layers else none                      # Eq. (6)
+    return rep, sum(outs), sum(stats), [c for c in cos if c is not None]
 
 
 # ---- the loop ---------------------------------------------------------------------------------
@@ -200,13 +177,31 @@ def prepare(cfg, place):
     barrier()
     teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
     student = load_model(cfg['student'], torch.float32, place.device)
-    if not student.config.tied:
+    if not student.config.tied and not ever(cfg['opd_weight']):
         student.head.requires_grad_(False)           # Eq. (6) never reaches it
     student.checkpointing = cfg['checkpointing']
     student.reach = teacher.reach = longest
     shard(student, place)
     opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
     return tok, train, held_out, layers, stop, student, teacher, opt
+
+
+def open_log(out, asked, place, student, opt):
+    """Write the run's config, or go on from its last checkpoint -> (log, steps done, seconds spent)."""
+    if place.rank == 0 and not (out / 'config.json').exists():
+        write_json(out / 'config.json', {'config': asked, 'versions': versions(place)})
+    log = Log(out / 'log.jsonl')
+    done, elapsed = resume(out, student, opt)
+    log.keep(done)
+    if done and (not log.rows or log.rows[-1]['step'] != done):
+        raise UserError(f'{log.path}: its lines end before the checkpoint at step {done}, so the run cannot '
+                        'be told whole; choose another out_dir=')
+    if len(set(all_gather((done, len(log.rows))))) > 1:
+        raise UserError(f'{out}: ranks see different files there; out_dir= must be on a disk that all share')
+    if done:
+        print0(f'resumed after step {done}')
+    log.rewrite(place.rank)
+    return log, done, elapsed
 
 
 def main(cfg):
@@ -232,21 +227,8 @@ def main(cfg):
     if cfg['dry_run']:
         return
 
-    if rank == 0 and not (out / 'config.json').exists():
-        write_json(out / 'config.json', {'config': asked, 'versions': versions(place)})
-    log = Log(out / 'log.jsonl')
-    done, elapsed = resume(out, student, opt)
-    log.keep(done)
-    if done and (not log.rows or log.rows[-1]['step'] != done):
-        raise UserError(f'{log.path}: its lines end before the checkpoint at step {done}, so the run cannot '
-                        'be told whole; choose another out_dir=')
-    if len(set(all_gather((done, len(log.rows))))) > 1:
-        raise UserError(f'{out}: ranks see different files there; out_dir= must be on a disk that all share')
+    log, done, elapsed = open_log(out, asked, place, student, opt)
     began -= elapsed                                 # seconds spent by earlier runs of this folder
-    if done:
-        print0(f'resumed after step {done}')
-    log.rewrite(rank)
-
     source = snapshot(cfg['student'])                # its tokenizer goes along with every checkpoint
     draw = dict(temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                 max_new_tokens=cfg['max_new_tokens'], stop=stop, vocab=tok.size, seed=cfg['seed'])
@@ -254,6 +236,10 @@ def main(cfg):
                 max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], rows=cfg['eval_rows'],
                 vocab=tok.size, rank=rank, world=world)
     sequences = cfg['prompts_per_step'] * cfg['n']
+    opd = partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], tail=cfg['opd_tail'],
+                  direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
+                  teacher_temperature=cfg['teacher_temperature'], future=cfg['opd_future'],
+                  baseline=cfg['opd_baseline'], vocab=tok.size, chunk=cfg['head_rows'])
 
     def examine(model, name):
         """Held-out scores, the same on every rank."""
@@ -282,14 +268,19 @@ def main(cfg):
                 roll = sample(student, [p.ids for p in mine], cfg['n'], which=slots, step=step,
                               progress='rollout' if rank == 0 and clock.cuda else '', **draw)
             clock.lap('sample')
+            clock.update_begins()
 
             # 3. rows: mask m (B, T) -> weights (B, T), which sum to 1 over all ranks
             m = positions(roll, cfg['positions'], cfg.get(cfg['positions'], 0))
-            w = position_weights(m, cfg['loss_average'], sequences, all_reduce(m.sum()))
+            tokens = all_reduce(m.sum())
+            w = position_weights(m, cfg['loss_average'], sequences, tokens)
+            looking = step in (1, steps) or (cfg['diagnose_every'] and step % cfg['diagnose_every'] == 0)
+            probe = spread(roll, m, step, cfg['diagnose_rows'] / int(tokens)) if looking else None
 
             # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
-            sums = accumulate(student, teacher, roll, w, layers, cfg['rep_loss'], cfg['token_budget'],
-                              factor=cfg['oprd_weight'] * world)
+            mu = {f'{term}_weight': weight_at(step, steps, cfg[f'{term}_weight']) for term in ('oprd', 'opd')}
+            sums = accumulate(student, teacher, roll, w, layers, cfg['rep_loss'], cfg['token_budget'], world,
+                              opd=opd, probe=probe, drift=cfg['positions'] == 'drift', lap=clock.lap, **mu)
 
             # 6. update
             params = [p for p in student.parameters() if p.grad is not None]
@@ -299,9 +290,9 @@ def main(cfg):
                 group['lr'] = lr
             opt.step()
             opt.zero_grad()
-            clock.lap('train')
+            clock.lap('update')
 
-            row = {'step': step, **step_metrics(roll, sums, tok, mine),
+            row = {'step': step, **step_metrics(roll, sums, tok, mine, **mu),
                    'lr': lr, 'grad_norm': float(full(norm)), **clock.stop()}
             if not math.isfinite(row['loss'] + row['grad_norm']):
                 raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
@@ -310,7 +301,7 @@ def main(cfg):
                 row |= examine(student, f'step {step}')
             log.write(row | {'elapsed': time.time() - began}, rank)
             if step % cfg['log_every'] == 0 or step == steps:
-                print0(step_line(row, steps, clock.eta(steps - step), place.device))
+                print0(step_line(row, steps, clock.eta(steps - step)))
             halt = bool(all_reduce(torch.tensor(float(bool(caught)), device=place.device), 'max'))
             if step % cfg['save_every'] == 0 or step == steps or halt:
                 save(out, step, time.time() - began, student, opt, write_model, rank)
@@ -325,27 +316,38 @@ def main(cfg):
         print0(f"{out}: {results['seconds']:.0f} s in all; model in last/, figure in curve.png")
 
 
-def step_metrics(roll, sums, tok, problems):
-    """A step's weighted sums and its rollout -> the numbers to log, over all ranks."""
+def step_metrics(roll, sums, tok, problems, oprd_weight, opd_weight):
+    """A step's weighted sums and its rollout -> the numbers to log, over all ranks. What this step did
+    not look at is not there. Entropies and KL in nats."""
     answers = [(ids, problems[i].answer) for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True)]
     verdicts = [grade(tok.decode(ids), answer) for ids, answer in answers if answer is not None]
     counts = [int(roll.resp_len.sum()), int(roll.stopped.sum()), sum(verdicts), len(verdicts), len(answers)]
     total = all_reduce(torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)])).tolist()
-    loss, *cos, tokens, stopped, right, graded, rows = total
-    row = {'loss': loss, 'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos, 'len/mean': tokens / rows,
-           'finish': stopped / rows, 'tokens': tokens}
+    rep, out, weight, kl, entropy_s, entropy_t, common, *cos = total[:-5]
+    tokens, stopped, right, graded, rows = total[-5:]
+    row = {'loss': oprd_weight * rep + opd_weight * out}
+    if any(cos):
+        row |= {'loss/oprd': rep, 'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos}
+    if opd_weight:
+        row |= {'loss/opd': out}
+    if weight:
+        row |= {'opd/kl': kl / weight, 'opd/overlap16': common / weight,
+                'entropy/student': entropy_s / weight, 'entropy/teacher': entropy_t / weight}
+    row |= {'len/mean': tokens / rows, 'finish': stopped / rows, 'tokens': tokens}
     return row | ({'acc/rollout': 100 * right / graded} if graded else {})
 
 
-def step_line(row, steps, eta, device):
+def step_line(row, steps, eta):
     """One fixed-width line, most wanted first."""
-    speed = row['tokens'] / (row['time/sample'] + row['time/train'])
-    line = (f"step {row['step']:04d}/{steps:04d} | loss {row['loss']:.4f} | cos {row['rep/cos']:.3f} | "
-            f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}% "
-            + (f"acc {row['acc/rollout']:.0f}% | " if 'acc/rollout' in row else '| ') +
-            f"sample {row['time/sample']:.1f}s train {row['time/train']:.1f}s | {speed / 1000:.1f}k tok/s | ")
-    if device.type == 'cuda':
-        line += f'mem {torch.cuda.max_memory_allocated() / GiB:.1f}G | '
+    train = sum(row[f'time/{phase}'] for phase in ('teacher', 'student', 'update'))
+    speed = row['tokens'] / (row['time/sample'] + train)
+    line = f"step {row['step']:04d}/{steps:04d} | loss {row['loss']:.4f} | "
+    line += f"cos {row['rep/cos']:.3f} | " if 'loss/opd' not in row else f"kl {row['opd/kl']:.4f} | "
+    line += (f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}% "
+             + (f"acc {row['acc/rollout']:.0f}% | " if 'acc/rollout' in row else '| ') +
+             f"sample {row['time/sample']:.1f}s train {train:.1f}s | {speed / 1000:.1f}k tok/s | ")
+    if 'mem/peak' in row:
+        line += f"mem {row['mem/peak']:.1f}G | "
     eta = f'{eta / 3600:.1f}h' if eta > 3600 else f'{eta / 60:.1f}m' if eta > 60 else f'{eta:.0f}s'
     exam = ' '.join(f'{k} {v:.1f}' for k, v in row.items() if '@' in k)
     return line + f'eta {eta}' + (f' | {exam}' if exam else '')
@@ -353,16 +355,17 @@ def step_line(row, steps, eta, device):
 
 def summary(rows):
     """log.jsonl's rows -> results.json."""
-    first, trained, last = rows[0], rows[1:], rows[-1]
+    first, last, cos = rows[0], rows[-1], [r['rep/cos'] for r in rows if 'rep/cos' in r]
     return {'student': first['student'], 'teacher': first['teacher'],
             'distilled': {k: last[k] for k in first['student']}, 'steps': last['step'],
-            'seconds': last['elapsed'], 'rep_cos': [trained[0]['rep/cos'], last['rep/cos']]}
+            'seconds': last['elapsed'], 'rep_cos': [cos[0], cos[-1]] if cos else []}
 
 
 def show(results):
     """results.json -> the lines of the result table."""
     rows = {k: results[k] for k in ('student', 'teacher', 'distilled') if results[k]}
-    return [*(table(rows)), 'rep cosine {:.3f} -> {:.3f}'.format(*results['rep_cos'])]
+    cos = results['rep_cos']
+    return table(rows) + (['rep cosine {:.3f} -> {:.3f}'.format(*cos)] if cos else [])
 
 
 if __name__ == '__main__':

@@ -1,17 +1,45 @@
 """
-Run folders -> figures. Reads log.jsonl and nothing else.
+Run folders -> figures and tables. Reads log.jsonl and nothing else.
 
     python figures.py out/toy                     out/toy/curve.png
     python figures.py out/a out/b out/c           three runs in one figure, in the first one's folder
+    python figures.py --run toy_comparison        every run of configs/toy_comparison.py, one a core, then
+                                                  table.md and curves.png in out/toy_comparison
 
 Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's
 Figure 4). Right: mean cosine of the matched states, and thin lines for each layer (Figure 6).
+A comparison is a Python file with `seeds` and `runs` = {name: command line of distill.py}; a run that
+was interrupted goes on, one that is finished is read.
 """
+import os
+import re
+import runpy
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean, median
+
+from tqdm import tqdm
 
 from files import Log, whole
-from runtime import UserError, run
+from runtime import ROOT, UserError, run
+
+# ---- one figure of a few runs -----------------------------------------------------------------
+
+def accuracy(rows):
+    """Points (step, Avg@n) of a log, and the metric's name; None if nothing was evaluated."""
+    avg = next((k for k in rows[0]['student'] if k.startswith('avg@')), None)
+    points = {r['step']: r[avg] for r in rows if avg in r} | ({0: rows[0]['student'][avg]} if avg else {})
+    return sorted(points.items()), avg
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl; step 0 and at least one more."""
+    rows = Log(Path(folder) / 'log.jsonl').rows
+    if len(rows) < 2:
+        raise UserError(f'{folder}/log.jsonl: no steps in it; run distill.py first')
+    return rows
 
 
 def curve(folders, file):
@@ -22,43 +50,150 @@ def curve(folders, file):
 
     fig, (acc, rep) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     for i, folder in enumerate(folders):
-        rows = Log(Path(folder) / 'log.jsonl').rows
-        if len(rows) < 2:
-            raise UserError(f'{folder}/log.jsonl: no steps in it; run distill.py first')
-        color, name = f'C{i}', Path(folder).name
-        avg = next((k for k in rows[0]['student'] if k.startswith('avg@')), None)
+        rows, color, name = read_log(folder), f'C{i}', Path(folder).name
+        points, avg = accuracy(rows)
         if avg:
-            points = [(0, rows[0]['student'][avg])] + [(r['step'], r[avg]) for r in rows[1:] if avg in r]
             acc.plot(*zip(*points, strict=True), color=color, marker='o', ms=4, label=f'{name}: distilled')
             if i == 0:
                 acc.axhline(rows[0]['teacher'][avg], color='0.2', ls='--', lw=1, label='teacher')
                 acc.axhline(rows[0]['student'][avg], color='0.6', ls=':', lw=1.2, label='student before')
             acc.set_ylabel(f'Avg@{avg[4:]}, %')
-        steps = [r['step'] for r in rows[1:]]
-        for layer in zip(*(r['rep/cos_layer'] for r in rows[1:]), strict=True):
+        looked = [r for r in rows if 'rep/cos' in r]
+        steps = [r['step'] for r in looked]
+        for layer in zip(*(r['rep/cos_layer'] for r in looked), strict=True):
             rep.plot(steps, layer, color=color, lw=0.6, alpha=0.35)
-        mean = [r['rep/cos'] for r in rows[1:]]
-        rep.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
+        if looked:
+            mean = [r['rep/cos'] for r in looked]
+            rep.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
     acc.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
     rep.set(xlabel='step', ylabel='cosine to the teacher', title='representation match (thin: each layer)')
-    for ax in (acc, rep):
+    finish(fig, (acc, rep), file)
+
+
+def finish(fig, axes, file):
+    """Grid, legends, and the file, whole."""
+    from matplotlib import pyplot as plt
+    for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
-        if ax.has_data():
-            ax.legend(frameon=False, fontsize=9)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
     with whole(file) as tmp:
         fig.savefig(tmp, dpi=130, format='png')
     plt.close(fig)
 
 
-def main(folders):
-    if not folders:
-        raise UserError('no run folder given; python figures.py out/toy')
-    for folder in folders:
+# ---- a comparison: many runs, a table, a figure -------------------------------------------------
+
+def launch(jobs):
+    """Run {folder: command line} as processes, one a core with one thread each; progress on the terminal.
+    A finished folder costs a second. The first failure is a UserError, once the others have ended."""
+    env, failed = {**os.environ, 'OMP_NUM_THREADS': '1'}, []
+
+    def one(folder, args):
+        done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+        return folder, done.returncode, (done.stderr.strip().splitlines() or ['no message'])[-1]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), unit='run') as bar:
+        try:
+            for job in as_completed([pool.submit(one, *job) for job in jobs.items()]):
+                folder, code, line = job.result()
+                bar.update()
+                bar.set_postfix_str(Path(folder).name)
+                failed += [f'{folder}: {line}'] * (code != 0)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)       # those that run save themselves
+            raise
+    if failed:
+        raise UserError(failed[0] + (f' ({len(failed)} runs failed)' if failed[1:] else ''))
+
+
+def slug(name):
+    return re.sub(r'[^a-z0-9.=-]+', '_', name.lower())
+
+
+def compare(study):
+    """Run a comparison and write its table and figure into out/<its name>."""
+    file = next((p for p in (Path(study), ROOT / 'configs' / f'{study}.py') if p.is_file()), None)
+    plan = runpy.run_path(str(file)) if file else {}
+    if not {'seeds', 'runs'} <= plan.keys():
+        raise UserError(f'{study}: not a Python file with seeds and runs; see configs/toy_comparison.py')
+    out, seeds, runs = ROOT / 'out' / file.stem, plan['seeds'], plan['runs']
+    folder = {(name, s): out / f'{slug(name)}-s{s}' for name in runs for s in seeds}
+    print(f'{file.stem}: {len(folder)} runs in {out}')
+    launch({f'toy, seed {s}': ['toy.py', 'configs/toy.py', f'seed={s}'] for s in seeds})
+    launch({str(f): ['distill.py', *runs[name], f'seed={s}', f'out_dir={f}']
+            for (name, s), f in folder.items()})
+    logs = {name: [read_log(folder[name, s]) for s in seeds] for name in runs}
+    lines = comparison_table(logs)
+    with whole(out / 'table.md') as tmp:
+        tmp.write_text('\n'.join(lines) + '\n')
+    comparison_figure(logs, plan.get('panels') or {file.stem: list(runs)}, out / 'curves.png')
+    print('\n'.join(lines))
+    print(f'{out}: table.md, curves.png')
+
+
+def span(values):
+    """Mean and range over seeds."""
+    low, mean, high = (f'{x:.1f}' for x in (min(values), fmean(values), max(values)))
+    return mean if len(values) == 1 else f'{mean} ({low} to {high})'
+
+
+def comparison_table(logs):
+    """{method: [rows of each seed]} -> markdown lines. seconds: of all steps, without evaluation; ms a
+    step: median of what comes after the rollout (teacher, student, update)."""
+    some = next(iter(logs.values()))
+    avg, best = (k for k in some[0][0]['student'] if '@' in k)
+    lines = [f'| method | {avg.title()} | {best.title()} | length | steps | seconds | ms a step | seeds |',
+             '|---|---|---|---|---|---|---|---|']
+
+    def line(name, rows, *rest):
+        cells = [name, *(span([r[k] for r in rows]) for k in (avg, best, 'len')), *rest, str(len(rows))]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name in ('student', 'teacher'):
+        line(name, [rows[0][name] for rows in some], '', '', '')
+    for name, seeds in logs.items():
+        seconds = fmean(sum(v for r in rows for k, v in r.items() if k.startswith('time/')) for rows in seeds)
+        ms = 1000 * median(sum(r[f'time/{phase}'] for phase in ('teacher', 'student', 'update'))
+                           for rows in seeds for r in rows[1:])
+        last = [rows[-1] for rows in seeds]
+        line(name, last, str(last[0]['step']), f'{seconds:.0f}', f'{ms:.0f}')
+    return lines
+
+
+def comparison_figure(logs, panels, file):
+    """Accuracy over steps, mean over seeds with their range; a panel for each {title: methods}."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    fig, (axes,) = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), constrained_layout=True,
+                                sharey=True, squeeze=False)
+    for ax, (title, names) in zip(axes, panels.items(), strict=True):
+        for i, name in enumerate(names):
+            runs, avg = zip(*(accuracy(rows) for rows in logs[name]), strict=True)
+            steps = [step for step, _ in runs[0]]
+            seeds = list(zip(*([v for _, v in points] for points in runs), strict=True))   # [step][seed]
+            ax.plot(steps, [fmean(v) for v in seeds], color=f'C{i}', marker='o', ms=3, label=name)
+            ax.fill_between(steps, [min(v) for v in seeds], [max(v) for v in seeds], color=f'C{i}',
+                            alpha=0.12, lw=0)
+        first = [rows[0] for rows in logs[names[0]]]
+        for side, style in (('teacher', '--'), ('student', ':')):
+            ax.axhline(fmean(r[side][avg[0]] for r in first), color='0.3', ls=style, lw=1, label=side)
+        ax.set(xlabel='step', ylim=(0, 102), title=title)
+    axes[0].set_ylabel(f'Avg@{avg[0][4:]}, %: mean and range of {len(first)} seeds')
+    finish(fig, axes, file)
+
+
+def main(args):
+    if args[:1] == ['--run'] and len(args) == 2:
+        return compare(args[1])
+    if not args or args[0].startswith('-'):
+        raise UserError('no run folder given; python figures.py out/toy, or --run toy_comparison')
+    for folder in args:
         if not (Path(folder) / 'log.jsonl').exists():
             raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')
-    file = Path(folders[0]) / 'curve.png'
-    curve(folders, file)
+    file = Path(args[0]) / 'curve.png'
+    curve(args, file)
     print(file)
 
 

@@ -161,7 +161,7 @@ def open_run(out_dir, cfg, free):
 
 def save(out, step, elapsed, student, opt, write_model, rank):
     """out/ckpt-000040/: the Hugging Face folder `model` and the resume state beside it (float32
-    weights and AdamW moments, whole, so that another number of ranks can read them). `out/last`
+    weights and AdamW state, whole, so that another number of ranks can read them). `out/last`
     points at the newest `model` and moves when all of it is on disk.
 
     write_model(folder, weights): writes the Hugging Face folder, given {name: whole float32 tensor}.
@@ -170,10 +170,9 @@ def save(out, step, elapsed, student, opt, write_model, rank):
     for name, p in student.named_parameters():
         moments = opt.state[p] if p in opt.state else {}
         for key, t in {'weight': p, **moments}.items():
-            if key != 'step':
-                t = full(t)                  # a collective: all ranks take part, one tensor at a time,
-                if rank == 0:                # and one of them keeps it
-                    state[f'{key}.{name}'] = t
+            t = full(t)                      # a collective: all ranks take part, one tensor at a time,
+            if rank == 0:                    # and one of them keeps it
+                state[f'{key}.{name}'] = t
     if rank == 0:
         weights = {k.removeprefix('weight.'): t for k, t in state.items() if k.startswith('weight.')}
         folder = out / f'ckpt-{step:06d}'
@@ -216,7 +215,6 @@ def resume(out, student, opt):
         for name, p in student.named_parameters():
             read(f'weight.{name}', p)
             if p in opt.state:
-                read(f'exp_avg.{name}', opt.state[p]['exp_avg'])
-                read(f'exp_avg_sq.{name}', opt.state[p]['exp_avg_sq'])
-                opt.state[p]['step'].fill_(head['step'])
+                for key, t in opt.state[p].items():      # 'step' too: a head may have had fewer than the rest
+                    read(f'{key}.{name}', t)
     return head['step'], head['elapsed']

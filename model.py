@@ -184,6 +184,13 @@ class Block(nn.Module):
         return h + self.mlp(self.norm2(h))
 
 
+class Head(nn.Linear):
+    """States (K, d) -> logits (K, V). Given a function of (states, weight), what that makes of them: a
+    loss can take the vocabulary in pieces, and FSDP, which gathers the weight for a call, need not know."""
+    def forward(self, h, loss=None):
+        return super().forward(h) if loss is None else loss(h, self.weight)
+
+
 class Model(nn.Module):
     """ids (B, T) -> logits (B, T, V); `hidden` stops short of the vocabulary."""
     def __init__(self, c):
@@ -193,7 +200,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(c.V, c.d)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.L))
         self.norm = Norm(c.d, c.eps)
-        self.head = nn.Linear(c.d, c.V, bias=False)
+        self.head = Head(c.d, c.V, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
 

@@ -152,15 +152,29 @@ class Clock:
 
     def start(self):
         self.last, self.phases = self.now(), {}
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
 
     def lap(self, phase):
-        now = self.now()
-        self.phases[f'time/{phase}'], self.last = now - self.last, now
+        """The time since the last lap goes to this phase; a phase may come again in a step."""
+        now, key = self.now(), f'time/{phase}'
+        self.phases[key], self.last = self.phases.get(key, 0.0) + now - self.last, now
+
+    def update_begins(self):
+        """Memory from here to stop() is the update's."""
+        if self.cuda:
+            self.peak, self.before = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
 
     def stop(self):
-        """-> {'time/phase': seconds} of the step."""
+        """-> {'time/phase': seconds} of the step; on CUDA also its highest memory and the update's
+        delta-peak (peak allocated during it minus allocated at its start; Table 3), GB, largest rank."""
         self.steps += 1
-        return self.phases
+        if not self.cuda:
+            return self.phases
+        peak = torch.cuda.max_memory_allocated()
+        gb = all_reduce(torch.tensor([max(self.peak, peak), peak - self.before], device='cuda') / 1e9, 'max')
+        return self.phases | dict(zip(('mem/peak', 'mem/update_dpeak'), gb.tolist(), strict=True))
 
     def eta(self, steps):
         return (time.perf_counter() - self.began) / self.steps * steps

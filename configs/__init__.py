@@ -87,11 +87,25 @@ def check(cfg, where):
         if not allowed and type(value) is not type(like):
             raise UserError(f'{where}: {key}={value!r} is {type(value).__name__}, but {key} is '
                             f'{type(like).__name__} (default {like!r})')
-        if rule and isinstance(like, (int, float)) and not rule[0] <= value <= rule[1]:
+        if rule and isinstance(value, (int, float)) and not rule[0] <= value <= rule[1]:
             raise UserError(f'{where}: {key}={value!r} is out of range; choose {rule[0]:g} to {rule[1]:g}')
         if rule and isinstance(value, str) and value not in rule:
             words = ', '.join(repr(w) if isinstance(w, str) else 'a list of numbers' for w in rule)
             raise UserError(f'{where}: {key}={value!r}; choose one of {words}')
-        if isinstance(value, list) and not (value and all(type(v) is int and v >= 1 for v in value)):
+        if isinstance(value, list) and isinstance(like, float) and not are_knots(value):
+            raise UserError(f'{where}: {key}={value!r}; give knots [[share of the run, weight], ...] with '
+                            'ascending shares from 0 to 1, such as [[0,1],[0.5,0]]')
+        if isinstance(value, list) and not isinstance(like, float) and not (
+                value and all(type(v) is int and v >= 1 for v in value)):
             raise UserError(f'{where}: {key}={value!r}; give a list of layer numbers from 1, such as [1,2]')
     return {key: cfg.get(key, like) for key, like in default.items()}
+
+
+def are_knots(value):
+    """[[x, weight], ...] with x ascending in 0..1 and weights that are not negative?"""
+    if not value or not all(isinstance(v, list) and len(v) == 2 for v in value):
+        return False
+    if not all(type(x) in (int, float) and 0 <= x < float('inf') for pair in value for x in pair):
+        return False
+    xs = [x for x, _ in value]
+    return xs == sorted(xs) and xs[-1] <= 1

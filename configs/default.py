@@ -33,19 +33,36 @@ config = dict(
     top_k=0,                    # sample among the k likeliest tokens; 0 = all
     top_p=1.0,                  # sample among the smallest set with this much probability; 1 = all
 
-    # objective: Eq. (6)
+    # objective, Eq. (7): opd_weight * (one of Eqs. 3-5) + oprd_weight * Eq. (6). A weight is a number, or
+    # knots [[share of the run, weight], ...] with straight lines between: [[0, 1], [0.7, 1], [0.7, 0]] jumps
+    oprd_weight=1.0,            # of Eq. (6); the mu of Eq. (7)
+    opd_weight=0.0,             # of the output-space term; 0 = the vocabulary is never touched
+
+    # Eq. (6), hidden states
     rep_loss='mse',             # 'mse' (the paper), 'nmse' (both sides L2-normalised: the authors' code),
                                 # 'cosine' (1 - cos = d/2 times nmse)
     layers='all',               # student layers to match: 'all', 'last', 'even', 'odd', or a list
                                 # such as [1,14,28]; layer L is the final-normed state
-    positions='last_k',         # response positions: 'all', 'last', or the name of one of the next four
+    positions='last_k',         # response positions of both terms: 'all', 'last', the name of one of the next
+                                # four, or 'drift' (all; Eq. 6 weighs each by its own share of the distance)
     last_k=2000,                # the last k positions (the paper)
     first_k=2000,               # the first k positions
     last_frac=0.3,              # this last share of each answer, at least one position
     first_frac=0.3,             # this first share of each answer, at least one position
     loss_average='sequence',    # 'sequence': mean over each answer, then over answers (Eq. 6);
                                 # 'token': mean over all supervised tokens (the authors' code)
-    oprd_weight=1.0,            # factor of Eq. (6); the mu of Eq. (7)
+
+    # Eqs. (3)-(5), output space
+    opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5)
+    opd_k=16,                   # tokens in the support S of 'topk'
+    opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
+    opd_tail='renorm',          # mass outside S: 'renorm' (5), 'bucket' (one more outcome), 'drop' (4.1.1)
+    kl_direction='reverse',     # 'reverse' KL(p || q) (the paper), 'forward' KL(q || p)
+    student_temperature=1.0,    # the student's inside the loss; the sampler has its own
+    teacher_temperature=1.0,    # the teacher's
+    opd_future=False,           # 'sampled': weigh a token with its answer's log-ratios from there on
+    opd_baseline=False,         # 'sampled': subtract the exact KL there; less variance, same mean
+    head_rows=128,              # rows under the LM heads at once; changes memory, never the update
 
     # update: AdamW
     steps=500,                  # optimizer steps
@@ -70,6 +87,9 @@ config = dict(
     eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
     eval_rows=64,               # answers sampled at once on a rank; 64 of 16k tokens: 30 GB of cache at 1.5B
     save_every=50,              # steps between checkpoints; the newest is kept
+    diagnose_every=10,          # steps between looks at what the objective leaves out: KL, entropies, top-16
+                                # overlap, cosines; 0 = at the first and the last step
+    diagnose_rows=512,          # how many positions such a look at the vocabulary takes, about
     log_every=1,                # steps between lines on the terminal; log.jsonl has every step
 
     # the toy (toy.py): chains of arithmetic modulo 10, with models trained here from nothing
@@ -96,9 +116,13 @@ checks = dict(
     max_prompt_tokens=(0, inf), prompts_per_step=positive, n=positive, max_new_tokens=positive,
     temperature=(0, inf), top_k=(0, inf), top_p=(1e-6, 1),
     rep_loss=('mse', 'nmse', 'cosine'), layers=('all', 'last', 'even', 'odd', list),
-    positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac'),
+    positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
-    loss_average=('sequence', 'token'), oprd_weight=(0, inf),
+    loss_average=('sequence', 'token'), oprd_weight=(0, inf, list), opd_weight=(0, inf, list),
+    opd=('sampled', 'full', 'topk'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
+    opd_tail=('renorm', 'bucket', 'drop'), kl_direction=('reverse', 'forward'), head_rows=positive,
+    student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
+    diagnose_every=(0, inf), diagnose_rows=positive,
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
     beta1=(0, 0.9999), beta2=(0, 0.99999), weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
     eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),
@@ -110,5 +134,5 @@ checks = dict(
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
-free = ('out_dir', 'device', 'dry_run', 'token_budget', 'checkpointing', 'eval_rows', 'save_every',
-        'log_every', 'toy_dir')
+free = ('out_dir', 'device', 'dry_run', 'token_budget', 'head_rows', 'checkpointing', 'eval_rows',
+        'save_every', 'log_every', 'toy_dir')

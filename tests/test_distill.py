@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 import data
 import distill
+import toy
 from configs import load_config
 from distill import learning_rate, main
 from files import read_json, write_json
 from model import PRESETS, hf_config, load_model
-from runtime import ROOT, run
+from runtime import ROOT, run, start
 from toy import folder_of, write_tokenizer
 
 
@@ -191,6 +192,106 @@ def test_schedule(schedule, end):
     if schedule == 'cosine':
         assert lrs[55] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
     assert learning_rate(5, 5, 2.0, 0.0, schedule, 0.0) > 0 and learning_rate(1, 1, 2.0, 1.0, schedule, 0.0) == 2.0
+
+
+# ---- output-space objectives --------------------------------------------------------------------
+
+OPD = dict(oprd_weight=0, opd_weight=1, opd='full', diagnose_every=3)
+HEADS = {'opd/kl', 'opd/overlap16', 'entropy/student', 'entropy/teacher'}
+
+
+@pytest.mark.parametrize('opd', ['full', 'topk', 'sampled'])
+def test_an_opd_run(toy_dir, tmp_path, opd):
+    """Trains the head too; logs exact KL, entropies and overlap of all its positions in every step,
+    and cosines, which it does not need, every diagnose_every steps and at both ends."""
+    main(load_config(argv(toy_dir, tmp_path / 'r', **OPD | {'opd': opd}, opd_k=4, steps=5)))
+    rows = log_of(tmp_path / 'r')[1:]
+    assert all(HEADS | {'loss/opd', 'time/teacher', 'time/student', 'time/update'} <= row.keys() for row in rows)
+    assert [row['step'] for row in rows if 'rep/cos' in row] == [1, 3, 5] == [row['step'] for row in rows if 'loss/oprd' in row]
+    assert all(row['loss'] == row['loss/opd'] and row['opd/kl'] > 0 and 0 < row['opd/overlap16'] <= 1 for row in rows)
+    if opd == 'full':
+        assert [row['loss'] for row in rows] == pytest.approx([row['opd/kl'] for row in rows], rel=1e-6)
+    before = load_model(folder_of(load_config(argv(toy_dir, 'x'))) / 'student')
+    after = load_model(tmp_path / 'r/last')
+    assert not torch.equal(before.head.weight, after.head.weight)
+    assert read_json(tmp_path / 'r/results.json')['rep_cos'] == [rows[0]['rep/cos'], rows[-1]['rep/cos']]
+
+
+def test_an_oprd_run_looks_at_the_vocabulary_now_and_then(finished, toy_dir):
+    """Head frozen, its outputs diagnosed at the first and the last step alone (diagnose_every=10 of 7)."""
+    rows = log_of(finished)[1:]
+    assert [row['step'] for row in rows if HEADS <= row.keys()] == [1, 7]
+    assert all('rep/cos' in row and 'loss/opd' not in row and row['loss'] == row['loss/oprd'] for row in rows)
+    before = load_model(folder_of(load_config(argv(toy_dir, 'x'))) / 'student')
+    assert torch.equal(before.head.weight, load_model(finished / 'last').head.weight)
+
+
+def test_exact_kl_at_the_probe_falls_with_oprd(toy_dir, tmp_path):
+    """What the log says of the output space is what the models say: the KL of step 1, recomputed here."""
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, eval_data='', diagnose_rows=10**6)))
+    row = log_of(tmp_path / 'r')[1]
+    cfg = load_config(argv(toy_dir, 'x', steps=1))
+    folder = folder_of(cfg)
+    student, teacher, tok = load_model(folder / 'student'), load_model(folder / 'teacher'), data.load_tokenizer(folder / 'student')
+    train = data.load_problems(folder / 'train.jsonl', tok)
+    order = data.prompt_order(len(train), 3, 1, 0)
+    roll = distill.sample(student, [train[i].ids for i in order], 2, max_new_tokens=20, stop=tok.stop_ids, vocab=tok.size, step=1)
+    m = distill.positions(roll, 'all')
+    w = distill.position_weights(m)[m]
+    p, q = (model(roll.ids)[m].log_softmax(-1) for model in (student, teacher))
+    assert row['opd/kl'] == pytest.approx(((w * (p.exp() * (p - q)).sum(-1)).sum() / w.sum()).item(), rel=1e-4)
+    assert row['entropy/teacher'] == pytest.approx((w * -(q.exp() * q).sum(-1)).sum().item(), rel=1e-4)
+
+
+def test_scheduled_weights_resume_bit_for_bit(toy_dir, tmp_path, monkeypatch):
+    """OPRD, then sampled OPD beside it: the head learns from the switch on; stopped and
+    resumed across the switch, the run is the same."""
+    keys = dict(steps=6, save_every=2, opd='sampled', opd_future=True, opd_baseline=True, eval_every=0,
+                oprd_weight='[[0,1],[0.5,1],[0.5,0.1]]', opd_weight='[[0,0],[0.5,0],[0.5,1]]', positions='drift')
+    main(load_config(argv(toy_dir, tmp_path / 'whole', **keys)))
+    rows = log_of(tmp_path / 'whole')[1:]
+    assert [row['step'] for row in rows if 'loss/opd' in row] == [4, 5, 6]
+    assert all(row['loss'] == pytest.approx(0.1 * row['loss/oprd'] + row['loss/opd'], rel=1e-5) for row in rows[3:])
+    real, steps = distill.accumulate, []
+
+    def interrupted(*a, **k):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*a, **k)
+    monkeypatch.setattr(distill, 'accumulate', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(load_config(argv(toy_dir, tmp_path / 'halves', **keys)))
+    main(load_config(argv(toy_dir, tmp_path / 'halves', **keys)))
+    assert timeless(log_of(tmp_path / 'halves')) == timeless(log_of(tmp_path / 'whole'))
+    a, b = resume_state(tmp_path / 'halves'), resume_state(tmp_path / 'whole')
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_a_teacher_of_another_width_by_output_space(toy_dir, tmp_path, capsys):
+    """Hidden states cannot be compared, distributions can; no cosines are logged, and the table does without."""
+    wide = argv(toy_dir, 'x', toy_width=32, toy_student_steps=2, toy_teacher_steps=2)
+    toy.prepare(load_config(wide), start('cpu'))
+    keys = dict(OPD, teacher=folder_of(load_config(wide)) / 'teacher', steps=2)
+    main(load_config(argv(toy_dir, tmp_path / 'r', **keys)))
+    assert 'widths 24 and 32' in capsys.readouterr().out and 'rep/cos' not in log_of(tmp_path / 'r')[1]
+    assert read_json(tmp_path / 'r/results.json')['rep_cos'] == []
+    assert 'or oprd_weight=0' in refused(capsys, argv(toy_dir, tmp_path / 's', **keys | {'oprd_weight': 1.0}))
+
+
+def test_objectives_that_make_no_sense(toy_dir, tmp_path, capsys):
+    def args(**keys):
+        return argv(toy_dir, tmp_path / 'r', **OPD | keys)
+    assert "use opd='full' or 'topk'" in refused(capsys, args(opd='sampled', kl_direction='forward'))
+    assert 'is 0 whatever the models say' in refused(capsys, args(opd='topk', opd_k=1))
+    assert 'step 1: oprd_weight and opd_weight are both 0' in refused(capsys, args(opd_weight=0))
+    assert 'step 3: oprd_weight and opd_weight are both 0' in refused(capsys, args(opd_weight='[[0,1],[0.5,0]]'))
+    assert 'give knots' in refused(capsys, args(opd_weight='[[0,1],[2,0]]'))
+    assert 'give knots' in refused(capsys, args(opd_weight='[0,1]'))
+    assert 'out of range' in refused(capsys, args(opd_weight=-1))
+    main(load_config([*args(opd='sampled', temperature=0.5), '--dry-run']))
+    out = capsys.readouterr().out
+    assert 'Eq. (3) is biased' in out and "the LM head's gradient" in out
 
 
 # ---- bad input: one line, exit code 2, nothing half-written ------------------------------------

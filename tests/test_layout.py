@@ -16,20 +16,21 @@ RUN_TIME = {'torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'tqdm', '
 GROUND = {'configs', 'runtime', 'files', 'model', 'data'}
 ROOMS = {
     'configs/default.py': (140, set()),
-    'configs/__init__.py': (100, {'configs', 'runtime'}),
+    'configs/__init__.py': (115, {'configs', 'runtime'}),
     # Two rooms hold what design.md put into runtime.py, since bridge.py and eval_math.py will want
     # each on its own: runtime.py is where a process runs, files.py is what lies on disk.
-    'runtime.py': (240, set()),
+    'runtime.py': (255, set()),
     'files.py': (230, {'runtime'}),
     'model.py': (520, {'files', 'runtime'}),      # five families' config.json, four kinds of rotary scaling
     'data.py': (370, {'files', 'model', 'runtime'}),  # two tokenizer libraries, five layouts of problems
     'rollout.py': (300, {'model'}),
-    'losses.py': (200, set()),
-    'teacher.py': (200, {'data', 'losses', 'runtime'}),
+    'losses.py': (370, set()),            # five equations, each written down and fused
+    'teacher.py': (200, {'losses'}),
+    'preflight.py': (180, {'data', 'losses', 'model', 'runtime'}),   # keeps distill.py to the loop
     'toy.py': (210, GROUND),              # the making, the checking and the reusing of a folder
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),
     'figures.py': (250, {'files', 'runtime'}),
-    'distill.py': (375, GROUND | {'rollout', 'losses', 'teacher', 'eval_math', 'figures', 'toy'}),
+    'distill.py': (375, GROUND | {'rollout', 'losses', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
 }
 
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import argv
+from conftest import argv, tiny_model
 from safetensors.torch import load_file
 from two_ranks import gradient
 
 from configs import load_config
 from distill import main
-from model import load_model
+from model import load_model, save_model
 from runtime import ROOT
 
 
@@ -35,6 +35,24 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(toy_cfg, tmp_path, budg
     assert got.keys() == want.keys()
     for name, g in want.items():
         assert (got[name] - g).norm() <= 1e-6 * g.norm(), name
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('opd', ['topk', 'sampled', 'probe'])
+def test_output_space_gradient_on_two_ranks(tmp_path, opd, tied):
+    """The head's gradient is formed inside its own FSDP group, or, tied, inside the root's; a rank that
+    runs an empty micro-batch calls it too. A probe gathers the frozen head and leaves no gradient."""
+    for name, seed in (('student', 0), ('teacher', 1)):
+        save_model(tiny_model(seed, tied=tied), tmp_path / name)
+    student, teacher = (load_model(tmp_path / name) for name in ('student', 'teacher'))
+    torchrun('tests/two_ranks.py', 'gradient', tmp_path / 'g.safetensors', tmp_path / 'student', tmp_path / 'teacher',
+             25, 'float32', True, opd)
+    got = load_file(tmp_path / 'g.safetensors')
+    want, sums, _ = gradient(student, teacher, 10**6, 0, 1, opd)
+    assert torch.allclose(got.pop('sums'), sums, rtol=1e-5) and sums[2] > 0
+    assert got.keys() == want.keys() and ('head.weight' in want) == (opd != 'probe' and not tied)
+    for name, g in want.items():
+        assert (got[name] - g).norm() <= 2e-6 * g.norm(), name
 
 
 def test_bfloat16_forwards_keep_float32_gradients(toy_cfg, tmp_path):

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data import load_tokenizer
 from model import read_config
+from preflight import check_pair
 from runtime import UserError
-from teacher import check_pair
 
 
 @pytest.fixture
@@ -41,6 +41,8 @@ def test_refused_pairs(pair):
     """Each would train without complaint and mean nothing."""
     with pytest.raises(UserError, match='student width 24, teacher width 32'):
         check_pair(**pair | {'teacher': replace(pair['teacher'], d=32)})
+    lines = check_pair(**pair | {'teacher': replace(pair['teacher'], d=32), 'hidden': False})
+    assert 'widths 24 and 32: output distributions are compared, hidden states are not' in lines
     with pytest.raises(UserError, match='but the student has 3'):
         check_pair(**pair | {'layers': [1, 4]})
     with pytest.raises(UserError, match='do not belong together'):

@@ -1,11 +1,12 @@
 """Run by test_ranks.py under torchrun, on the tiny toy:
 
-    two_ranks.py gradient OUT.safetensors STUDENT TEACHER BUDGET DTYPE RECOMPUTE    one gradient, to a file
+    two_ranks.py gradient OUT.safetensors STUDENT TEACHER BUDGET DTYPE RECOMPUTE OPD   one gradient, to a file
     two_ranks.py interrupt STEP configs/toy.py key=value ...                        a run, Ctrl-C in a step
 """
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import distill
 from configs import load_config
-from losses import position_weights, positions
+from losses import opd_loss, position_weights, positions, spread
 from model import load_model
 from rollout import sample
 from runtime import all_reduce, full, gathered, run, shard, start
@@ -22,23 +23,28 @@ from runtime import all_reduce, full, gathered, run, shard, start
 PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 
 
-def gradient(student, teacher, budget, rank, world):
-    """Sample, weigh, accumulate -> {name: gradient}, sums, ids; prompts dealt to the ranks."""
+def gradient(student, teacher, budget, rank, world, opd='none'):
+    """Sample, weigh, accumulate -> {name: gradient}, sums, ids; prompts dealt to the ranks. opd: 'none';
+    'probe', the output space looked at; or a kind of output-space term beside OPRD."""
     mine = list(range(3))[rank::world]
     with gathered(student):
         roll = sample(student, [PROMPTS[i] for i in mine], 2, which=mine, max_new_tokens=20, stop=[2], seed=1)
     m = positions(roll, 'last_k', 9)
     w = position_weights(m, 'sequence', sequences=6, tokens=all_reduce(m.sum()))
-    sums = all_reduce(distill.accumulate(student, teacher, roll, w, [1, 3], 'mse', budget, factor=world))
+    terms = dict(opd_weight=0.7, opd=partial(opd_loss, kind=opd, k=4, chunk=5)) if opd not in ('none', 'probe') else {}
+    if opd == 'probe':
+        terms = dict(probe=spread(roll, m, 1, 0.3), opd=opd_loss)
+    sums = all_reduce(distill.accumulate(student, teacher, roll, w, [1, 3], 'mse', budget, factor=world, **terms))
     grads = {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     return grads, sums, roll
 
 
-def write_gradient(out, student, teacher, budget, dtype, recompute):
+def write_gradient(out, student, teacher, budget, dtype, recompute, opd='none'):
     place = start('cpu', dtype)
     model = load_model(student)
     model.checkpointing = recompute == 'True'
-    grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world)
+    model.head.requires_grad_(model.config.tied or opd not in ('none', 'probe'))
+    grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world, opd)
     if place.rank == 0:
         save_file({k: v.contiguous() for k, v in grads.items()} | {'sums': sums}, out)
 

@@ -1,0 +1,8 @@
+"""
+The toy with Eq. (5): KL renormalised on the student's 16 likeliest tokens (of 21).
+
+    python distill.py configs/toy_opd_top16.py
+"""
+from configs.toy import config
+
+config = config | dict(out_dir='out/toy_opd_top16', oprd_weight=0.0, opd_weight=1.0, opd='topk', lr=1e-3)
