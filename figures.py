@@ -86,19 +86,20 @@ def finish(fig, axes, file):
 # ---- a comparison: many runs, a table, a figure -------------------------------------------------
 
 def launch(jobs):
-    """Run {folder: command line} as processes, one a core with one thread each; progress on the terminal.
-    A finished folder costs a second. The first failure is a UserError, once the others have ended."""
+    """distill.py on each {folder: command line}, one process a core with one thread each; a finished
+    folder costs seconds. The first failure is a UserError, once the others have ended."""
     env, failed = {**os.environ, 'OMP_NUM_THREADS': '1'}, []
 
     def one(folder, args):
-        done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, ROOT / 'distill.py', *args], env=env, text=True,
+                              capture_output=True)
         return folder, done.returncode, (done.stderr.strip().splitlines() or ['no message'])[-1]
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), unit='run') as bar:
         try:
             for job in as_completed([pool.submit(one, *job) for job in jobs.items()]):
                 folder, code, line = job.result()
                 bar.update()
-                bar.set_postfix_str(Path(folder).name)
+                bar.set_postfix_str(folder.name)
                 failed += [f'{folder}: {line}'] * (code != 0)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)       # those that run save themselves
@@ -117,12 +118,10 @@ def compare(study):
     plan = runpy.run_path(str(file)) if file else {}
     if not {'seeds', 'runs'} <= plan.keys():
         raise UserError(f'{study}: not a Python file with seeds and runs; see configs/toy_comparison.py')
-    out, seeds, runs = ROOT / 'out' / file.stem, plan['seeds'], plan['runs']
+    out, seeds, runs = Path('out') / file.stem, plan['seeds'], plan['runs']
     folder = {(name, s): out / f'{slug(name)}-s{s}' for name in runs for s in seeds}
     print(f'{file.stem}: {len(folder)} runs in {out}')
-    launch({f'toy, seed {s}': ['toy.py', 'configs/toy.py', f'seed={s}'] for s in seeds})
-    launch({str(f): ['distill.py', *runs[name], f'seed={s}', f'out_dir={f}']
-            for (name, s), f in folder.items()})
+    launch({f: [*runs[name], f'seed={s}', f'out_dir={f}'] for (name, s), f in folder.items()})
     logs = {name: [read_log(folder[name, s]) for s in seeds] for name in runs}
     lines = comparison_table(logs)
     with whole(out / 'table.md') as tmp:

@@ -4,6 +4,7 @@ What lies on disk is whole: JSON, safetensors, the log, the run folder and its c
 Everything is written under a temporary name, fsynced and renamed, so a crash, a full disk or a
 power cut leaves the file or folder that was there before. No pickle is written or read.
 """
+import fcntl
 import hashlib
 import json
 import os
@@ -43,6 +44,15 @@ def whole(path):
     finally:
         for left in (tmp, old):
             remove(left)
+
+
+@contextmanager
+def locked(path):
+    """One process at a time; the others wait. The lock goes with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def remove(path):

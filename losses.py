@@ -332,7 +332,7 @@ class HeadLoss(torch.autograd.Function):
 
 def opd_loss(h, W, h_t, W_t, y, w, answer=None, *, kind='full', k=16, support='student', tail='renorm',
              direction='reverse', temperature=1.0, teacher_temperature=1.0, future=False, baseline=False,
-             vocab=None, chunk=128):
+             vocab=None, chunk=64):
     """sum_t w_t (opd_rows at t), without logits of more than `chunk` rows -> (loss, stats).
 
     h (K, d), W (V, d): student rows and head. h_t (K, d_t), W_t (V_t, d_t): the teacher's. y (K,): the

@@ -29,7 +29,7 @@ from torch.optim import lr_scheduler
 
 from configs import load_config
 from data import load_problems, load_tokenizer
-from files import digest, read_json, whole, write_json
+from files import digest, locked, read_json, whole, write_json
 from model import PRESETS, Model, init_weights, load_model, save_model
 from runtime import UserError, barrier, print0, run, start
 
@@ -184,7 +184,9 @@ def prepare(cfg, place):
         return cfg
     folder = folder_of(cfg)
     if place.rank == 0 and not is_whole(folder, cfg):
-        make(folder, cfg, place.device)
+        with locked(folder.with_name(f'.{folder.name}.lock')):               # another run may be making it
+            if not is_whole(folder, cfg):
+                make(folder, cfg, place.device)
     barrier()
     paths = {'student': folder / 'student', 'teacher': folder / 'teacher',
              'data': folder / 'train.jsonl', 'eval_data': folder / 'eval.jsonl'}

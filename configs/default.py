@@ -62,7 +62,7 @@ config = dict(
     teacher_temperature=1.0,    # the teacher's
     opd_future=False,           # 'sampled': weigh a token with its answer's log-ratios from there on
     opd_baseline=False,         # 'sampled': subtract the exact KL there; less variance, same mean
-    head_rows=128,              # rows under the LM heads at once; changes memory, never the update
+    head_rows=64,               # rows under the LM heads at once; changes memory, never the update
 
     # update: AdamW
     steps=500,                  # optimizer steps

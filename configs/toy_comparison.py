@@ -16,3 +16,9 @@ runs = {    # name: command line of distill.py
     'OPD top-1 + 1 OPRD': ['configs/toy_mu.py'],
     'OPD top-1 + 10 OPRD': ['configs/toy_mu.py', 'oprd_weight=10'],
 }
+panels = {  # of the figure
+    'objectives (Figure 4)': ['OPRD, mse', 'OPD, full KL', 'OPD, top-16', 'OPD, top-1'],
+    'Eq. (7): OPD top-1 + mu OPRD (Figure 7)': ['OPD, top-1', 'OPD top-1 + 1 OPRD', 'OPD top-1 + 10 OPRD'],
+    'which states OPRD matches': ['OPRD, mse', 'OPRD, nmse', 'OPRD, last layer only',
+                                  'OPRD, first 10 positions', 'OPRD, last 10 positions'],
+}

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import argv
 from matplotlib import pyplot as plt
 
-from figures import curve, main
+from figures import comparison_figure, comparison_table, curve, main
 from runtime import ROOT, UserError
 
 
@@ -40,6 +41,80 @@ def test_a_run_without_evaluation_is_drawn_too(tmp_path):
     assert (tmp_path / 'c.png').exists()
 
 
+def test_steps_without_cosines_are_passed_over(tmp_path, monkeypatch):
+    """An OPD run looks at hidden states now and then only; one between unlike widths never."""
+    folder, kept = write_log(tmp_path / 'a'), []
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    for row in rows[2:4]:
+        del row['rep/cos'], row['rep/cos_layer']
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    monkeypatch.setattr(plt, 'close', kept.append)
+    curve([folder], tmp_path / 'c.png')
+    assert [list(line.get_xdata()) for line in kept[0].axes[1].lines] == [[1, 4]] * 3
+    (folder / 'log.jsonl').write_text(''.join(json.dumps({k: v for k, v in r.items() if k[:3] != 'rep'}) + '\n' for r in rows))
+    curve([folder], tmp_path / 'c.png')
+
+
+def seeds(*finals):
+    """Logs of one method, a seed for each final accuracy; steps of 5 ms after 7 ms of rollout."""
+    times = {'time/sample': 0.007, 'time/teacher': 0.001, 'time/student': 0.003, 'time/update': 0.001}
+    logs = []
+    for i, final in enumerate(finals):
+        exam = {'avg@4': 20.0 + i, 'best@4': 60.0, 'len': 9.0}
+        rows = [{'step': 0, 'student': exam, 'teacher': {k: 90.0 for k in exam}}]
+        rows += [{'step': s, **times} for s in (1, 2)]
+        rows[1] |= {'avg@4': 30.0, 'best@4': 70.0, 'len': 9.0}
+        rows[2] |= {'avg@4': final, 'best@4': 80.0, 'len': 10.0}
+        logs.append(rows)
+    return logs
+
+
+def test_comparison_table_by_hand():
+    table = comparison_table({'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)})
+    assert table[0] == '| method | Avg@4 | Best@4 | length | steps | seconds | ms a step | seeds |'
+    assert table[2] == '| student | 21.0 (20.0 to 22.0) | 60.0 (60.0 to 60.0) | 9.0 (9.0 to 9.0) |  |  |  | 3 |'
+    assert table[4] == '| a | 60.0 (50.0 to 70.0) | 80.0 (80.0 to 80.0) | 10.0 (10.0 to 10.0) | 2 | 0 | 5 | 3 |'
+    assert table[5].startswith('| b | 2.0 (1.0 to 4.0) |') and len(table) == 6
+    assert comparison_table({'a': seeds(50.0)})[4].startswith('| a | 50.0 | 80.0 |')
+
+
+def test_comparison_figure_draws_means_and_ranges(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plt, 'close', kept.append)
+    logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}
+    comparison_figure(logs, {'both': ['a', 'b'], 'one': ['b']}, tmp_path / 'c.png')
+    both, one = kept[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in both.lines}
+    assert lines['a'] == [21.0, 30.0, 60.0] and lines['b'] == [21.0, 30.0, 2.0] and set(lines['teacher']) == {90.0}
+    assert [line.get_label() for line in one.lines] == ['b', 'teacher', 'student'] and len(both.collections) == 2
+
+
+def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
+    """Two methods, two seeds of the tiny toy, the second seed's made on the way by whichever run comes
+    first; again: nothing is run, the same table. A run that fails is told in one line."""
+    args = argv(toy_dir, 'x', steps=2)
+    args = [a for a in args if not a.startswith('out_dir')]
+    study = tmp_path / 'tiny_study.py'
+    study.write_text(f"seeds = [0, 1]\nruns = {{'OPRD': {args}, 'OPD, full': {[*args, 'oprd_weight=0', 'opd_weight=1', 'opd=full']}}}\n")
+
+    def figures():
+        return subprocess.run([sys.executable, ROOT / 'figures.py', '--run', 'tiny_study.py'], cwd=tmp_path,
+                              capture_output=True, text=True)
+    p = figures()
+    assert p.returncode == 0, p.stderr
+    out = tmp_path / 'out/tiny_study'
+    assert {f.name for f in out.iterdir()} == {'oprd-s0', 'oprd-s1', 'opd_full-s0', 'opd_full-s1', 'table.md', 'curves.png'}
+    table = (out / 'table.md').read_text()
+    assert table.count('\n') == 6 and '| OPD, full |' in table and table in p.stdout
+    logs = {f: f.read_bytes() for f in out.glob('*/log.jsonl')}
+    assert figures().returncode == 0 and (out / 'table.md').read_text() == table and len(logs) == 4
+    assert all(f.read_bytes() == was for f, was in logs.items())
+    study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'n=0']}, 'b': {args}}}\n")
+    p = figures()
+    assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith('error: out/tiny_study/a-s0: error: ') and 'n=0' in p.stderr
+    assert (out / 'b-s0/results.json').exists()
+
+
 def test_script_and_its_errors(tmp_path):
     write_log(tmp_path / 'a')
     p = subprocess.run([sys.executable, ROOT / 'figures.py', 'a'], cwd=tmp_path, capture_output=True, text=True)
@@ -47,6 +122,10 @@ def test_script_and_its_errors(tmp_path):
     for folders, says in (([], 'no run folder'), ([str(tmp_path / 'none')], 'no such file')):
         with pytest.raises(UserError, match=says):
             main(folders)
+    with pytest.raises(UserError, match='not a Python file with seeds and runs'):
+        main(['--run', 'toy'])
+    with pytest.raises(UserError, match='or --run toy_comparison'):
+        main(['--run'])
     (tmp_path / 'a/log.jsonl').write_text('')
     with pytest.raises(UserError, match='no steps in it'):
         main([str(tmp_path / 'a')])

@@ -1,6 +1,8 @@
 """The toy's arithmetic, split and folder."""
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from data import load_problems, load_tokenizer
 from eval_math import grade
 from files import read_json
 from model import load_model
-from runtime import UserError, start
+from runtime import ROOT, UserError, start
 
 
 def test_worked_answers_are_right():
@@ -87,3 +89,11 @@ def test_another_seed_or_size_is_another_folder(toy_dir):
 def test_impossible_shape():
     with pytest.raises(UserError, match='toy_width=30 does not divide'):
         toy.shape(load_config(['toy_width=30', 'toy_heads=4']))
+
+
+def test_two_runs_at_once_make_the_folder_once(tmp_path):
+    """The second waits for the first; neither sees half a folder."""
+    args = [sys.executable, ROOT / 'toy.py', *argv(tmp_path, 'x')]
+    two = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    out = [p.communicate()[0] for p in two]
+    assert [p.returncode for p in two] == [0, 0] and sum('making student' in o for o in out) == 1
