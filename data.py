@@ -12,6 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow
@@ -50,11 +51,15 @@ class JsonVocabulary:
         self.added = self.core.get_added_tokens_decoder()
         self.special = {i for i, t in self.added.items() if t.special}
 
-    def encode(self, text):
+    def encode(self, text, special=True):
+        self.core.encode_special_tokens = not special    # the library's word for "as ordinary text"
         return self.core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.core.decode(ids, skip_special_tokens=True)
+
+    def normal(self, text):
+        return self.core.normalizer.normalize_str(text) if self.core.normalizer else text
 
     def words(self):
         """{bytes the token stands for: id}; a token that is not byte-level keeps its string."""
@@ -102,9 +107,12 @@ class TiktokenVocabulary:
                                       special_tokens=special)
         self.special = set(special.values())
 
-    def encode(self, text):
-        text = unicodedata.normalize(self.form, text) if self.form else text
-        return self.core.encode(text, allowed_special='all')
+    def encode(self, text, special=True):
+        text = self.normal(text)
+        return self.core.encode(text, allowed_special='all') if special else self.core.encode_ordinary(text)
+
+    def normal(self, text):
+        return unicodedata.normalize(self.form, text) if self.form else text
 
     def decode(self, ids):
         return self.core.decode([i for i in ids if i < len(self.ranks)])     # the others write nothing
@@ -151,9 +159,14 @@ class Tokenizer:
             text = {t['name']: t['template'] for t in text}.get('default')
         self.template = self.compile(text) if text else None
 
-    def encode(self, text):
-        """Text -> ids, nothing added; special tokens written in the text become their ids."""
-        return self.vocabulary.encode(text)
+    def encode(self, text, special=True):
+        """Text -> ids, nothing added; special tokens written in the text become their ids, or with
+        special=False stay the text that they are."""
+        return self.vocabulary.encode(text, special)
+
+    def normal(self, text):
+        """The Unicode form of a text that `encode` cuts into tokens (Qwen: NFC)."""
+        return self.vocabulary.normal(text)
 
     def decode(self, ids):
         """Ids -> text, special tokens left out."""
@@ -188,24 +201,20 @@ class Tokenizer:
         return self.encode(self.render(messages))
 
     @cached_property
-    def widths(self):
-        """Bytes of text that each id writes: [int]; special tokens write none."""
-        out = [0] * self.size
+    def pieces(self):
+        """The bytes of text that each id writes: [bytes]; special tokens write none."""
+        out = [b''] * self.size
         for word, i in self.words.items():
             if isinstance(word, str):
                 raise UserError(f'{self.name}: token {i} {word!r} is not byte-level, so its bytes are '
                                 'not known; choose a model with a byte-level tokenizer')
-            out[i] = 0 if i in self.vocabulary.special else len(word)
+            out[i] = b'' if i in self.vocabulary.special else word
         return out
 
     def byte_ends(self, ids):
         """Ids -> for each, how many bytes of text have been written after it (len(ids) numbers).
         A character split over tokens ends in the middle, exactly."""
-        ends, n = [], 0
-        for i in ids:
-            n += self.widths[i]
-            ends.append(n)
-        return ends
+        return list(accumulate(len(self.pieces[i]) for i in ids))
 
 
 class GenerationTag(Extension):

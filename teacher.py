@@ -1,14 +1,20 @@
 """
 The frozen teacher's side: what does it say of a rollout?
 
-Vanilla OPRD compares hidden states number by number, so student and teacher have the same width and
-the same vocabulary; preflight.py has made sure of it.
+A teacher with the student's vocabulary reads the student's ids. One with another vocabulary reads the
+same *text*: `pair_text` cuts the answer's bytes into the teacher's tokens and says, for each position of
+the student, which teacher state has read as much. (The published code feeds such a teacher the
+student's ids, which mean other strings to it: gibberish.)
 
-Letters: B rows, T tokens, K supervised positions, L layers, d width.
+Letters: B rows, T tokens, K supervised positions, L layers, d width, n tokens of an answer.
 """
+import re
+
+import numpy as np
 import torch
 
 from losses import layer_map
+from runtime import UserError
 
 
 @torch.no_grad()
@@ -23,3 +29,86 @@ def hidden_rows(teacher, ids, layers, at, L_s):
     rows = dict(zip(read, teacher.hidden(ids, read, at), strict=True))
     shared = len(read) < len(layers)
     return {l: rows[t].clone() if shared else rows[t] for l, t in phi.items()}
+
+
+# ---- the same text in another vocabulary ---------------------------------------------------------
+
+def readable(data):
+    """Bytes -> text, and for each byte of its UTF-8 form how many bytes of `data` one must have read to
+    know it (an array). Invalid bytes become U+FFFD, known when all of them are read; a character cut
+    off at the end is left out."""
+    try:
+        text = data.decode()
+        return text, np.arange(1, len(data) + 1)
+    except UnicodeDecodeError:
+        pass
+    texts, need, at, view = [], [], 0, memoryview(data)
+    while at < len(data):
+        try:
+            good, bad, cut = str(view[at:], 'utf-8'), 0, True
+        except UnicodeDecodeError as e:
+            good, bad = str(view[at:at + e.start], 'utf-8'), e.end - e.start
+            cut = e.reason == 'unexpected end of data'
+        size = len(good.encode())
+        texts.append(good if cut else good + '\ufffd')
+        need.append(np.arange(at + 1, at + size + 1))
+        at += size + bad
+        if cut:
+            break
+        need.append(np.full(3, at))
+    return ''.join(texts), np.concatenate(need) if need else np.arange(0)
+
+
+# An ASCII character never merges with what stands before it: text may be normalised piece by piece.
+PIECE = re.compile(r'[\x00-\x7f]+(?![^\x00-\x7f])|[\x00-\x7f]?[^\x00-\x7f]+')
+
+
+def normalised(text, need, tok):
+    """Text as the tokenizer sees it, with `need` for its bytes: a piece that changes is known when all
+    of it has been read."""
+    if tok.normal(text) == text:
+        return text, need
+    out, known, at = [], [], 0
+    for piece in PIECE.findall(text):
+        form, size = tok.normal(piece), len(piece.encode())
+        same = form == piece
+        known.append(need[at:at + size] if same else np.full(len(form.encode()), need[at + size - 1]))
+        out.append(form)
+        at += size
+    if ''.join(out) != tok.normal(text):
+        raise UserError(f'{tok.name}: it rewrites text across words, so its bytes cannot be paired; '
+                        'choose another teacher')
+    return ''.join(out), np.concatenate(known)
+
+
+def pair_text(answer, tok_s, prompt_t, tok_t, context=None):
+    """Floor pairing: a student's answer (n ids) as the teacher reads it -> (ids, at, inside).
+
+    prompt_t: the prompt in the teacher's own rendering. ids: what the teacher reads, prompt included,
+    at most `context` tokens. at (n,): for student position t, which has read the answer's tokens before
+    t, the index into ids of the teacher's last state that has read no more bytes of the answer; -1
+    where the teacher's context ends before. inside (n,): False (class 0): exactly the same bytes; True
+    (class 1): the student is inside a teacher token. Causal: no state has read a byte that the student
+    has not. Special tokens write no bytes, so the teacher does not see the student's; a character that
+    is cut off at the end is not read; other bytes that are not UTF-8 are read as U+FFFD.
+    One vocabulary on both sides: the student's own ids, all of class 0.
+    """
+    last = len(prompt_t) - 1                 # the state that has read the prompt and no byte of the answer
+    if tok_s.words == tok_t.words:
+        ids, at = [*prompt_t, *answer], last + np.arange(len(answer))
+        inside = np.zeros(len(answer), dtype=bool)
+    else:
+        data = b''.join([tok_s.pieces[i] for i in answer])
+        text, need = normalised(*readable(data), tok_t)
+        own = tok_t.encode(text, special=False)
+        ends = np.array(tok_t.byte_ends(own), dtype=np.int64)
+        if (ends[-1] if own else 0) != len(need):
+            raise UserError(f'{tok_t.name}: its tokens do not spell out the text {text[:20]!r}..., so it '
+                            'cannot be paired; choose a teacher with a byte-level tokenizer')
+        read = np.concatenate([[0], need[ends - 1]])                         # bytes read by teacher state j
+        have = np.array([0, *tok_s.byte_ends(answer)[:-1]])                  # bytes read by position t
+        j = np.searchsorted(read, have, side='right') - 1
+        ids, at, inside = [*prompt_t, *own], last + j, read[j] != have
+    if context is not None and len(ids) > context:
+        ids, at = ids[:context], np.where(at < context, at, -1)
+    return ids, at, inside

@@ -22,10 +22,10 @@ ROOMS = {
     'runtime.py': (255, set()),
     'files.py': (230, {'runtime'}),
     'model.py': (520, {'files', 'runtime'}),      # five families' config.json, four kinds of rotary scaling
-    'data.py': (370, {'files', 'model', 'runtime'}),  # two tokenizer libraries, five layouts of problems
+    'data.py': (385, {'files', 'model', 'runtime'}),  # two tokenizer libraries, five layouts of problems
     'rollout.py': (300, {'model'}),
     'losses.py': (370, set()),            # five equations, each written down and fused
-    'teacher.py': (200, {'losses'}),
+    'teacher.py': (200, {'losses', 'runtime'}),
     'preflight.py': (180, {'data', 'losses', 'model', 'runtime'}),   # keeps distill.py to the loop
     'toy.py': (210, GROUND),              # the making, the checking and the reusing of a folder
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from test_pairing import brute_force
 
 from configs import load_config
 from data import TIKTOKEN, load_problems, load_tokenizer
@@ -21,6 +22,7 @@ from files import write_json
 from model import load_model, save_model
 from rollout import sample
 from runtime import ROOT, UserError
+from teacher import pair_text
 
 transformers = pytest.importorskip('transformers')
 SHARED = ROOT.parent / 'shared'
@@ -175,3 +177,34 @@ def test_smollm2_learns_from_its_unperturbed_self(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / 'r/log.jsonl').read_text().splitlines()][1:]
     assert rows[-1]['rep/cos'] > rows[0]['rep/cos'] + 0.01 and rows[-1]['loss'] < rows[0]['loss']
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'r/last').config.vocab_size == 49152
+
+
+# ---- text pairing on real vocabularies -----------------------------------------------------------
+
+@needs_vocabularies
+@pytest.mark.parametrize('pair', [('qwen.tiktoken', 'o200k_base.tiktoken'), ('o200k_base.tiktoken', 'qwen.tiktoken'),
+                                  pytest.param(('qwen.tiktoken', 'smollm2'), marks=needs_smollm2)], ids=' to '.join)
+def test_pairing_of_real_vocabularies_is_exact(folders, pair):
+    """2,000 texts of mathematics, code, Chinese, emoji and combining marks, all prefixes: the floor state
+    and its class. Texts that the teacher's tokenizer rewrites (NFC) are in test_pairing.py."""
+    tok_s, tok_t = (load_tokenizer(SMOL if name == 'smollm2' else folders[name]) for name in pair)
+    checked = 0
+    for text in mixed_text(2000):
+        text = tok_t.normal(tok_s.normal(text))[:120]
+        answer = tok_s.encode(text, special=False) + tok_s.stop_ids[:1]
+        ids, at, inside = pair_text(answer, tok_s, [7, 7], tok_t)
+        assert list(zip(at - 1, inside, strict=True)) == brute_force(answer, tok_s, ids[2:], tok_t), text
+        checked += len(answer)
+    assert checked > 40_000
+
+
+@needs_vocabularies
+@needs_data
+def test_share_of_exactly_paired_positions_on_mathematics(folders):
+    """Qwen read by o200k: most positions of real mathematics text end where a teacher token does."""
+    tok_s, tok_t = (load_tokenizer(folders[name]) for name in TIKTOKEN)
+    exact = []
+    for p in load_problems(SHARED / 'data/AIMO.parquet', tok_s):
+        text = p.question if isinstance(p.question, str) else p.question[0]['content']
+        exact += list(~pair_text(tok_s.encode(text), tok_s, [0], tok_t)[2])
+    assert len(exact) > 5000 and 0.9 < sum(exact) / len(exact) < 0.98

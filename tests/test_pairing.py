@@ -1,0 +1,156 @@
+"""Text pairing: every student position against brute force over prefixes. Real vocabularies: test_real.py."""
+import random
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from data import load_tokenizer
+from files import write_json
+from runtime import UserError
+from teacher import normalised, pair_text, readable
+
+TEXTS = ['the cat sat on the mat', 'café ∑x² 数学题：求最大值。', '🙂👩‍👩‍👧🇫🇷', 'def f(x):\n    return x**2\n', '\\frac{a}{b} = \\sqrt{2}',
+         '3+7=0;0*4=0;', ' \t\r\n', 'e\u0301a\u0323\u0301', '\u0000\u202e\u2028', '<eos>', '<think>hm</think>', 'ß ﬁ Ǆ', '1234567890']
+
+
+def vocabulary(folder, corpus, size, normalizer=None):
+    """A byte-level BPE trained on a corpus; ids of two such mean different strings."""
+    tok = HFTokenizer(models.BPE())
+    tok.normalizer = normalizer
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(corpus * 9, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=['<eos>', '<bos>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_tokens([AddedToken('<think>', special=False)])
+    folder.mkdir()
+    tok.save(str(folder / 'tokenizer.json'))
+    write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>', 'bos_token': '<bos>'})
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope='module')
+def toks(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp('v')
+    return (vocabulary(tmp / 's', TEXTS[:7], 290), vocabulary(tmp / 't', TEXTS[::-1], 340),
+            vocabulary(tmp / 'nfc', TEXTS[2:], 330, normalizers.NFC()))
+
+
+def brute_force(answer, tok_s, own, tok_t):
+    """Floor pairing as its words say, for valid text that is not rewritten: prefixes of bytes, all pairs."""
+    pieces_t = [tok_t.pieces[i] for i in own]
+    out = []
+    for t in range(len(answer)):
+        have = b''.join(tok_s.pieces[i] for i in answer[:t])
+        fits = [j for j in range(len(own) + 1) if have.startswith(b''.join(pieces_t[:j]))]
+        out.append((fits[-1], b''.join(pieces_t[:fits[-1]]) != have))
+    return out
+
+
+def strings(count, seed=0):
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield ''.join(rng.choice([*TEXTS, ' ', '\n']) if rng.random() < 0.5 else chr(rng.choice([rng.randrange(32, 127),
+                      rng.randrange(0xa0, 0x2000), rng.randrange(0x4e00, 0x9000), rng.randrange(0x1f300, 0x1f700)]))
+                      for _ in range(rng.randrange(8)))
+
+
+def test_against_brute_force(toks):
+    """600 random texts both ways, the student's cut into tokens as no tokenizer would (one byte each, now
+    and then), with prompts of any length."""
+    rng, shares = random.Random(1), []
+    for text in strings(600):
+        for tok_s, tok_t in ((toks[0], toks[1]), (toks[1], toks[0])):
+            answer = [i for word in tok_s.encode(text, special=False)
+                      for i in ([word] if rng.random() < 0.8 else [tok_s.words[bytes([b])] for b in tok_s.pieces[word]])]
+            answer += tok_s.stop_ids
+            ids, at, inside = pair_text(answer, tok_s, [0, 1, 0], tok_t)
+            assert ids[:3] == [0, 1, 0] and b''.join(tok_t.pieces[i] for i in ids[3:]) == text.encode()
+            assert list(zip(at - 2, inside, strict=True)) == brute_force(answer, tok_s, ids[3:], tok_t), text
+            assert at[0] == 2 and not inside[0] and not inside[-1], 'the ends always meet'
+            shares.append(1 - inside.mean())
+    assert 0.3 < np.mean(shares) < 1
+
+
+def test_one_vocabulary_is_the_identity(toks):
+    """The ids as they were sampled, though the tokenizer would have cut the text otherwise."""
+    tok = toks[0]
+    answer = [tok.words[bytes([b])] for b in b'the cat'] + tok.stop_ids
+    assert tok.encode('the cat') != answer[:-1]
+    ids, at, inside = pair_text(answer, tok, [5, 6], tok)
+    assert ids == [5, 6, *answer] and at.tolist() == list(range(1, 9)) and not inside.any()
+
+
+def test_special_tokens_and_their_names(toks):
+    """A special token in the answer writes nothing; its name written as text is text, not the teacher's
+    end of text; an added token that is not special is text that both may know as one token."""
+    s, t, _ = toks
+    eos, text = s.words[b'<eos>'], 'the <eos> <think>cat'
+    answer = [*s.encode('the '), eos, *s.encode('<eos> <think>cat', special=False), eos]
+    ids, at, inside = pair_text(answer, s, [0], t)
+    assert t.words[b'<eos>'] not in ids[1:] and t.words[b'<think>'] in ids and b''.join(t.pieces[i] for i in ids[1:]) == text.encode()
+    k = len(s.encode('the '))
+    assert at[k] == at[k + 1] and inside[k] == inside[k + 1], 'before and after the special token the same bytes are read'
+
+
+def test_a_character_cut_off_at_the_end(toks):
+    """An answer that hits the token limit inside a character: the teacher reads up to the whole ones."""
+    s, t, _ = toks
+    answer = [s.words[bytes([b])] for b in 'a🙂'.encode()[:3]]
+    ids, at, inside = pair_text(answer, s, [0], t)
+    assert b''.join(t.pieces[i] for i in ids[1:]) == b'a' and at.tolist() == [0, 1, 1] and inside.tolist() == [False, False, True]
+
+
+def test_bytes_that_are_no_text(toks):
+    """They become U+FFFD, which is known when the last of them is read; what follows is paired on."""
+    assert readable(b'a\xffb')[0] == 'a\ufffdb' and readable(b'a\xffb')[1].tolist() == [1, 2, 2, 2, 3]
+    assert readable(b'\xf0\x9f\x99a')[1].tolist() == [3, 3, 3, 4] and readable(b'ab\xf0\x9f')[0] == 'ab'
+    assert readable(b'\xff')[0] == '\ufffd' and readable(b'')[0] == '' and len(readable(b'\xf0')[1]) == 0
+    for data in (b'\xff\xfe\xc3(\xe2\x82', bytes(range(256)) * 2, b'\xc3' * 1000):
+        assert readable(data)[0] == data.decode(errors='replace') or readable(data)[0] + '\ufffd' == data.decode(errors='replace')
+    s, t, _ = toks
+    answer = [s.words[bytes([b])] for b in b'a\xff\xffb'] + s.stop_ids
+    ids, at, inside = pair_text(answer, s, [0], t)
+    assert b''.join(t.pieces[i] for i in ids[1:]).decode() == 'a\ufffd\ufffdb'
+    consumed = readable(b'a\xff\xffb')[1]
+    ends = [0, *consumed[np.array(t.byte_ends(ids[1:])) - 1]]
+    for k in range(5):
+        assert ends[at[k]] <= k and (at[k] + 1 == len(ends) or ends[at[k] + 1] > k) and inside[k] == (ends[at[k]] != k)
+
+
+def test_a_teacher_that_normalises(toks):
+    """NFC: e + accent is one character to the teacher. A state that has read it is not paired with a
+    student that has read the bare e."""
+    s, _, nfc = toks
+    text, need = normalised(*readable('ae\u0301b'.encode()), nfc)
+    assert text == 'a\u00e9b' and need.tolist() == [1, 4, 4, 5]
+    answer = [s.words[bytes([b])] for b in 'ae\u0301b'.encode()] + s.stop_ids
+    ids, at, inside = pair_text(answer, s, [0], nfc)
+    read = [0, *need[np.array(nfc.byte_ends(ids[1:])) - 1]]
+    assert [read[j] for j in at] == [0, 1, 1, 1, 4, 5] and inside.tolist() == [False, False, True, True, False, False]
+    for text in strings(200, seed=3):                                     # nothing is ever read ahead
+        answer = s.encode(text, special=False) + s.stop_ids
+        ids, at, inside = pair_text(answer, s, [0], nfc)
+        form, need = normalised(*readable(text.encode()), nfc)
+        read = np.array([0, *need[np.array(nfc.byte_ends(ids[1:]), dtype=int) - 1]])
+        have = np.array([0, *s.byte_ends(answer)[:-1]])
+        assert (read[at] <= have).all() and (inside == (read[at] != have)).all() and form == nfc.normal(text)
+
+
+def test_empty_answers_and_short_contexts(toks):
+    s, t, _ = toks
+    ids, at, inside = pair_text(s.stop_ids, s, [3, 4], t)
+    assert ids == [3, 4] and at.tolist() == [1] and not inside.any()
+    answer = s.encode('the cat sat on the mat') + s.stop_ids
+    whole, at, _ = pair_text(answer, s, [3, 4], t)
+    ids, short, _ = pair_text(answer, s, [3, 4], t, context=5)
+    assert ids == whole[:5] and short.tolist() == [a if a < 5 else -1 for a in at] and -1 in short
+
+
+def test_a_tokenizer_that_loses_bytes_is_refused(toks, tmp_path):
+    tok = HFTokenizer(models.BPE({'<unk>': 0, 'a': 1, 'b': 2}, [], unk_token='<unk>'))
+    tok.save(str(tmp_path / 'tokenizer.json'))
+    write_json(tmp_path / 'config.json', {'eos_token_id': 0})
+    with pytest.raises(UserError, match='do not spell out the text'):
+        pair_text(toks[0].encode('abc'), toks[0], [0], load_tokenizer(tmp_path))
