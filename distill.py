@@ -37,7 +37,7 @@ from files import Log, open_run, read_json, resume, save, write_json
 from losses import ever, layer_loss, opd_loss, position_weights, positions, spread, weight_at
 from model import load_model, save_model, snapshot
 from preflight import preflight
-from rollout import sample
+from rollout import micro_batches, sample
 from runtime import (
     Clock,
     UserError,
@@ -66,18 +66,6 @@ def learning_rate(step, steps, peak, warmup, schedule, min_lr):
     x = (step - rise - 1) / (steps - rise)                                   # [0, 1)
     fall = {'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x, 'constant': 1.0}[schedule]
     return peak * (min_lr + (1 - min_lr) * fall)
-
-
-def micro_batches(lengths, budget):
-    """Row lengths -> groups of row indices, longest first, each at most `budget` tokens with padding
-    (a longer row goes alone)."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
 
 
 # ---- the optimizer ----------------------------------------------------------------------------

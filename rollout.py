@@ -200,3 +200,15 @@ def trim(roll):
     """Cut columns that no row uses."""
     roll.ids = roll.ids[:, :int(roll.length.max())]
     return roll
+
+
+def micro_batches(lengths, budget):
+    """Row lengths -> groups of row indices, longest first, each at most `budget` tokens with padding
+    (a longer row goes alone)."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -9,6 +9,7 @@ student's ids, which mean other strings to it: gibberish.)
 Letters: B rows, T tokens, K supervised positions, L layers, d width, n tokens of an answer.
 """
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -112,3 +113,37 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None):
     if context is not None and len(ids) > context:
         ids, at = ids[:context], np.where(at < context, at, -1)
     return ids, at, inside
+
+
+@dataclass
+class Reading:
+    """What the teacher reads of a rollout (B, T), and where it stands at each position of the student."""
+    ids: torch.Tensor           # (B, T_t) the teacher's ids, right-padded
+    length: torch.Tensor        # (B,)
+    at: torch.Tensor            # (B, T) column of ids for each of the student's; -1: no state to learn from
+    inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
+    align: float                # share of the answers' positions that are of class 0
+
+
+def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed='text'):
+    """A rollout as the teacher reads it. prompts_t: its prompts in the teacher's rendering and ids.
+    pair: 'floor', or 'exact': positions of class 1 get -1. feed: 'student' hands the teacher the
+    student's ids unchanged, whatever they mean to it: the published setting, for comparison only."""
+    B, T = roll.ids.shape
+    device, answers = roll.ids.device, roll.answers()
+    if feed == 'student':
+        every = torch.arange(T, device=device).expand(B, T)
+        return Reading(roll.ids, roll.length, every, torch.zeros_like(every, dtype=torch.bool), 1.0)
+    rows = [pair_text(answer, tok_s, prompts_t[p], tok_t, context)
+            for answer, p in zip(answers, roll.prompt.tolist(), strict=True)]
+    length = torch.tensor([len(ids) for ids, _, _ in rows])
+    ids, at = torch.zeros(B, int(length.max()), dtype=torch.long), torch.full((B, T), -1)
+    inside = torch.zeros(B, T, dtype=torch.bool)
+    for b, ((own, where, within), P) in enumerate(zip(rows, roll.prompt_len.tolist(), strict=True)):
+        ids[b, :len(own)] = torch.tensor(own)
+        span = slice(P - 1, P - 1 + len(where))
+        at[b, span], inside[b, span] = torch.from_numpy(where), torch.from_numpy(within)
+    align = 1 - int(inside.sum()) / sum(map(len, answers))
+    if pair == 'exact':
+        at[inside] = -1
+    return Reading(*(x.to(device) for x in (ids, length, at, inside)), align)

@@ -8,9 +8,11 @@ A problem is a chain of arithmetic modulo 10, worked out from left to right:
 
 with 21 tokens, about 5e9 problems and one right answer each. The student has had too little
 training; the teacher is the same network trained further with embedding and head frozen, like the
-paper's pair (R1-Distill and JustRL, which share both). All of it is written as one folder of the
-layouts that real runs use (two Hugging Face folders, two .jsonl files), so nothing downstream
-knows that it is a toy.
+paper's pair (R1-Distill and JustRL, which share both). A teacher of another depth, width or vocabulary
+is trained from a beginning of its own; toy_teacher_tokens='merged' has 51 tokens, some of them two
+symbols long, with ids in another order: the same text, other ids. All of it is written as one folder of
+the layouts that real runs use (two Hugging Face folders, two .jsonl files), so nothing downstream knows
+that it is a toy.
 
     python toy.py configs/toy.py        make the folder, show it, stop
 """
@@ -65,13 +67,20 @@ def problems(n, ops, seed, held_out=False):
     return out
 
 
-def write_tokenizer(folder):
-    """tokenizer.json, tokenizer_config.json, chat template and generation config of the toy."""
-    tok = HFTokenizer(models.BPE({t: i for i, t in enumerate(SPECIAL + LETTERS)}, [], unk_token='<unk>'))
+def write_tokenizer(folder, tokens='same'):
+    """tokenizer.json, tokenizer_config.json, chat template and generation config of the toy. tokens:
+    'merged' adds ;d, d=, [d for every digit d, and ;[, where [ is the box; cut leftmost, longest first."""
+    letters, merged = list(LETTERS), []
+    if tokens == 'merged':
+        digits, box = LETTERS[:10], '\\boxed{'
+        merged = [w for d in digits for w in (f';{d}', f'{d}=', box + d)] + [f';{box}']
+        letters += merged
+        random.Random(0).shuffle(letters)
+    tok = HFTokenizer(models.BPE({t: i for i, t in enumerate(SPECIAL + letters)}, [], unk_token='<unk>'))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens(SPECIAL)
-    tok.add_tokens([AddedToken('\\boxed{', normalized=False)])
+    tok.add_tokens([AddedToken(w, normalized=False) for w in ['\\boxed{', *merged]])
     tok.save(str(folder / 'tokenizer.json'))
     write_json(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<bos>', 'eos_token': '<eos>',
@@ -108,15 +117,24 @@ def supervise(model, tok, cfg, name):
             print0(f'  {name} {step:4d}/{steps} | loss {loss.item():.3f} | eta {left:.0f}s')
 
 
-def shape(cfg):
-    """ModelConfig of the toy's student and teacher."""
-    d, H = cfg['toy_width'], cfg['toy_heads']
+def shape(cfg, tok, side='student'):
+    """ModelConfig of the toy's student or teacher."""
+    layers, key = cfg['toy_layers'], 'toy_width'
+    if side == 'teacher' and unlike(cfg):
+        layers = cfg['toy_teacher_layers'] or layers
+        key = 'toy_teacher_width' if cfg['toy_teacher_width'] else key
+    d, H = cfg[key], cfg['toy_heads']
     if d % (2 * H):
-        raise UserError(f'toy_width={d} does not divide into {H} heads of even width; '
+        raise UserError(f'{key}={d} does not divide into {H} heads of even width; '
                         f'choose a multiple of {2 * H}')
     length = 2 * cfg['toy_ops'] + 3 + 6 * cfg['toy_ops'] + 4
-    return replace(PRESETS['toy'], L=cfg['toy_layers'], d=d, H=H, G=H, e=d // H, ff=8 * (d // 3),
+    return replace(PRESETS['toy'], V=tok.size, L=layers, d=d, H=H, G=H, e=d // H, ff=8 * (d // 3),
                    context=2 * length)
+
+
+def unlike(cfg):
+    """Is the teacher another network than the student?"""
+    return bool(cfg['toy_teacher_layers'] or cfg['toy_teacher_width'] or cfg['toy_teacher_tokens'] != 'same')
 
 
 def recipe(cfg):
@@ -166,11 +184,16 @@ def make(folder, cfg, device):
                 json.dumps({'question': q, 'answer': v, 'solution': a}) + '\n' for q, a, v in rows))
         write_tokenizer(tmp)
         tok = load_tokenizer(tmp)
-        model = init_weights(Model(shape(cfg)), cfg['seed']).to(device)
+        model = init_weights(Model(shape(cfg, tok)), cfg['seed']).to(device)
         supervise(model, tok, cfg, 'student')
         save_model(model, tmp / 'student', source=tmp)
-        for p in (*model.embed.parameters(), *model.head.parameters()):
-            p.requires_grad_(False)
+        if unlike(cfg):
+            write_tokenizer(tmp, cfg['toy_teacher_tokens'])
+            tok = load_tokenizer(tmp)
+            model = init_weights(Model(shape(cfg, tok, 'teacher')), cfg['seed'] + 10**6).to(device)
+        else:
+            for p in (*model.embed.parameters(), *model.head.parameters()):
+                p.requires_grad_(False)
         supervise(model, tok, cfg, 'teacher')
         save_model(model, tmp / 'teacher', source=tmp)
         for file in (*tmp.glob('token*.json'), tmp / 'generation_config.json', tmp / 'chat_template.jinja'):

@@ -64,6 +64,18 @@ config = dict(
     opd_baseline=False,         # 'sampled': subtract the exact KL there; less variance, same mean
     head_rows=64,               # rows under the LM heads at once; changes memory, never the update
 
+    # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
+    pair='floor',               # teacher with another vocabulary: a position takes the teacher's last state
+                                # that has read no more bytes; 'exact': only where both have read the same
+    teacher_ids='text',         # 'student': the teacher is fed the student's ids, gibberish to it, as the
+                                # authors' code does; only to reproduce the published setting
+    bridge_prompts=2000,        # problems answered by the student for the fit
+    bridge_held_out=0.1,        # share of them kept for judging
+    bridge_fit='ridge',         # 'ridge': closed form, every rank at once; 'adamw': 20 epochs (Algorithm 1)
+    bridge_ridge=1e-4,          # penalty, as a share of the student states' variance
+    bridge_bias=True,           # centre the student's side; False = Eq. (13) to the letter
+    bridge_lr=1e-3,             # of 'adamw' (the authors' code: 1e-4)
+
     # update: AdamW
     steps=500,                  # optimizer steps
     lr=1e-5,                    # peak learning rate
@@ -101,6 +113,9 @@ config = dict(
     toy_batch=64,               # sequences of a supervised step
     toy_student_steps=200,      # supervised steps that make the student
     toy_teacher_steps=160,      # further ones, from the student, that make the teacher
+    toy_teacher_layers=0,       # 0 = the student's network, trained on; else another, from its own start
+    toy_teacher_width=0,        # likewise
+    toy_teacher_tokens='same',  # 'merged': likewise, with another vocabulary for the same text
     toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
     toy_teacher_lr=1.5e-3,
     toy_train=4096,             # training problems
@@ -123,12 +138,15 @@ checks = dict(
     opd_tail=('renorm', 'bucket', 'drop'), kl_direction=('reverse', 'forward'), head_rows=positive,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,
+    pair=('floor', 'exact'), teacher_ids=('text', 'student'), bridge_prompts=(2, inf),
+    bridge_held_out=(1e-6, 0.9), bridge_fit=('ridge', 'adamw'), bridge_ridge=(0, 1e3), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
     beta1=(0, 0.9999), beta2=(0, 0.99999), weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
     eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),
     eval_top_p=(1e-6, 1), eval_max_new_tokens=(0, inf), eval_rows=positive,
     save_every=positive, log_every=positive,
     toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=positive,
+    toy_teacher_layers=(0, 64), toy_teacher_width=(0, 4096), toy_teacher_tokens=('same', 'merged'),
     toy_student_steps=positive, toy_teacher_steps=positive, toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
     toy_train=positive, toy_eval=positive,
 )

@@ -4,9 +4,9 @@ import torch
 from conftest import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill import accumulate, micro_batches
+from distill import accumulate
 from losses import layer_loss, layer_map, layer_set, oprd_loss, position_weights, positions
-from rollout import Rollout, sample
+from rollout import Rollout, micro_batches, sample
 from teacher import hidden_rows
 
 SETS = [('all', 0), ('last', 0), ('last_k', 3), ('last_k', 100), ('first_k', 2), ('last_frac', 0.3), ('first_frac', 0.5)]

@@ -1,0 +1,212 @@
+"""Stage 1: closed forms against least squares on the rows themselves, Theorem 3 against its definition."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import argv
+from safetensors import safe_open
+
+import bridge
+from bridge import Moments, cosines, energy, main, predicted, principal, ridge
+from configs import load_config
+from files import read_json
+from runtime import ROOT, UserError, run
+
+N, D_S, D_T = 300, 5, 7
+
+
+def rows(seed=0, n=N):
+    """Student and teacher rows that share three directions, means that are not 0, two classes that relate
+    differently."""
+    g = torch.Generator().manual_seed(seed)
+    shared, inside = torch.randn(n, 3, generator=g, dtype=torch.float64), torch.rand(n, generator=g) < 0.3
+    a, b, c = (torch.randn(3, d, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k, d in ((5, D_S), (6, D_T), (7, D_T)))
+    x = shared @ a + 0.3 * torch.randn(n, D_S, generator=g, dtype=torch.float64) + 2
+    y = torch.where(inside[:, None], shared @ c, shared @ b) + 0.2 * torch.randn(n, D_T, generator=g, dtype=torch.float64) - 3
+    return x, y, inside
+
+
+def summed(x, y, inside, chunk=37):
+    m = Moments(D_S, D_T, 'cpu')
+    for i in range(0, len(x), chunk):
+        m.add(x[i:i + chunk], y[i:i + chunk], inside[i:i + chunk])
+    return m
+
+
+def test_principal_directions():
+    """Against the SVD of the centred rows; the signs do not depend on the solver's mood."""
+    x, y, inside = rows()
+    mean, P_t, lam = principal(summed(x, y, inside))
+    _, S, V = torch.linalg.svd(y - y.mean(0), full_matrices=False)
+    assert torch.allclose(mean, y.mean(0)) and torch.allclose(lam, S**2 / N)
+    assert torch.allclose(P_t.abs(), V.abs(), atol=1e-8) and torch.allclose(P_t @ P_t.t(), torch.eye(D_T, dtype=y.dtype))
+    assert (P_t.gather(1, P_t.abs().argmax(1, keepdim=True)) > 0).all()
+    _, P2, _ = principal(summed(x, -y, inside))
+    assert torch.allclose(P2, P_t, atol=1e-8)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('penalty', [0.0, 0.5])
+def test_closed_form_equals_least_squares_at_every_rank(bias, penalty):
+    """Each class on its own rows: torch.linalg.lstsq in float64 with the penalty as extra rows; solving
+    at rank r alone gives the first r rows."""
+    x, y, inside = rows()
+    m = summed(x, y, inside)
+    mean, P_t, _ = principal(m)
+    P_s, b_s = ridge(m, mean, P_t, penalty, bias)
+    z = (y - mean) @ P_t.t()
+    for c in (0, 1):
+        at = inside == c
+        a, b = x[at], z[at]
+        mx, mz = (a.mean(0), b.mean(0)) if bias else (torch.zeros(D_S), torch.zeros(D_T))
+        a, b = a - mx, b - mz
+        damp = (penalty * a.square().mean() * len(a)).sqrt()
+        a, b = torch.cat([a, damp * torch.eye(D_S, dtype=a.dtype)]), torch.cat([b, torch.zeros(D_S, D_T, dtype=b.dtype)])
+        want = torch.linalg.lstsq(a, b, driver='gelsd').solution.t()
+        assert (P_s[c] - want).abs().max() < 1e-6
+        assert torch.allclose(b_s[c], mz - want @ mx if bias else torch.zeros(D_T, dtype=x.dtype), atol=1e-6)
+        few, _ = ridge(m, mean, P_t[:2], penalty, bias)
+        assert torch.allclose(few, P_s[:, :2])
+
+
+def test_a_class_without_rows_gets_zeros():
+    x, y, _ = rows()
+    m = summed(x, y, torch.zeros(N, dtype=torch.bool))
+    mean, P_t, _ = principal(m)
+    P_s, b_s = ridge(m, mean, P_t, 1e-4, True)
+    assert (P_s[1] == 0).all() and (b_s[1] == 0).all() and P_s[0].abs().max() > 0
+
+
+def test_what_is_predicted_on_held_out_rows():
+    """rho^2 from moments against residuals of the rows; energy against Theorem 3's sums."""
+    m = summed(*rows())
+    mean, P_t, _ = principal(m)
+    P_s, b_s = ridge(m, mean, P_t, 1e-4, True)
+    x, y, inside = rows(seed=1)
+    lam, rho2 = predicted(summed(x, y, inside), mean, P_t, P_s, b_s)
+    z = (y - mean) @ P_t.t()
+    guess = torch.where(inside[:, None], x @ P_s[1].t() + b_s[1], x @ P_s[0].t() + b_s[0])
+    assert torch.allclose(lam, z.var(0, correction=0))
+    assert torch.allclose(rho2, (1 - (z - guess).square().mean(0) / lam).clamp(min=0))
+    assert rho2[:2].min() > 0.5 > rho2[-1]
+    E = energy(lam, rho2)
+    for r in range(1, D_T + 1):
+        assert E[r - 1] == pytest.approx(float((lam * rho2)[r:].sum() + (lam * (1 - rho2))[:r].sum()))
+    steps = E[1:] - E[:-1]
+    assert [bool(s < 0) for s in steps] == [bool(p > 0.5) for p in rho2[1:]], 'a direction pays while rho^2 > 1/2'
+
+
+def test_cosines_at_every_rank():
+    a, b = torch.randn(9, 4), torch.randn(9, 4)
+    for r in range(1, 5):
+        assert cosines(a, b)[r - 1] == pytest.approx(float(torch.cosine_similarity(a[:, :r], b[:, :r]).sum()), rel=1e-5)
+
+
+# ---- the script on the tiny toy, a teacher of another depth, width and vocabulary -----------------
+
+def args(toy_dir, out, **keys):
+    unlike = dict(toy_teacher_layers=4, toy_teacher_width=32, toy_teacher_tokens='merged', bridge_prompts=30)
+    return argv(toy_dir, out, **unlike | keys)
+
+
+@pytest.fixture(scope='module')
+def made(toy_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp('b') / 'whole'
+    main(load_config(args(toy_dir, out, eval_rows=7)))
+    return out
+
+
+def tensors(out):
+    with safe_open(out / 'bridge.safetensors', 'pt') as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['bridge'])        # noqa: SIM118
+
+
+def test_what_stage_1_writes(made, toy_dir):
+    """Every layer pair of Eq. (11), both classes, every rank; figures per layer; each answer read once."""
+    got, about = tensors(made)
+    assert about['phi'] == {'1': 1, '2': 3, '3': 4} and about['d'] == [24, 32] and about['L'] == [3, 4]
+    assert {k: tuple(v.shape) for k, v in got.items() if k.endswith('.2')} == {
+        'mean.2': (32,), 'P_t.2': (24, 32), 'P_s.2': (2, 24, 24), 'b_s.2': (2, 24)}
+    figures = read_json(made / 'bridge.json')
+    assert figures['forwards per answer'] == 1 and 0.5 < figures['align'] < 0.95 and figures['rank'] == about['rank']
+    for layer in figures['layers'].values():
+        assert set(layer['cos']) == {'1', '2', '4', '8', '16', '24'} and layer['explained']['24'] <= 1
+    assert (made / 'bridge.png').read_bytes().startswith(b'\x89PNG')
+    assert len((made / 'rollouts.jsonl').read_text().splitlines()) == 31
+
+
+def test_collecting_goes_on_where_it_stopped(made, toy_dir, tmp_path, monkeypatch):
+    """Cut in the middle of a line: the same answers, and the same bridge to the bit; whole answers are
+    not sampled again. A line that was damaged is an error, as is another student's file."""
+    out = tmp_path / 'cut'
+    out.mkdir()
+    text = (made / 'rollouts.jsonl').read_text()
+    (out / 'rollouts.jsonl').write_text(text[:len(text) // 2])
+    whole, sampled = text[:len(text) // 2].count('\n') - 1, []
+    real = bridge.sample
+    monkeypatch.setattr(bridge, 'sample', lambda model, prompts, **k: sampled.extend(prompts) or real(model, prompts, **k))
+    main(load_config(args(toy_dir, out)))
+    assert (out / 'rollouts.jsonl').read_text() == text and len(sampled) == 30 - whole
+    a, b = tensors(made)[0], tensors(out)[0]
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    (out / 'rollouts.jsonl').write_text(text.replace('\n[', '\n[[', 1))
+    with pytest.raises(UserError, match='line 2 is damaged'):
+        main(load_config(args(toy_dir, out)))
+    with pytest.raises(UserError, match='sampled with other settings'):
+        main(load_config(args(toy_dir, made, temperature=0.5)))
+
+
+def test_two_ranks_make_the_same_bridge(made, toy_dir, tmp_path):
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'bridge.py',
+                        *args(toy_dir, tmp_path / 'two')], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    assert (tmp_path / 'two/rollouts.jsonl').read_text() == (made / 'rollouts.jsonl').read_text()
+    one, two = (read_json(out / 'bridge.json') for out in (made, tmp_path / 'two'))
+    for l, layer in one['layers'].items():
+        assert two['layers'][l]['rho2'] == pytest.approx(layer['rho2'], abs=1e-5)
+        assert two['layers'][l]['variance'] == pytest.approx(layer['variance'], rel=1e-6)
+    a, b = tensors(made)[0], tensors(tmp_path / 'two')[0]
+    assert all((a[k] - b[k]).abs().max() < 1e-4 * a[k].abs().max() for k in a)
+
+
+def test_ridge_is_at_least_as_good_as_twenty_epochs(made, toy_dir, tmp_path):
+    """Algorithm 1's fit reads everything 21 times (once for P_T) and is no better in held-out R^2."""
+    out = tmp_path / 'adamw'
+    out.mkdir()
+    (out / 'rollouts.jsonl').write_text((made / 'rollouts.jsonl').read_text())
+    main(load_config(args(toy_dir, out, bridge_fit='adamw')))
+    ours, theirs = (read_json(f / 'bridge.json') for f in (made, out))
+    assert theirs['forwards per answer'] == 21
+    for l, layer in ours['layers'].items():
+        assert sum(layer['R2'].values()) >= sum(theirs['layers'][l]['R2'].values())
+
+
+def test_student_ids_for_another_vocabulary_only_when_asked(made, toy_dir, tmp_path):
+    """The published setting is there by its name; its file says so."""
+    main(load_config(args(toy_dir, tmp_path / 'ids', teacher_ids='student')))
+    assert tensors(tmp_path / 'ids')[1]['teacher_ids'] == 'student' and tensors(made)[1]['teacher_ids'] == 'text'
+    assert read_json(tmp_path / 'ids/bridge.json')['align'] == 1
+
+
+def test_bad_input(toy_dir, tmp_path, capsys, monkeypatch):
+    def refused(**keys):
+        with pytest.raises(SystemExit) as e:
+            run(main, lambda: load_config(args(toy_dir, tmp_path / 'r', **keys)))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+        return err
+    assert "student=''" in refused(student='')
+    assert 'layers=[9]' in refused(layers=[9])
+    assert 'raise bridge_prompts' in refused(bridge_prompts=2, bridge_held_out=0.9)
+    real = bridge.load_model
+
+    def constant(path, *a):
+        model = real(path, *a)
+        if path.endswith('teacher'):
+            for p in model.parameters():
+                p.data.zero_()
+        return model
+    monkeypatch.setattr(bridge, 'load_model', constant)
+    assert 'do not vary; nothing to bridge' in refused(out_dir=tmp_path / 'constant')
