@@ -34,7 +34,16 @@ from configs import default, free, load_config
 from data import load_problems, load_tokenizer, prompt_order
 from eval_math import evaluate, exam_problems, grade, table
 from files import Log, open_run, read_json, resume, save, write_json
-from losses import ever, layer_loss, opd_loss, position_weights, positions, spread, weight_at
+from losses import (
+    ever,
+    layer_loss,
+    opd_loss,
+    position_weights,
+    positions,
+    row_distance,
+    spread,
+    weight_at,
+)
 from model import load_model, save_model, snapshot
 from preflight import preflight
 from rollout import micro_batches, sample
@@ -55,7 +64,7 @@ from runtime import (
 )
 from teacher import hidden_rows
 
-# ---- the schedule and the cutting of batches --------------------------------------------------
+# ---- the schedule ------------------------------------------------------------------------------
 
 def learning_rate(step, steps, peak, warmup, schedule, min_lr):
     """Rate of a step 1..steps: linear rise to the peak over warmup * steps, then the schedule towards
@@ -91,58 +100,63 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
     """Steps 4 and 5: add the gradient of factor * Eq. (7) over a rollout to the student's .grad.
 
     w: weights (B, T) from position_weights. kind: rep_loss. budget: tokens of a micro-batch.
-    opd: losses.opd_loss with its choices made. probe: mask (B, T) of positions whose output
-    distributions, and all layers' cosines, are looked at without a gradient; None = not in this step.
-    -> [Eq. (6), opd, stats (5,), cos of each layer], this rank's share of the weighted sums; their sum
-    over ranks is what it would be on one rank in one micro-batch.
+    opd: losses.opd_loss with its choices made. probe: mask (B, T) of positions where the cosines or
+    output distributions that the objective leaves out are looked at, without a gradient; None = not now.
+    -> sums [Eq. (6), opd; w, KL, two entropies, overlap; w, cos of each layer], this rank's share; the
+    sum over ranks is what it would be on one rank in one micro-batch. The two w's: of the rows seen.
     """
     groups = [(rows, 1.0) for rows in micro_batches(roll.length.tolist(), budget)]
     most = int(all_reduce(torch.tensor(len(groups), device=w.device), 'max'))
     groups += [([0], 0.0)] * (most - len(groups))    # FSDP: as many forwards on every rank, of no weight
-    matched = layers if oprd_weight or probe is not None else []
-    if opd_weight:
-        probe = None                                 # the term itself looks at all its positions
-    sums = torch.zeros(7 + len(layers), device=w.device)
+    sums = torch.zeros(8 + len(layers), device=w.device)
     for rows, share in groups:
         T = int(roll.length[rows].max())
         look = probe[rows, :T].flatten() if probe is not None else None
-        rep, out, stats, cos = micro_batch(student, teacher, roll.ids[rows, :T], share * w[rows, :T], matched,
-                                           kind, drift, opd, bool(opd_weight), look, lap)
+        rep, out, stats, cos = micro_batch(
+            student, teacher, roll.ids[rows, :T], share * w[rows, :T], layers, kind, drift, opd,
+            match=oprd_weight > 0, learn=opd_weight > 0, look=look, lap=lap)
         ((oprd_weight * rep + opd_weight * out) * factor).backward()
         lap('student')
-        sums[:7 + len(cos)] += torch.stack([rep.detach(), out.detach(), *stats, *cos])
+        sums += torch.cat([torch.stack([rep.detach(), out.detach()]), stats, cos])
     return sums
 
 
-def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, learn, look, lap):
-    """Steps 4 and 5 on rows (b, T) of a rollout, w their weights (b, T) -> Eq. (6), the output-space
-    term, its stats (5,), [cos of each layer]. learn: is there an output-space term? Else look (b*T,),
-    if given, marks positions for stats alone. What is not wanted is 0."""
+def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, match, learn, look, lap):
+    """Steps 4 and 5 on rows (b, T) of a rollout, w their weights (b, T) -> Eq. (6), the output-space term,
+    its stats (5,), [w, cos of each layer]. match, learn: is there a hidden-state, an output-space term?
+    What has none is looked at where `look` (b*T,) says so, if given; what is not wanted is 0."""
     L, T, none = student.config.L, ids.shape[1], torch.zeros((), device=w.device)
     at = w.flatten().nonzero().squeeze(-1)                                   # (K,)
     w, y, answer = w.flatten()[at], ids.flatten()[at + 1], at // T           # (K,) each
-    heads = learn or look is not None
-    read = sorted({*layers, L}) if heads else layers
+    few = slice(0) if look is None else look[at].nonzero().squeeze(-1)       # those of the K looked at
+    here, there = (slice(None) if term else few for term in (match, learn))  # rows for layers, for heads
+    wanted = {l: at[here] for l in layers} if match or look is not None else {}
+    if learn or look is not None:
+        wanted['head'] = at[there]
 
-    # 4. teacher: {l: (K, d)}
-    h_t = hidden_rows(teacher, ids, read, at, L)
+    # 4. teacher: {l or 'head': (K, d)}
+    h_t = hidden_rows(teacher, ids, wanted, L)
     lap('teacher')
 
     # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
     def tap(l, h):
-        out, stats, loss, cos = none, none.repeat(5), none, None
-        if heads and l == L:                 # before layer_loss takes over the teacher's rows
-            some = slice(None) if learn else look[at]
-            term = partial(opd, h_t=h_t[L][some], W_t=teacher.head.weight, y=y[some], w=w[some],
-                           answer=answer[some], **({} if learn else {'kind': None}))
+        rep, cos, out, stats = none, None, none, none.repeat(5)
+        if l == L and 'head' in h_t:
+            term = partial(opd, h_t=h_t['head'], W_t=teacher.head.weight, y=y[there], w=w[there],
+                           answer=answer[there], **({} if learn else {'kind': None}))
             with torch.set_grad_enabled(learn):
-                out, stats = student.head(h.flatten(0, 1)[at[some]], term)
-        if l in layers:
-            h, loss, cos = layer_loss(h, h_t[l], at, w, kind, answer if drift else None)
-        return h, (out, stats, loss, cos)
-    outs, stats, losses, cos = zip(*student.hidden(ids, read, tap=tap), strict=True)
-    rep = sum(losses) / len(layers) if layers else none                      # Eq. (6)
-    return rep, sum(outs), sum(stats), [c for c in cos if c is not None]
+                out, stats = student.head(h.flatten(0, 1)[at[there]], term)
+        if l in h_t and match:
+            h, rep, cos = layer_loss(h, h_t[l], at, w, kind, answer if drift else None)
+        elif l in h_t:
+            s = h.detach().flatten(0, 1)[at[few]]
+            cos = (w[few] * (1 - row_distance(s.float(), h_t[l].float(), 'cosine'))).sum()
+        return h, (rep, cos, out, stats)
+    read = sorted({L if l == 'head' else l for l in wanted})
+    reps, cos, outs, stats = zip(*student.hidden(ids, read, tap=tap), strict=True)
+    cos = [c for c in cos if c is not None] or [none] * len(layers)
+    seen = w[here].sum() if match or look is not None else none
+    return sum(reps) / max(1, len(layers)), sum(outs), sum(stats), torch.stack([seen, *cos])
 
 
 # ---- the loop ---------------------------------------------------------------------------------
@@ -311,16 +325,17 @@ def step_metrics(roll, sums, tok, problems, oprd_weight, opd_weight):
     verdicts = [grade(tok.decode(ids), answer) for ids, answer in answers if answer is not None]
     counts = [int(roll.resp_len.sum()), int(roll.stopped.sum()), sum(verdicts), len(verdicts), len(answers)]
     total = all_reduce(torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)])).tolist()
-    rep, out, weight, kl, entropy_s, entropy_t, common, *cos = total[:-5]
+    rep, out, in_heads, kl, entropy_s, entropy_t, common, in_layers, *cos = total[:-5]
     tokens, stopped, right, graded, rows = total[-5:]
     row = {'loss': oprd_weight * rep + opd_weight * out}
-    if any(cos):
-        row |= {'loss/oprd': rep, 'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos}
-    if opd_weight:
-        row |= {'loss/opd': out}
-    if weight:
-        row |= {'opd/kl': kl / weight, 'opd/overlap16': common / weight,
-                'entropy/student': entropy_s / weight, 'entropy/teacher': entropy_t / weight}
+    row |= {'loss/oprd': rep} if oprd_weight else {}
+    row |= {'loss/opd': out} if opd_weight else {}
+    if in_layers and cos:
+        cos = [c / in_layers for c in cos]
+        row |= {'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos}
+    if in_heads:
+        row |= {'opd/kl': kl / in_heads, 'opd/overlap16': common / in_heads,
+                'entropy/student': entropy_s / in_heads, 'entropy/teacher': entropy_t / in_heads}
     row |= {'len/mean': tokens / rows, 'finish': stopped / rows, 'tokens': tokens}
     return row | ({'acc/rollout': 100 * right / graded} if graded else {})
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean, median
 
+import torch
 from tqdm import tqdm
 
 from files import Log, whole
@@ -94,7 +95,7 @@ def launch(jobs):
         done = subprocess.run([sys.executable, ROOT / 'distill.py', *args], env=env, text=True,
                               capture_output=True)
         return folder, done.returncode, (done.stderr.strip().splitlines() or ['no message'])[-1]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), unit='run') as bar:
+    with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run') as bar:
         try:
             for job in as_completed([pool.submit(one, *job) for job in jobs.items()]):
                 folder, code, line = job.result()
@@ -106,6 +107,13 @@ def launch(jobs):
             raise
     if failed:
         raise UserError(failed[0] + (f' ({len(failed)} runs failed)' if failed[1:] else ''))
+
+
+def workers():
+    """Runs at once: one for each core that this process may use; on a GPU one after the other."""
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def slug(name):
@@ -120,9 +128,14 @@ def compare(study):
         raise UserError(f'{study}: not a Python file with seeds and runs; see configs/toy_comparison.py')
     out, seeds, runs = Path('out') / file.stem, plan['seeds'], plan['runs']
     folder = {(name, s): out / f'{slug(name)}-s{s}' for name in runs for s in seeds}
+    if len(set(folder.values())) < len(folder):
+        raise UserError(f'{file}: two names or seeds share a folder; make them differ in letters or digits')
     print(f'{file.stem}: {len(folder)} runs in {out}')
     launch({f: [*runs[name], f'seed={s}', f'out_dir={f}'] for (name, s), f in folder.items()})
     logs = {name: [read_log(folder[name, s]) for s in seeds] for name in runs}
+    metrics = {accuracy(rows)[1] for many in logs.values() for rows in many}
+    if len(metrics) > 1 or None in metrics:
+        raise UserError(f'{file}: runs without evaluation or with several eval_n cannot be put in one table')
     lines = comparison_table(logs)
     with whole(out / 'table.md') as tmp:
         tmp.write_text('\n'.join(lines) + '\n')

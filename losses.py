@@ -67,10 +67,11 @@ def positions(roll, which='all', size=0):
 
 def spread(roll, m, step, share):
     """About `share` of the positions in a mask m (B, T), spread evenly over each answer and differently
-    in every step: t is in if the fractional part of t * golden + step * plastic is below the share, a
-    function of t and step alone, so neither micro-batches nor ranks change it."""
+    in every step. Position t is in if t * golden + step * plastic, modulo 1, is below the share (in whole
+    numbers, so that devices agree): a function of t and step alone, so neither micro-batches nor ranks
+    change it."""
     t = torch.arange(m.shape[1], device=m.device) - (roll.prompt_len[:, None] - 1)           # (B, T)
-    return m & ((t * 0.6180340 + step * 0.7548777 % 1) % 1 < share)
+    return m & ((t * 2654435769 + step * 3242174889) % 2**32 < share * 2**32)
 
 
 def position_weights(m, average='sequence', sequences=None, tokens=None):
@@ -91,6 +92,7 @@ def position_weights(m, average='sequence', sequences=None, tokens=None):
 def by_drift(w, distance, answer):
     """Each answer's weight dealt to its positions in proportion to their distance, taken as constant:
     a position counts the more, the further the student has drifted there. w, distance (K,) -> (K,)."""
+    distance = distance.clamp(min=0)         # 1 - cos of equal rows is rounding, of either sign
     n = int(answer.max()) + 1 if len(answer) else 0
     whole, far = (w.new_zeros(n).index_add(0, answer, x) for x in (w, w * distance))
     return whole[answer] * w * distance / far[answer].clamp(min=1e-30)
@@ -180,39 +182,47 @@ def layer_loss(h, h_t, at, w, kind='mse', answer=None):
 # ---- Eqs. (3)-(5): output space ----------------------------------------------------------------
 
 def divergence(logp, logq, tail='renorm', direction='reverse'):
-    """KL of each row on a support S of k tokens, log-probabilities (K, k) and (K, k) -> (K,).
+    """KL of each row over a set of outcomes, log-probabilities (K, k) and (K, k) -> (K,).
 
-    direction: 'reverse' is KL(p || q), 'forward' KL(q || p). tail, what is done with the mass outside S:
-    'renorm'  both are renormalised on S: Eq. (5). Identically 0 at k = 1.
-    'bucket'  it is one more outcome: never more than the KL over the whole vocabulary.
-    'drop'    nothing: sum over S of p (log p - log q), section 4.1.1; can be negative.
-    With the whole vocabulary as S all three are Eq. (4).
+    direction: 'reverse' is KL(p || q), 'forward' KL(q || p). tail, what is done about outcomes left out:
+    'renorm'  both are renormalised on what is there: Eq. (5). Identically 0 at k = 1.
+    'weights' only the weights are, not the log-ratios (the authors' code).
+    'drop'    nothing: sum of p (log p - log q), section 4.1.1; can be negative.
+    'bucket'  nothing either: `on_support` has added the rest as one more outcome.
     """
     if tail == 'renorm':
         logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
-    elif tail == 'bucket':
-        eps = torch.finfo(logp.dtype).eps    # what 1 - sum may be off by; below it the rest is rounding
-        logp, logq = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=eps).log()], -1)
-                      for x in (logp, logq))
-    else:
-        assert tail == 'drop', tail
     if direction == 'forward':
         logp, logq = logq, logp
-    return (logp.exp() * (logp - logq)).sum(-1)
+    weights = logp.log_softmax(-1) if tail == 'weights' else logp
+    return (weights.exp() * (logp - logq)).sum(-1)
 
 
-def on_support(logp, logq, which, k):
-    """Log-probabilities (K, V) of both models -> token ids of S (K, k or 2k), both gathered there.
-    S: the k likeliest tokens of the 'student', of the 'teacher', or of either ('union': a token that
-    is in both keeps its place once, the other place has no mass and no gradient)."""
-    k = min(k, logp.shape[-1])
+def likeliest(logp, k):
+    """The k likeliest tokens of each row, fewer if there are fewer, likeliest first: (K, k)."""
+    return logp.topk(min(k, logp.shape[-1])).indices
+
+
+def on_support(logp, logq, top_s, top_t, which='student', tail='renorm'):
+    """Both models' log-probabilities (K, V) on the support S -> S (K, k or 2k), logp and logq there.
+
+    S: the 'student's likeliest tokens top_s (K, k), the 'teacher's top_t, or their 'union', where a token
+    that is in both counts at its first place; the second has no mass and no gradient. tail='bucket'
+    adds a last column to both: all the mass outside S, summed over the tokens there (1 minus the mass
+    inside would be rounding where the models are sure of themselves).
+    """
+    S = {'student': top_s, 'teacher': top_t, 'union': torch.cat([top_s, top_t], -1)}[which]
+    both = [x.gather(-1, S) for x in (logp, logq)]
     if which == 'union':
-        a, b = logp.topk(k).indices, logq.topk(k).indices
-        S = torch.cat([a, b], -1)                                            # (K, 2k)
-        twice = F.pad((b[:, :, None] == a[:, None, :]).any(-1), (k, 0))
-        return S, *(x.gather(-1, S).masked_fill(twice, -1e4) for x in (logp, logq))
-    S = (logp if which == 'student' else logq).topk(k).indices               # (K, k)
-    return S, logp.gather(-1, S), logq.gather(-1, S)
+        twice = F.pad((top_t[:, :, None] == top_s[:, None, :]).any(-1), (top_s.shape[-1], 0))
+        both = [x.masked_fill(twice, NOTHING) for x in both]
+    if tail == 'bucket':
+        rest = [x.scatter(-1, S, NOTHING).logsumexp(-1, keepdim=True) for x in (logp, logq)]
+        both = [torch.cat(pair, -1) for pair in zip(both, rest, strict=True)]
+    return S, *both
+
+
+NOTHING = -1e4                  # log of no mass at all: exp gives 0, and differences stay finite
 
 
 def opd_rows(z_s, z_t, y, kind='full', k=16, support='student', tail='renorm', direction='reverse'):
@@ -226,18 +236,17 @@ def opd_rows(z_s, z_t, y, kind='full', k=16, support='student', tail='renorm', d
     if kind == 'full':
         return divergence(logp, logq, 'drop', direction)
     if kind == 'topk':
-        return divergence(*on_support(logp, logq, support, k)[1:], tail, direction)
+        _, p_S, q_S = on_support(logp, logq, likeliest(logp, k), likeliest(logq, k), support, tail)
+        return divergence(p_S, q_S, tail, direction)
     assert kind == 'sampled' and direction == 'reverse', f'{kind} {direction}'
     logp_y, logq_y = (x.gather(-1, y[:, None]).squeeze(-1) for x in (logp, logq))
     ratio = (logp_y - logq_y).detach()
     return ratio * (1 + logp_y - logp_y.detach())        # the ratio, with the reward's gradient
 
 
-def overlap(logp, logq, k=16):
-    """Share of the k likeliest tokens that two models have in common (Figure 10), (K, V) -> (K,)."""
-    k = min(k, logp.shape[-1])
-    a, b = logp.topk(k).indices, logq.topk(k).indices
-    return (a[:, :, None] == b[:, None, :]).any(-1).to(logp.dtype).mean(-1)
+def overlap(top_s, top_t):
+    """Share of the likeliest tokens (K, 16) that two models have in common (Figure 10) -> (K,)."""
+    return (top_s[:, :, None] == top_t[:, None, :]).any(-1).float().mean(-1)
 
 
 def to_go(x, answer):
@@ -252,71 +261,64 @@ def dot(a, b):
 
 
 def log_probs(h, W, temperature):
-    """Rows (K, d) under a head (V, d) -> log-probabilities (K, V), in fp32 whatever the head's type."""
-    z = h @ W.t()
-    z = z.to(torch.promote_types(z.dtype, torch.float32)).div_(temperature)
+    """Rows (C, d) under a head (V, d) -> log-probabilities (C, V) in fp32. On CUDA the product of bf16
+    factors is kept in fp32 too: two models near each other differ by less than bf16 can say."""
+    if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
+        z = torch.mm(h, W.t(), out_dtype=torch.float32)
+    else:
+        z = h @ W.t()
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z.div_(temperature)
     return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
 class HeadLoss(torch.autograd.Function):
-    """Eqs. (3)-(5) of rows under the LM head, a chunk of rows at a time, gradient formed as it goes.
-
-    With g = dD/dlog p, nonzero on the support alone, the gradient of the logits is g - p sum(g); with
-    the whole vocabulary p (log p - log q - KL), or p - q the other way round. Three (chunk, V) tensors
-    live at once, four for forward KL, beside the head's own gradient.
-    """
+    """Eqs. (3)-(5) of rows under the LM head, a chunk of rows at a time, gradient formed as it goes: three
+    (C, V) tensors live at once, four for forward KL, beside the head's own gradient."""
     @staticmethod
-    def forward(ctx, h, W, h_t, W_t, y, w, answer, kind, k, support, tail, direction, temperature,
-                teacher_temperature, future, baseline, vocab, chunk):
-        W_all, W, W_t = W, W[:vocab], W_t[:vocab]
-        learns = kind is not None
+    def forward(ctx, h, W, h_t, W_t, y, w, answer, how):
         dtype = torch.promote_types(h.dtype, torch.float32)
+        kind, chunk, v = how['kind'], how['chunk'], how['vocab'] or W.shape[0]
         w = w.to(dtype)
-        d_h = torch.empty_like(h) if learns else None
-        d_W = torch.zeros_like(W_all, dtype=dtype) if learns and ctx.needs_input_grad[1] else None
+        d_h = torch.empty_like(h) if kind else None
+        d_W = torch.zeros_like(W, dtype=dtype) if kind and ctx.needs_input_grad[1] else None
         D, ratio = w.new_zeros(len(h)), w.new_zeros(len(h))                  # (K,)
         stats = w.new_zeros(4, len(h))       # KL, entropy of p, entropy of q, overlap
         for at in reversed(range(0, len(h), chunk)):     # backwards: what is to come is known (to_go)
             rows = slice(at, at + chunk)
-            logp, logq = log_probs(h[rows], W, temperature), log_probs(h_t[rows], W_t, teacher_temperature)
-            stats[3, rows] = overlap(logp, logq)
+            logp = log_probs(h[rows], W[:v], how['temperature'])             # (C, V)
+            logq = log_probs(h_t[rows], W_t[:v], how['teacher_temperature'])
+            top_s, top_t = (likeliest(x, max(how['k'], 16)) for x in (logp, logq))
+            S = logp_S = logq_S = None
             if kind == 'topk':
-                S, logp_S, logq_S = on_support(logp, logq, support, k)       # (C, k)
-            q = logq.exp()                                                   # (C, V)
-            stats[2, rows] = -dot(q, logq)
-            if kind != 'full' or direction == 'reverse':
-                q = None
+                S, logp_S, logq_S = on_support(logp, logq, top_s[:, :how['k']], top_t[:, :how['k']],
+                                               how['support'], how['tail'])
+            H_t = -dot(logq.exp(), logq)
             f = logq.neg_().add_(logp)                                       # log p - log q, in logq's memory
             p = logp.exp()
-            KL = dot(p, f)                                                   # (C,)
-            stats[0, rows], stats[1, rows] = KL, -dot(p, logp)
-            del logp, logq
-            if not learns:
+            KL, H_s = dot(p, f), -dot(p, logp)
+            stats[:, rows] = torch.stack([KL, H_s, H_t, overlap(top_s[:, :16], top_t[:, :16]).to(dtype)])
+            if not kind:
                 continue
-            weight = w[rows, None]
-            if kind == 'full' and direction == 'reverse':
-                D[rows], G = KL, p.mul_(f.sub_(KL[:, None])).mul_(weight)
-            elif kind == 'full':
-                D[rows], G = -dot(q, f), p.sub_(q).mul_(weight)
+            if kind == 'full':
+                D[rows], G = full_gradient(logp, p, f, KL, how['direction'])
+                G.mul_(w[rows, None])
             else:
                 if kind == 'topk':
-                    with torch.enable_grad():            # (C, k): small enough for autograd
-                        leaf = logp_S.detach().requires_grad_()
-                        D_rows = divergence(leaf, logq_S, tail, direction)
-                        g, = torch.autograd.grad(D_rows.sum(), leaf)
-                    D[rows], g = D_rows.detach(), g * weight
+                    D[rows], g, p_S, rest = topk_gradient(logp_S, logq_S, how['tail'], how['direction'])
+                    g, rest = g * w[rows, None], rest * w[rows, None]
                 else:
-                    S = y[rows, None]
-                    D[rows] = f.gather(-1, S).squeeze(-1)
+                    S, rest = y[rows, None], 0.0
+                    p_S, D[rows] = p.gather(-1, S), f.gather(-1, S).squeeze(-1)
                     ratio[rows] = w[rows] * D[rows]
-                    g = (to_go(ratio, answer) if future else ratio)[rows, None]
-                    if baseline:
-                        g = g - weight * KL[:, None]
-                G = p.mul_(-g.sum(-1, keepdim=True)).scatter_add_(-1, S, g)
-            d_h[rows] = (G.to(W.dtype) @ W).div_(temperature)
+                    g = (to_go(ratio, answer) if how['future'] else ratio)[rows, None]
+                    if how['baseline']:
+                        g = g - w[rows, None] * KL[:, None]
+                G = spread_gradient(p, S, g, p_S, rest)
+            d_h[rows] = (G.to(W.dtype) @ W[:v]).div_(how['temperature'])
             if d_W is not None:
-                d_W[:vocab].addmm_(G.t(), h[rows].to(dtype), alpha=1 / temperature)
-            del f, p, q, G
+                d_W[:v].addmm_(G.t(), h[rows].to(dtype), alpha=1 / how['temperature'])
+            del logp, f, p, G
         ctx.grads = d_h, d_W
         ctx.set_materialize_grads(False)
         stats = torch.cat([w.sum()[None], stats @ w])
@@ -327,7 +329,37 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, g_loss, _):
         d_h, d_W = ctx.grads
         del ctx.grads                        # scaled in place: a second backward would be wrong
-        return d_h.mul_(g_loss), d_W if d_W is None else d_W.mul_(g_loss), *[None] * 16
+        return d_h.mul_(g_loss), d_W if d_W is None else d_W.mul_(g_loss), *[None] * 6
+
+
+def full_gradient(logp, p, f, KL, direction):
+    """Eq. (4) and its gradient with respect to the logits, f = log p - log q (C, V) -> D (C,), and in p's
+    memory (C, V): p (f - KL), or the other way round p - q."""
+    if direction == 'reverse':
+        return KL, p.mul_(f.sub_(KL[:, None]))
+    q = (logp - f).exp_()                                                    # (C, V)
+    return -dot(q, f), p.sub_(q)
+
+
+def topk_gradient(logp_S, logq_S, tail, direction):
+    """Eq. (5) and kin on (C, k): small enough for autograd -> D (C,), g = dD/dlog p on S, p on S, and for
+    'bucket' the rest's dD/dlog r over its mass r, (C, 1)."""
+    with torch.enable_grad():
+        leaf = logp_S.detach().requires_grad_()
+        D = divergence(leaf, logq_S, tail, direction)
+        g, = torch.autograd.grad(D.sum(), leaf)
+    p_S, rest = logp_S.exp(), torch.zeros_like(g[:, :1])
+    if tail == 'bucket':
+        g, p_S, rest = g[:, :-1], p_S[:, :-1], (g / p_S.clamp(min=1e-37))[:, -1:]
+    return D.detach(), g, p_S, rest
+
+
+def spread_gradient(p, S, g, p_S, rest):
+    """g = dD/dlog p on S, and `rest` times p outside, through the softmax: g - p sum(g) -> (C, V), in p's
+    memory. A token that is twice in S has g and p_S of 0 at one of its places."""
+    outside = p.scatter_(-1, S, 0.0)
+    total = g.sum(-1, keepdim=True) + rest * outside.sum(-1, keepdim=True)
+    return outside.mul_(rest - total).scatter_add_(-1, S, g - p_S * total)
 
 
 def opd_loss(h, W, h_t, W_t, y, w, answer=None, *, kind='full', k=16, support='student', tail='renorm',
@@ -344,8 +376,9 @@ def opd_loss(h, W, h_t, W_t, y, w, answer=None, *, kind='full', k=16, support='s
     and noisier; without it each token answers for itself alone. baseline=True subtracts the exact KL
     at t, the ratio's mean: less variance, the same expectation.
     """
-    return HeadLoss.apply(h, W, h_t, W_t, y, w, answer, kind, k, support, tail, direction, temperature,
-                          teacher_temperature, future, baseline, vocab, chunk)
+    return HeadLoss.apply(h, W, h_t, W_t, y, w, answer, dict(
+        kind=kind, k=k, support=support, tail=tail, direction=direction, temperature=temperature, vocab=vocab,
+        teacher_temperature=teacher_temperature, future=future, baseline=baseline, chunk=chunk))
 
 
 # ---- Eq. (7): the weights of its two terms -------------------------------------------------------

@@ -52,6 +52,9 @@ def check_objective(cfg):
     for step in range(1, cfg['steps'] + 1):
         if not any(weight_at(step, cfg['steps'], cfg[k]) for k in ('oprd_weight', 'opd_weight')):
             raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there; raise one')
+    for key in ('opd_future', 'opd_baseline'):
+        if cfg[key] and cfg['opd'] != 'sampled':
+            raise UserError(f"{key}=True belongs to opd='sampled', but opd={cfg['opd']!r}; drop one of them")
     if not ever(cfg['opd_weight']):
         return []
     if cfg['opd'] == 'sampled' and cfg['kl_direction'] == 'forward':
@@ -76,7 +79,9 @@ def memory_estimate(cfg, student, teacher, layers, longest, place):
     kept = student.d if cfg['checkpointing'] else 14 * student.d + 5 * student.ff
     kv = 2 * student.L * student.G * student.e * size                        # bytes of a token
     weights = student.count()
-    head = 4 * student.V * (student.d + 4 * cfg['head_rows']) * ever(cfg['opd_weight'])
+    # the head's gradient in float32, beside it its cast, the gathered head and what is reduced over ranks
+    each = 4 if size == 4 and place.world == 1 else 4 + 2 * size + 4
+    head = (each * student.V * student.d + 16 * student.V * cfg['head_rows']) * ever(cfg['opd_weight'])
     return {
         'student weights, gradient and AdamW, float32': 16 * weights / place.world,
         'student weights gathered for sampling': weights * size * (place.world > 1 or size == 2),
@@ -97,7 +102,7 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True):
     """
     if student.d != teacher.d and hidden:
         raise UserError(f'student width {student.d}, teacher width {teacher.d}: Eq. (6) compares states '
-                        'number by number; choose a teacher of the same width, or oprd_weight=0')
+                        'number by number; choose a teacher of the same width, or oprd_weight=0 opd_weight=1')
     if isinstance(layers, list) and max(layers) > student.L:
         raise UserError(f'layers={layers}, but the student has {student.L}; choose from 1 to {student.L}')
     vocab_s, vocab_t = tok_s.words, tok_t.words

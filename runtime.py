@@ -96,7 +96,8 @@ def run(main, cfg_of):
     except UserError as e:
         line = str(e)
     except torch.OutOfMemoryError as e:
-        line = f'{str(e).splitlines()[0]} Lower token_budget= or eval_rows=, or set checkpointing=True'
+        line = (f'{str(e).splitlines()[0]} Lower token_budget=, eval_rows= or head_rows=, or set '
+                'checkpointing=True')
     except OSError as e:
         line = f'{e.filename or "system"}: {e.strerror or e}; look at space and permissions there'
     except KeyboardInterrupt:
@@ -168,7 +169,8 @@ class Clock:
 
     def stop(self):
         """-> {'time/phase': seconds} of the step; on CUDA also its highest memory and the update's
-        delta-peak (peak allocated during it minus allocated at its start; Table 3), GB, largest rank."""
+        delta-peak (peak allocated during it minus allocated at its start; Table 3), GB, largest rank. Unlike
+        the paper's it includes the teacher's forward, which takes turns with the student's."""
         self.steps += 1
         if not self.cuda:
             return self.phases

@@ -19,17 +19,19 @@ from runtime import UserError
 
 
 @torch.no_grad()
-def hidden_rows(teacher, ids, layers, at, L_s):
-    """Teacher states for student layers `layers` at the supervised positions only.
+def hidden_rows(teacher, ids, wanted, L_s):
+    """Teacher states that correspond to a student's -> {layer: (K, d)}, each a tensor of its own
+    (layer_loss overwrites it).
 
-    ids: (B, T). at: flat positions (K,). L_s: the student's depth, for Eq. (11).
-    -> {student layer: (K, d)}, each a tensor of its own (layer_loss overwrites it).
+    ids: (B, T). wanted: {student layer, or 'head' for the last: flat positions (K,) of ids}. L_s: the
+    student's depth, for Eq. (11). Only those rows are kept, layer by layer.
     """
-    phi = {l: layer_map(l, L_s, teacher.config.L) for l in layers}
-    read = sorted(set(phi.values()))
-    rows = dict(zip(read, teacher.hidden(ids, read, at), strict=True))
-    shared = len(read) < len(layers)
-    return {l: rows[t].clone() if shared else rows[t] for l, t in phi.items()}
+    phi = {l: layer_map(L_s if l == 'head' else l, L_s, teacher.config.L) for l in wanted}
+
+    def keep(t, h):
+        return h, {l: h.flatten(0, 1)[at] for l, at in wanted.items() if phi[l] == t}
+    rows = teacher.hidden(ids, sorted(set(phi.values())), tap=keep)
+    return {l: h for some in rows for l, h in some.items()}
 
 
 # ---- the same text in another vocabulary ---------------------------------------------------------
@@ -82,7 +84,7 @@ def normalised(text, need, tok):
     return ''.join(out), np.concatenate(known)
 
 
-def pair_text(answer, tok_s, prompt_t, tok_t, context=None):
+def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     """Floor pairing: a student's answer (n ids) as the teacher reads it -> (ids, at, inside).
 
     prompt_t: the prompt in the teacher's own rendering. ids: what the teacher reads, prompt included,
@@ -92,10 +94,11 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None):
     (class 1): the student is inside a teacher token. Causal: no state has read a byte that the student
     has not. Special tokens write no bytes, so the teacher does not see the student's; a character that
     is cut off at the end is not read; other bytes that are not UTF-8 are read as U+FFFD.
-    One vocabulary on both sides: the student's own ids, all of class 0.
+    One vocabulary on both sides: the student's own ids, all of class 0 (`same`, if known: it takes a
+    while to compare two).
     """
     last = len(prompt_t) - 1                 # the state that has read the prompt and no byte of the answer
-    if tok_s.words == tok_t.words:
+    if tok_s.words == tok_t.words if same is None else same:
         ids, at = [*prompt_t, *answer], last + np.arange(len(answer))
         inside = np.zeros(len(answer), dtype=bool)
     else:
@@ -134,7 +137,8 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     if feed == 'student':
         every = torch.arange(T, device=device).expand(B, T)
         return Reading(roll.ids, roll.length, every, torch.zeros_like(every, dtype=torch.bool), 1.0)
-    rows = [pair_text(answer, tok_s, prompts_t[p], tok_t, context)
+    same = tok_s.words == tok_t.words
+    rows = [pair_text(answer, tok_s, prompts_t[p], tok_t, context, same)
             for answer, p in zip(answers, roll.prompt.tolist(), strict=True)]
     length = torch.tensor([len(ids) for ids, _, _ in rows])
     ids, at = torch.zeros(B, int(length.max()), dtype=torch.long), torch.full((B, T), -1)

@@ -36,7 +36,7 @@ config = dict(
     # objective, Eq. (7): opd_weight * (one of Eqs. 3-5) + oprd_weight * Eq. (6). A weight is a number, or
     # knots [[share of the run, weight], ...] with straight lines between: [[0, 1], [0.7, 1], [0.7, 0]] jumps
     oprd_weight=1.0,            # of Eq. (6); the mu of Eq. (7)
-    opd_weight=0.0,             # of the output-space term; 0 = the vocabulary is never touched
+    opd_weight=0.0,             # of the output-space term; 0 = LM heads are looked at now and then only
 
     # Eq. (6), hidden states
     rep_loss='mse',             # 'mse' (the paper), 'nmse' (both sides L2-normalised: the authors' code),
@@ -56,9 +56,10 @@ config = dict(
     opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5)
     opd_k=16,                   # tokens in the support S of 'topk'
     opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
-    opd_tail='renorm',          # mass outside S: 'renorm' (5), 'bucket' (one more outcome), 'drop' (4.1.1)
+    opd_tail='renorm',          # mass outside S: 'renorm' (5), 'bucket' (one more outcome), 'drop' (4.1.1),
+                                # 'weights' (p is renormalised, log p - log q is not: the authors' code)
     kl_direction='reverse',     # 'reverse' KL(p || q) (the paper), 'forward' KL(q || p)
-    student_temperature=1.0,    # the student's inside the loss; the sampler has its own
+    student_temperature=1.0,    # the student's in the loss, and in the logged KL; the sampler has its own
     teacher_temperature=1.0,    # the teacher's
     opd_future=False,           # 'sampled': weigh a token with its answer's log-ratios from there on
     opd_baseline=False,         # 'sampled': subtract the exact KL there; less variance, same mean
@@ -135,7 +136,7 @@ checks = dict(
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     loss_average=('sequence', 'token'), oprd_weight=(0, inf, list), opd_weight=(0, inf, list),
     opd=('sampled', 'full', 'topk'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
-    opd_tail=('renorm', 'bucket', 'drop'), kl_direction=('reverse', 'forward'), head_rows=positive,
+    opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=positive,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,
     pair=('floor', 'exact'), teacher_ids=('text', 'student'), bridge_prompts=(2, inf),

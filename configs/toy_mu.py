@@ -5,4 +5,4 @@ The toy with Eq. (7): the sampled-token term plus mu times OPRD; mu is oprd_weig
 """
 from configs.toy import config
 
-config = config | dict(out_dir='out/toy_mu', oprd_weight=1.0, opd_weight=1.0, opd='sampled', lr=1e-3)
+config = config | dict(out_dir='out/toy_mu', oprd_weight=1.0, opd_weight=1.0, opd='sampled', lr=2.5e-4)

@@ -26,6 +26,13 @@ def test_every_key_is_documented():
     assert [k for k in keys if '#' not in k] == ['    beta2=0.999,', '    toy_teacher_lr=1.5e-3,']
 
 
+@pytest.mark.parametrize('name', [p.stem for p in (ROOT / 'configs').glob('*.py') if 'config = ' in p.read_text()])
+def test_every_config_file_loads(name):
+    """The paper's experiments cannot be run here; their files can at least be read and checked."""
+    cfg = load_config([f'config/{name}.py'])
+    assert cfg['out_dir'].split('/')[-1] == name or name == 'default'
+
+
 def test_help_prints_the_keys(capsys):
     with pytest.raises(SystemExit) as e:
         load_config(['--help'])

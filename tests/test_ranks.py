@@ -55,6 +55,22 @@ def test_output_space_gradient_on_two_ranks(tmp_path, opd, tied):
         assert (got[name] - g).norm() <= 2e-6 * g.norm(), name
 
 
+@pytest.mark.parametrize('opd', ['topk', 'probe'])
+def test_output_space_gradient_in_bfloat16(tmp_path, opd):
+    """What GPUs run: bf16 weights gathered for the head, fp32 chunks, fp32 reduction. The layers of the
+    hidden-state term are 1 and 3; with a probe the frozen head is gathered without a gradient."""
+    for name, seed in (('student', 0), ('teacher', 1)):
+        save_model(tiny_model(seed), tmp_path / name)
+    student, teacher = (load_model(tmp_path / name) for name in ('student', 'teacher'))
+    torchrun('tests/two_ranks.py', 'gradient', tmp_path / 'g.safetensors', tmp_path / 'student', tmp_path / 'teacher',
+             25, 'bfloat16', False, opd)
+    got = load_file(tmp_path / 'g.safetensors')
+    want, sums, _ = gradient(student, teacher, 10**6, 0, 1, opd)
+    assert got.keys() - {'sums'} == want.keys() and torch.allclose(got.pop('sums'), sums, rtol=0.1)
+    flat = [torch.cat([d[k].flatten() for k in want]) for d in (got, want)]
+    assert all(g.dtype == torch.float32 for g in got.values()) and torch.cosine_similarity(*flat, dim=0) > 0.97
+
+
 def test_bfloat16_forwards_keep_float32_gradients(toy_cfg, tmp_path):
     """Mixed precision: near the float32 gradient, and reduced in float32."""
     torchrun('tests/two_ranks.py', 'gradient', tmp_path / 'g.safetensors', toy_cfg['student'], toy_cfg['teacher'],
