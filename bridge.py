@@ -15,14 +15,16 @@ inside one of its tokens (class 1) get a P_S of their own; P_T and the mean are 
     python bridge.py configs/toy_bridge.py                         CPU, or one GPU
     torchrun --nproc_per_node=8 bridge.py config/bridge_qwen.py    eight: each reads its share
 
-Writes out_dir/bridge.safetensors, bridge.json and bridge.png. Run again, it goes on collecting where it
-stopped. What it does not know: models too large for one GPU.
+Writes bridge.safetensors, bridge.json and bridge.png into the folder that the key bridge names, where
+distill.py (stage 2) finds them. Run again, it goes on collecting where it stopped. What it does not know:
+models too large for one GPU.
 
 Letters: K rows, L layers, d width (d_s, d_t), r rank, R largest rank, i a component of the teacher,
          c class, lam eigenvalues, rho2 share of a component that the student predicts.
 """
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ from tqdm import tqdm
 import toy
 from configs import load_config
 from data import check_ids, load_problems, load_tokenizer, prompt_order
-from files import digest, whole, write_json, write_safetensors
+from files import digest, open_safetensors, whole, write_json, write_safetensors
 from losses import layer_map, layer_set, positions
 from model import load_model, read_config
 from rollout import Rollout, micro_batches, sample
@@ -161,7 +163,7 @@ def collect(out, student, train, tok, stop, cfg, place):
         except ValueError:
             raise UserError(f'{file}: line {number} is damaged; delete the file to sample anew') from None
     if rows and rows[0] != head:
-        raise UserError(f'{file}: sampled with other settings; choose another out_dir=, or delete it')
+        raise UserError(f'{file}: sampled with other settings; choose another bridge=, or delete it')
     rows = rows[1:n + 1]
     all_gather(None)                                 # everybody has read before anybody writes
     if place.rank == 0:
@@ -269,6 +271,60 @@ def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20):
     return {l: (p.detach().double().expand(2, -1, -1), zeros) for l, p in P.items()}
 
 
+# ---- stage 2's side --------------------------------------------------------------------------
+
+@dataclass
+class Bridge:
+    """A bridge read back: rank r rows of everything, float32, by student layer."""
+    layers: list
+    rank: int
+    mean: dict                  # {l: (d_t,)}
+    P_t: dict                   # {l: (r, d_t)}
+    P_s: dict                   # {l: (2, r, d_s)}
+    b_s: dict                   # {l: (2, r)}
+
+    def teacher(self, l, y):
+        """Teacher rows (K, d_t) of student layer l -> (K, r)."""
+        return (y.float() - self.mean[l]) @ self.P_t[l].t()
+
+
+def load_bridge(path, rank, layers, about, device):
+    """bridge.safetensors -> Bridge of `rank` (0: Theorem 3's) for student layers `layers`. about: what it
+    must have been made for, as `made_for` says; anything else is a UserError that names it."""
+    file = Path(path) / 'bridge.safetensors' if Path(path).is_dir() else Path(path)
+    saved = open_safetensors(file)
+    try:
+        made = json.loads((saved.metadata() or {})['bridge'])
+    except (KeyError, ValueError):
+        raise UserError(f'{file}: not a bridge; make one with bridge.py') from None
+    for key, value in about.items():
+        if made.get(key) != value:
+            raise UserError(f'{file}: made for {key}={made.get(key)!r}, but here it is {value!r}; '
+                            'rerun bridge.py')
+    missing = [l for l in layers if str(l) not in made['phi']]
+    if missing:
+        raise UserError(f"{file}: has no layer {missing[0]}; set layers=[{','.join(made['phi'])}], or "
+                        'rerun bridge.py')
+    rank = rank or made['rank']
+    parts = {name: {l: saved.get_tensor(f'{name}.{l}').to(device) for l in layers}
+             for name in ('mean', 'P_t', 'P_s', 'b_s')}
+    most = min(len(P) for P in parts['P_t'].values())
+    if rank > most:
+        raise UserError(f'{file}: rank {most}, but bridge_rank={rank}; lower it, or rerun bridge.py with '
+                        'more prompts')
+    return Bridge(layers, rank, parts['mean'], {l: P[:rank] for l, P in parts['P_t'].items()},
+                  {l: P[:, :rank].contiguous() for l, P in parts['P_s'].items()},
+                  {l: b[:, :rank].contiguous() for l, b in parts['b_s'].items()})
+
+
+def made_for(cfg, student, teacher, tok_s, tok_t):
+    """What a bridge is tied to: both models, their shapes and tokenizers, and how the teacher reads."""
+    return {'student': cfg['student'], 'teacher': cfg['teacher'], 'd': [student.d, teacher.d],
+            'L': [student.L, teacher.L],
+            'tokens': [digest(sorted(map(str, t.words.items()))) for t in (tok_s, tok_t)],
+            'pair': cfg['pair'], 'teacher_ids': cfg['teacher_ids']}
+
+
 # ---- 4. judge --------------------------------------------------------------------------------
 
 def judge(pair, rows, bridge, seed):
@@ -364,11 +420,11 @@ def draw(judged, file):
 
 def main(cfg):
     place = start(cfg['device'], cfg['dtype'])
-    for key in ('student', 'teacher', 'data'):
+    for key in ('student', 'teacher', 'data', 'bridge'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
     cfg = toy.prepare(cfg, place)
-    out = Path(cfg['out_dir'])
+    out = Path(cfg['bridge'])
     tok_s, tok_t = (load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
                     for side in ('student', 'teacher'))
     for side, tok in (('student', tok_s), ('teacher', tok_t)):
@@ -421,10 +477,9 @@ def write_bridge(out, bridge, figures, cfg, pair, tok_s, tok_t):
     """bridge.safetensors: mean, P_t, P_s, b_s of each student layer in float32, and what they were made
     for; bridge.json: the same figures for people."""
     student, teacher = (m.config for m in pair.models)
-    made = {'student': cfg['student'], 'teacher': cfg['teacher'], 'd': [student.d, teacher.d],
-            'L': [student.L, teacher.L], 'phi': {str(l): t for l, t in pair.phi.items()},
-            'tokens': [digest(sorted(map(str, t.words.items()))) for t in (tok_s, tok_t)],
-            **{k: cfg[k] for k in cfg if k in ('pair', 'teacher_ids', 'positions') or k[:7] == 'bridge_'}}
+    how = ('positions', 'bridge_prompts', 'bridge_held_out', 'bridge_fit', 'bridge_ridge', 'bridge_bias')
+    made = made_for(cfg, student, teacher, tok_s, tok_t) | {k: cfg[k] for k in how}
+    made['phi'] = {str(l): t for l, t in pair.phi.items()}
     tensors = {f'{name}.{l}': t.float().contiguous().cpu() for l, parts in bridge.items()
                for name, t in zip(('mean', 'P_t', 'P_s', 'b_s'), parts, strict=True)}
     with whole(out / 'bridge.safetensors') as tmp:

@@ -30,11 +30,13 @@ import torch
 
 import figures
 import toy
+from bridge import load_bridge, made_for
 from configs import default, free, load_config
 from data import load_problems, load_tokenizer, prompt_order
 from eval_math import evaluate, exam_problems, grade, table
 from files import Log, open_run, read_json, resume, save, write_json
 from losses import (
+    bridge_loss,
     ever,
     layer_loss,
     opd_loss,
@@ -42,9 +44,10 @@ from losses import (
     positions,
     row_distance,
     spread,
+    through,
     weight_at,
 )
-from model import load_model, save_model, snapshot
+from model import load_model, read_config, save_model, snapshot
 from preflight import preflight
 from rollout import micro_batches, sample
 from runtime import (
@@ -62,7 +65,7 @@ from runtime import (
     start,
     versions,
 )
-from teacher import hidden_rows
+from teacher import hidden_rows, read_rollout
 
 # ---- the schedule ------------------------------------------------------------------------------
 
@@ -96,12 +99,15 @@ def adamw(model, lr, betas, weight_decay):
 # ---- one step's gradient ----------------------------------------------------------------------
 
 def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, oprd_weight=1.0,
-               opd_weight=0.0, opd=opd_loss, probe=None, drift=False, lap=lambda phase: None):
+               opd_weight=0.0, opd=opd_loss, probe=None, drift=False, reading=None, bridge=None,
+               normalise=True, lap=lambda phase: None):
     """Steps 4 and 5: add the gradient of factor * Eq. (7) over a rollout to the student's .grad.
 
     w: weights (B, T) from position_weights. kind: rep_loss. budget: tokens of a micro-batch.
     opd: losses.opd_loss with its choices made. probe: mask (B, T) of positions where the cosines or
     output distributions that the objective leaves out are looked at, without a gradient; None = not now.
+    reading: teacher.Reading, if the teacher reads other ids; w is 0 where it has no state. bridge: a
+    Bridge, for Eq. (15) in Eq. (6)'s place. normalise: its projections.
     -> sums [Eq. (6), opd; w, KL, two entropies, overlap; w, cos of each layer], this rank's share; the
     sum over ranks is what it would be on one rank in one micro-batch. The two w's: of the rows seen.
     """
@@ -112,31 +118,37 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
     for rows, share in groups:
         T = int(roll.length[rows].max())
         look = probe[rows, :T].flatten() if probe is not None else None
+        theirs = reading.part(rows, T) if reading else (roll.ids[rows, :T], None, None)
         rep, out, stats, cos = micro_batch(
-            student, teacher, roll.ids[rows, :T], share * w[rows, :T], layers, kind, drift, opd,
-            match=oprd_weight > 0, learn=opd_weight > 0, look=look, lap=lap)
+            student, teacher, roll.ids[rows, :T], share * w[rows, :T], layers, kind, drift, opd, *theirs,
+            bridge, normalise, match=oprd_weight > 0, learn=opd_weight > 0, look=look, lap=lap)
         ((oprd_weight * rep + opd_weight * out) * factor).backward()
         lap('student')
         sums += torch.cat([torch.stack([rep.detach(), out.detach()]), stats, cos])
     return sums
 
 
-def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, match, learn, look, lap):
+def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, ids_t, at_t, inside, bridge, normalise,
+                match, learn, look, lap):
     """Steps 4 and 5 on rows (b, T) of a rollout, w their weights (b, T) -> Eq. (6), the output-space term,
-    its stats (5,), [w, cos of each layer]. match, learn: is there a hidden-state, an output-space term?
-    What has none is looked at where `look` (b*T,) says so, if given; what is not wanted is 0."""
+    its stats (5,), [w, cos of each layer]. ids_t: what the teacher reads; at_t (b*T,): where in it the
+    student's positions are (None: at the same place). match, learn: is there a hidden-state, an
+    output-space term? What has none is looked at where `look` (b*T,) says so, if given; what is not
+    wanted is 0."""
     L, T, none = student.config.L, ids.shape[1], torch.zeros((), device=w.device)
     at = w.flatten().nonzero().squeeze(-1)                                   # (K,)
     w, y, answer = w.flatten()[at], ids.flatten()[at + 1], at // T           # (K,) each
     few = slice(0) if look is None else look[at].nonzero().squeeze(-1)       # those of the K looked at
     here, there = (slice(None) if term else few for term in (match, learn))  # rows for layers, for heads
-    wanted = {l: at[here] for l in layers} if match or look is not None else {}
-    if learn or look is not None:
-        wanted['head'] = at[there]
+    where, inside = (at, None) if at_t is None else (at_t[at], inside[at])   # the teacher's positions
+    wanted = {l: where[here] for l in layers} if match or look is not None else {}
+    if (learn or look is not None) and opd is not None:
+        wanted['head'] = where[there]
 
     # 4. teacher: {l or 'head': (K, d)}
-    h_t = hidden_rows(teacher, ids, wanted, L)
+    h_t = hidden_rows(teacher, ids_t, wanted, L, bridge)
     lap('teacher')
+    inside = torch.zeros_like(at, dtype=torch.bool) if inside is None else inside
 
     # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
     def tap(l, h):
@@ -146,11 +158,14 @@ def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, match, learn
                            answer=answer[there], **({} if learn else {'kind': None}))
             with torch.set_grad_enabled(learn):
                 out, stats = student.head(h.flatten(0, 1)[at[there]], term)
-        if l in h_t and match:
+        if l in h_t and match and bridge:
+            h, rep, cos = bridge_loss(h, h_t[l], at, w, bridge.P_s[l], bridge.b_s[l], inside, normalise)
+        elif l in h_t and match:
             h, rep, cos = layer_loss(h, h_t[l], at, w, kind, answer if drift else None)
         elif l in h_t:
-            s = h.detach().flatten(0, 1)[at[few]]
-            cos = (w[few] * (1 - row_distance(s.float(), h_t[l].float(), 'cosine'))).sum()
+            s = h.detach().flatten(0, 1)[at[few]].float()
+            s = through(s, bridge.P_s[l], bridge.b_s[l], inside[few]) if bridge else s
+            cos = (w[few] * (1 - row_distance(s, h_t[l].float(), 'cosine'))).sum()
         return h, (rep, cos, out, stats)
     read = sorted({L if l == 'head' else l for l in wanted})
     reps, cos, outs, stats = zip(*student.hidden(ids, read, tap=tap), strict=True)
@@ -162,8 +177,8 @@ def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, match, learn
 # ---- the loop ---------------------------------------------------------------------------------
 
 def prepare(cfg, place):
-    """Tokenizer, problems, checks, models, optimizer -> (tok, train, held_out, layers, stop, student,
-    teacher, opt); the last three are None in a dry run."""
+    """Tokenizers, problems, checks, models, optimizer -> (toks, train, held_out, layers, stop, bridge,
+    student, teacher, opt); the last three are None in a dry run."""
     tok, tok_t = (load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
                   for side in ('student', 'teacher'))
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
@@ -171,8 +186,14 @@ def prepare(cfg, place):
     if cfg['eval_data']:
         held_out = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     layers, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
+    bridge = None
+    if cfg['bridge']:
+        shapes = (read_config(cfg[side]) for side in ('student', 'teacher'))
+        about = made_for(cfg, *shapes, tok, tok_t)
+        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], layers, about, place.device)
+        print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {bridge.layers}')
     if cfg['dry_run']:
-        return tok, train, held_out, layers, stop, None, None, None
+        return (tok, tok_t), train, held_out, layers, stop, bridge, None, None, None
     if place.local == 0:                             # from a hub: once per machine
         for side in ('student', 'teacher'):
             snapshot(cfg[side], weights=True)
@@ -185,7 +206,7 @@ def prepare(cfg, place):
     student.reach = teacher.reach = longest
     shard(student, place)
     opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
-    return tok, train, held_out, layers, stop, student, teacher, opt
+    return (tok, tok_t), train, held_out, layers, stop, bridge, student, teacher, opt
 
 
 def open_log(out, asked, place, student, opt):
@@ -225,7 +246,8 @@ def main(cfg):
         print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
         return
     cfg = toy.prepare(cfg, place)
-    tok, train, held_out, layers, stop, student, teacher, opt = prepare(cfg, place)
+    (tok, tok_t), train, held_out, layers, stop, bridge, student, teacher, opt = prepare(cfg, place)
+    same_ids = tok.words == tok_t.words
     if cfg['dry_run']:
         return
 
@@ -243,17 +265,22 @@ def main(cfg):
                   teacher_temperature=cfg['teacher_temperature'], future=cfg['opd_future'],
                   baseline=cfg['opd_baseline'], vocab=tok.size, chunk=cfg['head_rows'])
 
-    def examine(model, name):
+    def examine(model, name, tok=tok, problems=held_out, **other):
         """Held-out scores, the same on every rank."""
         with gathered(model):
-            return evaluate(model, tok, held_out, cfg['eval_n'], **exam,
-                            progress='' if rank else f'evaluate {name}') if held_out else {}
+            return evaluate(model, tok, problems, cfg['eval_n'], **exam | other,
+                            progress='' if rank else f'evaluate {name}') if problems else {}
 
     def write_model(folder, weights):
         save_model(student, folder, source, {k: w.to(place.dtype) for k, w in weights.items()})
 
     if not log.rows:
-        row = {'step': 0, 'student': examine(student, 'student'), 'teacher': examine(teacher, 'teacher')}
+        own = {}                             # another vocabulary: the teacher's own prompts and stop tokens
+        if not same_ids and held_out:
+            own = dict(tok=tok_t, stop=tok_t.stop_ids, vocab=tok_t.size, problems=exam_problems(
+                cfg['eval_data'], tok_t, cfg['eval_problems'], cfg['eval_suffix']))
+        row = {'step': 0, 'student': examine(student, 'student'),
+               'teacher': examine(teacher, 'teacher', **own)}
         log.write(row | {'elapsed': time.time() - began}, rank)
         print0('\n'.join(table({k: row[k] for k in ('student', 'teacher')} if held_out else {})))
     clock = Clock(place.device)
@@ -274,6 +301,11 @@ def main(cfg):
 
             # 3. rows: mask m (B, T) -> weights (B, T), which sum to 1 over all ranks
             m = positions(roll, cfg['positions'], cfg.get(cfg['positions'], 0))
+            reading = None
+            if not same_ids:                 # the teacher reads the same text in its own tokens
+                reading = read_rollout(roll, [tok_t.chat(p.question) for p in mine], tok, tok_t,
+                                       teacher.config.context, cfg['pair'], cfg['teacher_ids'])
+                m &= reading.at >= 0
             tokens = all_reduce(m.sum())
             w = position_weights(m, cfg['loss_average'], sequences, tokens)
             looking = step in (1, steps) or (cfg['diagnose_every'] and step % cfg['diagnose_every'] == 0)
@@ -282,7 +314,9 @@ def main(cfg):
             # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
             mu = {f'{term}_weight': weight_at(step, steps, cfg[f'{term}_weight']) for term in ('oprd', 'opd')}
             sums = accumulate(student, teacher, roll, w, layers, cfg['rep_loss'], cfg['token_budget'], world,
-                              opd=opd, probe=probe, drift=cfg['positions'] == 'drift', lap=clock.lap, **mu)
+                              opd=opd if same_ids else None, probe=probe, drift=cfg['positions'] == 'drift',
+                              reading=reading, bridge=bridge, normalise=cfg['bridge_normalise'],
+                              lap=clock.lap, **mu)
 
             # 6. update
             params = [p for p in student.parameters() if p.grad is not None]
@@ -294,7 +328,7 @@ def main(cfg):
             opt.zero_grad()
             clock.lap('update')
 
-            row = {'step': step, **step_metrics(roll, sums, tok, mine, **mu),
+            row = {'step': step, **step_metrics(roll, sums, tok, mine, reading, **mu),
                    'lr': lr, 'grad_norm': float(full(norm)), **clock.stop()}
             if not math.isfinite(row['loss'] + row['grad_norm']):
                 raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
@@ -318,15 +352,17 @@ def main(cfg):
         print0(f"{out}: {results['seconds']:.0f} s in all; model in last/, figure in curve.png")
 
 
-def step_metrics(roll, sums, tok, problems, oprd_weight, opd_weight):
+def step_metrics(roll, sums, tok, problems, reading, oprd_weight, opd_weight):
     """A step's weighted sums and its rollout -> the numbers to log, over all ranks. What this step did
     not look at is not there. Entropies and KL in nats."""
     answers = [(ids, problems[i].answer) for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True)]
     verdicts = [grade(tok.decode(ids), answer) for ids, answer in answers if answer is not None]
-    counts = [int(roll.resp_len.sum()), int(roll.stopped.sum()), sum(verdicts), len(verdicts), len(answers)]
+    written = int(roll.resp_len.sum())
+    counts = [written, int(roll.stopped.sum()), sum(verdicts), len(verdicts), len(answers),
+              reading.align * written if reading else 0]
     total = all_reduce(torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)])).tolist()
-    rep, out, in_heads, kl, entropy_s, entropy_t, common, in_layers, *cos = total[:-5]
-    tokens, stopped, right, graded, rows = total[-5:]
+    rep, out, in_heads, kl, entropy_s, entropy_t, common, in_layers, *cos = total[:-6]
+    tokens, stopped, right, graded, rows, exact = total[-6:]
     row = {'loss': oprd_weight * rep + opd_weight * out}
     row |= {'loss/oprd': rep} if oprd_weight else {}
     row |= {'loss/opd': out} if opd_weight else {}
@@ -337,6 +373,7 @@ def step_metrics(roll, sums, tok, problems, oprd_weight, opd_weight):
         row |= {'opd/kl': kl / in_heads, 'opd/overlap16': common / in_heads,
                 'entropy/student': entropy_s / in_heads, 'entropy/teacher': entropy_t / in_heads}
     row |= {'len/mean': tokens / rows, 'finish': stopped / rows, 'tokens': tokens}
+    row |= {'align': exact / tokens} if reading else {}
     return row | ({'acc/rollout': 100 * right / graded} if graded else {})
 
 

@@ -4,6 +4,7 @@ The objectives, one function per equation, and which layers and positions they r
 Each is there twice: written down for autograd, and fused, with the gradient formed in the forward.
     Eq. (6)         oprd_loss    layer_loss: one layer at a time inside the student's forward; the
                                  gradient rows lie where the teacher's rows lay, nothing else is kept
+    Eqs. (14), (15) bridge_rows  bridge_loss: the same through a bridge, r numbers a row kept
     Eqs. (3)-(5)    opd_rows     opd_loss: a chunk of rows at a time under the LM head; memory grows
                                  with the chunk, not with tokens x vocabulary
 A test holds each pair equal. Eq. (7) is their weighted sum, taken by distill.py. Loss arithmetic is
@@ -177,6 +178,61 @@ def layer_loss(h, h_t, at, w, kind='mse', answer=None):
     loss: scalar, differentiable as any other. cos: weighted mean cosine, a number to log.
     """
     return LayerLoss.apply(h, h_t, at, w, kind, answer)
+
+
+# ---- Eqs. (14), (15): hidden states through a bridge -------------------------------------------------
+
+def through(s, P_s, b_s, inside):
+    """Student rows (K, d) through a bridge's student side: P_s (2, r, d), b_s (2, r), a row's class
+    inside (K,) -> (K, r)."""
+    z = s @ P_s.flatten(0, 1).t() + b_s.flatten()                            # (K, 2 r): both classes
+    return z.view(len(s), 2, -1)[torch.arange(len(s), device=s.device), inside.long()]
+
+
+def bridge_rows(z_s, z_t, normalise=True):
+    """Eq. (14) at each row, projected states (K, r) and (K, r) -> (K,): ||z_s - z_t||^2, both L2-normalised
+    first as section 3.3.3 does in practice; then it is 2 (1 - cos)."""
+    if normalise:
+        z_s, z_t = (F.normalize(z, dim=-1, eps=1e-12) for z in (z_s, z_t))
+    return (z_s - z_t).square().sum(-1)
+
+
+class BridgeLoss(torch.autograd.Function):
+    """One layer of Eq. (15), as an identity on h that adds its gradient on the way back. What is kept are
+    r numbers a row, dL/dz; the gradient of the states is P_s' dL/dz."""
+    @staticmethod
+    def forward(ctx, h, z_t, at, w, P_s, b_s, inside, normalise):
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        z_s, w = through(h.flatten(0, 1)[at].to(dtype), P_s, b_s, inside), w.to(dtype)   # (K, r), (K,)
+        with torch.enable_grad():            # (K, r): small enough for autograd
+            leaf = z_s.detach().requires_grad_()
+            value = bridge_rows(leaf, z_t, normalise)
+            grad, = torch.autograd.grad((w * value).sum(), leaf)
+        ctx.save_for_backward(grad, at, P_s, inside)
+        ctx.like = h.shape, h.dtype, h.device
+        ctx.set_materialize_grads(False)
+        cos = (w * F.cosine_similarity(z_s, z_t, dim=-1, eps=1e-12)).sum()
+        ctx.mark_non_differentiable(cos)
+        return h.view_as(h), (w * value.detach()).sum(), cos
+
+    @staticmethod
+    def backward(ctx, g_h, g_loss, _):
+        if g_loss is None:
+            return g_h, *[None] * 7
+        grad, at, P_s, inside = ctx.saved_tensors
+        shape, dtype, device = ctx.like
+        g_h = torch.zeros(shape, dtype=dtype, device=device) if g_h is None else g_h
+        rows = torch.where(inside[:, None], grad @ P_s[1], grad @ P_s[0])    # (K, d)
+        return g_h.flatten(0, 1).index_add(0, at, (rows * g_loss).to(dtype)).view(shape), *[None] * 7
+
+
+def bridge_loss(h, z_t, at, w, P_s, b_s, inside, normalise=True):
+    """One layer of Eq. (15): sum_t w_t bridge_rows at t, its gradient formed now -> (h, loss, cos).
+
+    h (B, T, d): as in layer_loss. z_t (K, r): the teacher's rows, already projected. at, w, inside (K,):
+    flat positions, weights, classes. P_s (2, r, d), b_s (2, r): the bridge, which gets no gradient.
+    """
+    return BridgeLoss.apply(h, z_t, at, w, P_s, b_s, inside, normalise)
 
 
 # ---- Eqs. (3)-(5): output space ----------------------------------------------------------------

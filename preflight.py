@@ -18,9 +18,12 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
     """Look before the leap: the pair, the lengths, the memory; a line each, or a UserError.
     -> (student layers, stop ids, longest sequence)."""
     student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
-    hidden = ever(cfg['oprd_weight'])
-    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question, hidden)
-    layers = layer_set(cfg['layers'], student.L) if student.d == teacher.d else []
+    hidden, bridge = ever(cfg['oprd_weight']), bool(cfg['bridge'])
+    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question, hidden, bridge)
+    layers = layer_set(cfg['layers'], student.L) if bridge or student.d == teacher.d else []
+    if tok.words != tok_t.words and ever(cfg['opd_weight']):
+        raise UserError(f"opd={cfg['opd']!r} compares token by token, but the tokenizers differ; set "
+                        'opd_weight=0')
     if hidden and not layers:
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     lines += check_objective(cfg)
@@ -44,7 +47,8 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
         print0('\n'.join(f'    {n / GiB:8.2f} GiB  {name}' for name, n in need.items()))
         print0(f"  plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers over "
                f'{place.world} rank(s); {len(train)} training problems; layers {layers}')
-    return layers, sorted(set(tok.stop_ids) | set(tok_t.stop_ids)), longest
+    theirs = tok_t.stop_ids if tok.words == tok_t.words else []              # ids of another mean others
+    return layers, sorted({*tok.stop_ids, *theirs}), longest
 
 
 def check_objective(cfg):
@@ -93,16 +97,18 @@ def memory_estimate(cfg, student, teacher, layers, longest, place):
     }
 
 
-def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True):
+def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True, bridge=False):
     """Everything about a pair that can be wrong in silence -> list of one-line findings.
 
     student, teacher: ModelConfig. tok_s, tok_t: Tokenizer. layers: the config's choice.
     question: a training question, to compare both chat templates. hidden: are hidden states
-    compared, or output distributions alone (any widths)? Raises UserError.
+    compared, or output distributions alone (any widths)? bridge: through one, so any widths and any
+    tokenizers. Raises UserError.
     """
-    if student.d != teacher.d and hidden:
+    if student.d != teacher.d and hidden and not bridge:
         raise UserError(f'student width {student.d}, teacher width {teacher.d}: Eq. (6) compares states '
-                        'number by number; choose a teacher of the same width, or oprd_weight=0 opd_weight=1')
+                        'number by number; choose a teacher of the same width, make a bridge (bridge.py), or '
+                        'set oprd_weight=0 opd_weight=1')
     if isinstance(layers, list) and max(layers) > student.L:
         raise UserError(f'layers={layers}, but the student has {student.L}; choose from 1 to {student.L}')
     vocab_s, vocab_t = tok_s.words, tok_t.words
@@ -110,19 +116,20 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True):
     wrong = next((w for w in shared if vocab_s[w] != vocab_t[w]), None)
     ids_s = {i: w for w, i in vocab_s.items()}
     wrong = wrong or next((w for w, i in vocab_t.items() if w not in vocab_s and i in ids_s), None)
-    if wrong is not None:
+    if wrong is not None and not bridge:
         raise UserError(f"tokenizers differ: id {vocab_t[wrong]} is {wrong!r} to the teacher and "
                         f'{ids_s.get(vocab_t[wrong])!r} to the student, so the teacher would read gibberish; '
                         "choose a teacher with the student's vocabulary")
     check_ids('student', student.V, tok_s)
     check_ids('teacher', teacher.V, tok_t)
-    check_ids('teacher', teacher.V, tok_s)           # it reads what the student writes
+    if wrong is None:
+        check_ids('teacher', teacher.V, tok_s)       # it reads what the student writes
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
     lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; only the student has '
              f'{len(vocab_s) - len(shared)} more, only the teacher {len(vocab_t) - len(shared)}',
-             f'width {student.d} on both sides; {student.L} student layers onto {teacher.L} by Eq. (11)'
-             if student.d == teacher.d else
-             f'widths {student.d} and {teacher.d}: output distributions are compared, hidden states are not',
+             f'widths {student.d} and {teacher.d}, {student.L} student layers onto {teacher.L} by Eq. (11): '
+             + ('hidden states are compared through the bridge' if bridge else 'hidden states are compared'
+                if hidden else 'output distributions are compared, hidden states are not'),
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
     lines += [f'note: the {side} has no chat template; its prompt is the question and a new line'
               for side, tok in (('student', tok_s), ('teacher', tok_t)) if not tok.template]
@@ -130,5 +137,6 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True):
         lines.append(f'prompt, the same for both: {prompt_s!r}')
     else:
         lines += [f"prompt, student's: {prompt_s!r}", f"prompt, teacher's: {prompt_t!r}",
-                  "note: the templates differ; in training and evaluation the teacher reads the student's"]
+                  "note: the templates differ; the teacher reads the student's" if wrong is None else
+                  'note: the tokenizers differ; the teacher reads its own prompt and the text of the answers']
     return lines

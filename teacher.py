@@ -19,17 +19,19 @@ from runtime import UserError
 
 
 @torch.no_grad()
-def hidden_rows(teacher, ids, wanted, L_s):
+def hidden_rows(teacher, ids, wanted, L_s, bridge=None):
     """Teacher states that correspond to a student's -> {layer: (K, d)}, each a tensor of its own
     (layer_loss overwrites it).
 
     ids: (B, T). wanted: {student layer, or 'head' for the last: flat positions (K,) of ids}. L_s: the
-    student's depth, for Eq. (11). Only those rows are kept, layer by layer.
+    student's depth, for Eq. (11). Only those rows are kept, layer by layer; with a bridge only their
+    projections (K, r), but for the 'head'.
     """
     phi = {l: layer_map(L_s if l == 'head' else l, L_s, teacher.config.L) for l in wanted}
 
     def keep(t, h):
-        return h, {l: h.flatten(0, 1)[at] for l, at in wanted.items() if phi[l] == t}
+        rows = {l: h.flatten(0, 1)[at] for l, at in wanted.items() if phi[l] == t}
+        return h, {l: x if bridge is None or l == 'head' else bridge.teacher(l, x) for l, x in rows.items()}
     rows = teacher.hidden(ids, sorted(set(phi.values())), tap=keep)
     return {l: h for some in rows for l, h in some.items()}
 
@@ -126,6 +128,13 @@ class Reading:
     at: torch.Tensor            # (B, T) column of ids for each of the student's; -1: no state to learn from
     inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
     align: float                # share of the answers' positions that are of class 0
+
+    def part(self, rows, T):
+        """Of some rows, and the first T of the student's columns: ids (b, T_t), flat positions in them
+        (b*T,), inside (b*T,). Positions without a state point anywhere; their weight is 0."""
+        ids = self.ids[rows, :int(self.length[rows].max())]
+        first = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+        return ids, (first + self.at[rows, :T].clamp(min=0)).flatten(), self.inside[rows, :T].flatten()
 
 
 def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed='text'):

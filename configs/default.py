@@ -66,6 +66,9 @@ config = dict(
     head_rows=64,               # rows under the LM heads at once; changes memory, never the update
 
     # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
+    bridge='',                  # folder that bridge.py writes (stage 1) and distill.py reads; '' = Eq. (6)
+    bridge_rank=0,              # rank r of the interface; 0 = the one Theorem 3 recommends
+    bridge_normalise=True,      # L2-normalise both projections (3.3.3); False = Eq. (14) to the letter
     pair='floor',               # teacher with another vocabulary: a position takes the teacher's last state
                                 # that has read no more bytes; 'exact': only where both have read the same
     teacher_ids='text',         # 'student': the teacher is fed the student's ids, gibberish to it, as the
@@ -139,7 +142,7 @@ checks = dict(
     opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=positive,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,
-    pair=('floor', 'exact'), teacher_ids=('text', 'student'), bridge_prompts=(2, inf),
+    pair=('floor', 'exact'), teacher_ids=('text', 'student'), bridge_rank=(0, inf), bridge_prompts=(2, inf),
     bridge_held_out=(1e-6, 0.9), bridge_fit=('ridge', 'adamw'), bridge_ridge=(0, 1e3), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
     beta1=(0, 0.9999), beta2=(0, 0.99999), weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,

@@ -2,17 +2,23 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import argv
+from conftest import argv, tiny_model
 from safetensors import safe_open
+from test_losses import rollout
 
 import bridge
-from bridge import Moments, cosines, energy, main, predicted, principal, ridge
+import distill
+from bridge import Bridge, Moments, cosines, energy, main, predicted, principal, ridge
 from configs import load_config
 from files import read_json
+from losses import bridge_loss, opd_loss, opd_rows, position_weights, positions
 from runtime import ROOT, UserError, run
+from teacher import Reading, hidden_rows
+from toy import folder_of
 
 N, D_S, D_T = 300, 5, 7
 
@@ -99,7 +105,7 @@ def test_what_is_predicted_on_held_out_rows():
 
 
 def test_cosines_at_every_rank():
-    a, b = torch.randn(9, 4), torch.randn(9, 4)
+    a, b = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for r in range(1, 5):
         assert cosines(a, b)[r - 1] == pytest.approx(float(torch.cosine_similarity(a[:, :r], b[:, :r]).sum()), rel=1e-5)
 
@@ -107,8 +113,9 @@ def test_cosines_at_every_rank():
 # ---- the script on the tiny toy, a teacher of another depth, width and vocabulary -----------------
 
 def args(toy_dir, out, **keys):
+    """Command line of bridge.py, whose folder is `out`."""
     unlike = dict(toy_teacher_layers=4, toy_teacher_width=32, toy_teacher_tokens='merged', bridge_prompts=30)
-    return argv(toy_dir, out, **unlike | keys)
+    return argv(toy_dir, 'unused', **unlike | dict(bridge=out) | keys)
 
 
 @pytest.fixture(scope='module')
@@ -197,7 +204,7 @@ def test_bad_input(toy_dir, tmp_path, capsys, monkeypatch):
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
         return err
-    assert "student=''" in refused(student='')
+    assert "student=''" in refused(student='') and "bridge=''" in refused(bridge='')
     assert 'layers=[9]' in refused(layers=[9])
     assert 'raise bridge_prompts' in refused(bridge_prompts=2, bridge_held_out=0.9)
     real = bridge.load_model
@@ -209,4 +216,131 @@ def test_bad_input(toy_dir, tmp_path, capsys, monkeypatch):
                 p.data.zero_()
         return model
     monkeypatch.setattr(bridge, 'load_model', constant)
-    assert 'do not vary; nothing to bridge' in refused(out_dir=tmp_path / 'constant')
+    assert 'do not vary; nothing to bridge' in refused(bridge=tmp_path / 'constant')
+
+
+# ---- stage 2: training through a bridge -------------------------------------------------------------
+
+def interface(r=3, d_s=D_S, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*s, generator=g, dtype=dtype) for s in ((2, r, d_s), (2, r)))
+
+
+@pytest.mark.parametrize('normalise', [True, False])
+def test_equation_15(normalise):
+    """Fused against autograd on rows picked by hand, both classes, weights with a zero, upstream 1.7; the
+    bridge itself gets no gradient."""
+    g = torch.Generator().manual_seed(1)
+    h, z_t = torch.randn(2, 4, D_S, generator=g, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, generator=g, dtype=torch.float64)
+    at, inside = torch.tensor([0, 2, 3, 5, 7]), torch.tensor([False, True, True, False, True])
+    w, (P_s, b_s) = torch.tensor([0.1, 0.0, 0.5, 0.2, 0.3], dtype=torch.float64), interface()
+    total = 0.0
+    for k in range(5):
+        c = int(inside[k])
+        z, t = P_s[c] @ h.flatten(0, 1)[at[k]] + b_s[c], z_t[k]
+        if normalise:
+            z, t = z / z.norm(), t / t.norm()
+        total = total + w[k] * ((z - t) ** 2).sum()
+    P_s.requires_grad_()
+    out, loss, cos = bridge_loss(h, z_t, at, w, P_s, b_s, inside, normalise)
+    assert abs(loss - total) < 1e-12
+    got, want = torch.autograd.grad(1.7 * loss + 0 * out.sum(), h)[0], torch.autograd.grad(1.7 * total, h)[0]
+    assert (got - want).abs().max() < 1e-12
+    if normalise:
+        assert loss.item() == pytest.approx(float(2 * (w.sum() - cos)))
+
+
+@pytest.mark.parametrize('budget', [10**6, 20])
+def test_composite_through_a_bridge(toy_dir, budget):
+    """Eq. (15) plus KL for a teacher of other depth and width, and Eq. (15) alone for one that reads other
+    ids at other places, through distill.accumulate against plain autograd on whole hidden states."""
+    for other in (False, True):
+        student, teacher, roll = tiny_model(0), tiny_model(1, L=4, d=24, V=50), rollout()
+        spans = {l: list(interface(3, 20, l, torch.float32)) for l in (1, 2, 3)}
+        frames = {l: (torch.randn(24, generator=torch.Generator().manual_seed(l)), torch.randn(3, 24, generator=torch.Generator().manual_seed(l)))
+                  for l in spans}
+        face = Bridge([1, 2, 3], 3, {l: f[0] for l, f in frames.items()}, {l: f[1] for l, f in frames.items()},
+                      {l: s[0] for l, s in spans.items()}, {l: s[1] for l, s in spans.items()})
+        m, reading = positions(roll, 'all'), None
+        ids_t, at_t, inside = roll.ids, torch.arange(roll.ids.shape[1]).expand(roll.ids.shape), torch.zeros_like(m)
+        if other:                            # every second token of another text; one answer beyond its context
+            ids_t = torch.arange(roll.ids.shape[0] * 9).view(-1, 9) % 50
+            at_t = torch.arange(roll.ids.shape[1]).expand(roll.ids.shape) // 2
+            at_t = torch.where(torch.arange(len(at_t))[:, None] == 2, -1, at_t)
+            inside = torch.arange(roll.ids.shape[1]).expand(roll.ids.shape) % 3 == 1
+            reading = Reading(ids_t, torch.full((len(ids_t),), 9), at_t, inside, 0.5)
+            m = m & (at_t >= 0)
+        w = position_weights(m, 'token')
+        opd_weight = 0.0 if other else 0.7
+        sums = distill.accumulate(student, teacher, roll, w, [1, 2, 3], 'mse', budget, oprd_weight=0.3, opd_weight=opd_weight,
+                                  opd=None if other else partial(opd_loss, vocab=37), reading=reading, bridge=face)
+        plain = tiny_model(0)
+        x, y = plain.hidden(roll.ids, [1, 2, 3]), teacher.hidden(ids_t, [1, 3, 4])              # Eq. (11): 1, 2.5 up, 4
+        loss = 0.0
+        for l, x_l, y_l in zip((1, 2, 3), x, y, strict=True):
+            for b, t in m.nonzero().tolist():
+                z_t = frames[l][1] @ (y_l[b, at_t[b, t]].detach() - frames[l][0])
+                c = int(inside[b, t])
+                z_s = spans[l][0][c] @ x_l[b, t] + spans[l][1][c]
+                loss = loss + 0.3 / 3 * w[b, t] * (z_s / z_s.norm() - z_t / z_t.norm()).square().sum()
+        if not other:
+            kl = opd_rows(plain.head(x[2][m]), teacher.head(y[2][m])[:, :37], None)
+            loss = loss + 0.7 * (w[m] * kl).sum()
+        loss.backward()
+        for (name, p), q in zip(plain.named_parameters(), student.named_parameters(), strict=True):
+            if p.grad is not None:
+                assert (p.grad - q[1].grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+        assert sums[7] == pytest.approx(1)
+
+
+def test_only_projections_of_the_teacher_are_kept():
+    """r numbers a row and layer, not d_t: what hidden_rows returns."""
+    teacher, roll = tiny_model(1, L=4, d=24), rollout()
+    face = Bridge([1, 3], 3, dict.fromkeys((1, 3), torch.zeros(24)), dict.fromkeys((1, 3), torch.randn(3, 24)), {}, {})
+    rows = hidden_rows(teacher, roll.ids, {1: torch.arange(9), 3: torch.arange(9), 'head': torch.arange(4)}, 3, face)
+    assert {l: tuple(x.shape) for l, x in rows.items()} == {1: (9, 3), 3: (9, 3), 'head': (4, 24)}
+
+
+def run_args(toy_dir, bridge_dir, out, **keys):
+    return args(toy_dir, bridge_dir, **dict(out_dir=out, bridge_rank=8, steps=3) | keys)
+
+
+def test_training_through_a_bridge(made, toy_dir, tmp_path):
+    """Unlike tokenizers: align in the log, no output-space figures, the teacher examined in its own tokens,
+    the bridge's file untouched; two ranks do the same."""
+    before = (made / 'bridge.safetensors').read_bytes()
+    distill.main(load_config(run_args(toy_dir, made, tmp_path / 'one')))
+    log = [json.loads(line) for line in (tmp_path / 'one/log.jsonl').read_text().splitlines()]
+    assert all(0.5 < row['align'] < 0.95 and len(row['rep/cos_layer']) == 3 and 'opd/kl' not in row for row in log[1:])
+    assert (made / 'bridge.safetensors').read_bytes() == before
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'distill.py',
+                        *run_args(toy_dir, made, tmp_path / 'two')], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    two = [json.loads(line) for line in (tmp_path / 'two/log.jsonl').read_text().splitlines()]
+    for a, b in zip(log[1:], two[1:], strict=True):
+        assert [a[k] for k in ('loss', 'rep/cos', 'grad_norm', 'align')] == pytest.approx(
+            [b[k] for k in ('loss', 'rep/cos', 'grad_norm', 'align')], rel=1e-4)
+
+
+def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, capsys):
+    def refused(bridge_dir=made, **keys):
+        with pytest.raises(SystemExit) as e:
+            run(distill.main, lambda: load_config(run_args(toy_dir, bridge_dir, tmp_path / 'r', **keys)))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+        return err
+    assert 'rank 24, but bridge_rank=25; lower it' in refused(bridge_rank=25)
+    assert "made for pair='floor', but here it is 'exact'" in refused(pair='exact')
+    assert 'made for student=' in refused(seed=1)
+    assert 'the tokenizers differ; set opd_weight=0' in refused(opd_weight=1)
+    assert 'not a whole safetensors file' in refused(tmp_path / 'none')
+    student = load_config(run_args(toy_dir, made, 'x'))
+    folder = folder_of(student) / 'student'
+    assert 'not a bridge; make one with bridge.py' in refused(folder / 'model.safetensors')
+    two = tmp_path / 'two_layers'
+    two.mkdir()
+    (two / 'rollouts.jsonl').write_text((made / 'rollouts.jsonl').read_text())
+    main(load_config(args(toy_dir, two, layers=[1, 3])))
+    assert 'has no layer 2; set layers=[1,3]' in refused(two)
+    (two / 'bridge.safetensors').write_bytes((two / 'bridge.safetensors').read_bytes()[:2000])
+    assert 'not a whole safetensors file' in refused(two, layers=[1, 3])

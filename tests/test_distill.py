@@ -276,7 +276,7 @@ def test_a_teacher_of_another_width_by_output_space(toy_dir, tmp_path, capsys):
     main(load_config(argv(toy_dir, tmp_path / 'r', **keys)))
     assert 'widths 24 and 32' in capsys.readouterr().out and 'rep/cos' not in log_of(tmp_path / 'r')[1]
     assert read_json(tmp_path / 'r/results.json')['rep_cos'] == []
-    assert 'or oprd_weight=0 opd_weight=1' in refused(capsys, argv(toy_dir, tmp_path / 's', **keys | {'oprd_weight': 1.0}))
+    assert 'or set oprd_weight=0 opd_weight=1' in refused(capsys, argv(toy_dir, tmp_path / 's', **keys | {'oprd_weight': 1.0}))
 
 
 def test_objectives_that_make_no_sense(toy_dir, tmp_path, capsys):

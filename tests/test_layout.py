@@ -15,7 +15,7 @@ RUN_TIME = {'torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'tqdm', '
 # file: (most lines, the project's files it may import)
 GROUND = {'configs', 'runtime', 'files', 'model', 'data'}
 ROOMS = {
-    'configs/default.py': (160, set()),
+    'configs/default.py': (165, set()),
     'configs/__init__.py': (115, {'configs', 'runtime'}),
     # Two rooms hold what design.md put into runtime.py, since bridge.py and eval_math.py will want
     # each on its own: runtime.py is where a process runs, files.py is what lies on disk.
@@ -24,15 +24,15 @@ ROOMS = {
     'model.py': (520, {'files', 'runtime'}),      # five families' config.json, four kinds of rotary scaling
     'data.py': (385, {'files', 'model', 'runtime'}),  # two tokenizer libraries, five layouts of problems
     'rollout.py': (300, {'model'}),
-    'losses.py': (410, set()),            # five equations, each written down and fused
+    'losses.py': (475, set()),            # six equations, each written down and fused
     'teacher.py': (200, {'losses', 'runtime'}),
     'preflight.py': (180, {'data', 'losses', 'model', 'runtime'}),   # keeps distill.py to the loop
     'toy.py': (235, GROUND),              # two vocabularies, the making, the checking and the reusing of a folder
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),
     'figures.py': (250, {'files', 'runtime'}),
-    'bridge.py': (440, GROUND | {'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
+    'bridge.py': (505, GROUND | {'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
     'bench.py': (250, {'distill', 'losses', 'model', 'rollout', 'runtime'}),
-    'distill.py': (375, GROUND | {'rollout', 'losses', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
+    'distill.py': (415, GROUND | {'rollout', 'losses', 'bridge', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
 }
 
 
@@ -74,7 +74,7 @@ def test_libraries_do_not_know_the_config():
 @pytest.mark.parametrize('file', sorted(p.name for p in (ROOT / 'configs').glob('[a-z]*.py')))
 def test_config_says_only_what_differs(file):
     lines = (ROOT / 'configs' / file).read_text().splitlines()
-    assert len(lines) <= {'default.py': 160, 'toy_comparison.py': 30}.get(file, 25)
+    assert len(lines) <= {'default.py': 165, 'toy_comparison.py': 30}.get(file, 25)
 
 
 def test_the_config_link():
