@@ -111,67 +111,59 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
     -> sums [Eq. (6), opd; w, KL, two entropies, overlap; w, cos of each layer], this rank's share; the
     sum over ranks is what it would be on one rank in one micro-batch. The two w's: of the rows seen.
     """
+    L, learn, none = student.config.L, opd_weight > 0, torch.zeros((), device=w.device)
+
+    def micro_batch(rows, share):
+        """-> Eq. (6) or (15), the output-space term, its stats (5,), [w, cos of each layer]; or 0."""
+        T = int(roll.length[rows].max())
+        ids, m = roll.ids[rows, :T], share * w[rows, :T].flatten()
+        at = m.nonzero().squeeze(-1)                                         # (K,) flat positions
+        m, y, answer = m[at], ids.flatten()[at + 1], at // T                 # (K,) weight, next token, row
+        ids_t, at_t, inside = reading.part(rows, T, at) if reading else (ids, at, torch.zeros_like(at).bool())
+        # a term sees all K rows; what has no term is looked at in a few of them, or not in this step
+        few = None if probe is None else probe[rows, :T].flatten()[at].nonzero().squeeze(-1)
+        here = slice(None) if oprd_weight > 0 else few                       # for the layers
+        there = None if opd is None else slice(None) if learn else few       # for the LM heads
+        wanted = {} if here is None else {l: at_t[here] for l in layers}
+        wanted |= {} if there is None else {'head': at_t[there]}
+
+        # 4. teacher: {l or 'head': (K, d)}, or (K, r) through a bridge
+        h_t = hidden_rows(teacher, ids_t, wanted, L, bridge)
+        lap('teacher')
+
+        # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
+        def tap(l, h):
+            rep, cos, out, stats = none, None, none, none.repeat(5)
+            if l == L and 'head' in h_t:
+                term = partial(opd, h_t=h_t['head'], W_t=teacher.head.weight, y=y[there], w=m[there],
+                               answer=answer[there], **({} if learn else {'kind': None}))
+                with torch.set_grad_enabled(learn):
+                    out, stats = student.head(h.flatten(0, 1)[at[there]], term)
+            if l in h_t and oprd_weight > 0 and bridge:
+                h, rep, cos = bridge_loss(h, h_t[l], at, m, bridge.P_s[l], bridge.b_s[l], inside, normalise)
+            elif l in h_t and oprd_weight > 0:
+                h, rep, cos = layer_loss(h, h_t[l], at, m, kind, answer if drift else None)
+            elif l in h_t:
+                s = h.detach().flatten(0, 1)[at[few]].float()
+                s = through(s, bridge.P_s[l], bridge.b_s[l], inside[few]) if bridge else s
+                cos = (m[few] * (1 - row_distance(s, h_t[l].float(), 'cosine'))).sum()
+            return h, (rep, cos, out, stats)
+        read = sorted({L if l == 'head' else l for l in wanted})
+        reps, cos, outs, stats = zip(*student.hidden(ids, read, tap=tap), strict=True)
+        cos = [c for c in cos if c is not None] or [none] * len(layers)
+        seen = none if here is None else m[here].sum()
+        return sum(reps) / max(1, len(layers)), sum(outs), sum(stats), torch.stack([seen, *cos])
+
     groups = [(rows, 1.0) for rows in micro_batches(roll.length.tolist(), budget)]
     most = int(all_reduce(torch.tensor(len(groups), device=w.device), 'max'))
     groups += [([0], 0.0)] * (most - len(groups))    # FSDP: as many forwards on every rank, of no weight
     sums = torch.zeros(8 + len(layers), device=w.device)
     for rows, share in groups:
-        T = int(roll.length[rows].max())
-        look = probe[rows, :T].flatten() if probe is not None else None
-        theirs = reading.part(rows, T) if reading else (roll.ids[rows, :T], None, None)
-        rep, out, stats, cos = micro_batch(
-            student, teacher, roll.ids[rows, :T], share * w[rows, :T], layers, kind, drift, opd, *theirs,
-            bridge, normalise, match=oprd_weight > 0, learn=opd_weight > 0, look=look, lap=lap)
+        rep, out, stats, cos = micro_batch(rows, share)
         ((oprd_weight * rep + opd_weight * out) * factor).backward()
         lap('student')
         sums += torch.cat([torch.stack([rep.detach(), out.detach()]), stats, cos])
     return sums
-
-
-def micro_batch(student, teacher, ids, w, layers, kind, drift, opd, ids_t, at_t, inside, bridge, normalise,
-                match, learn, look, lap):
-    """Steps 4 and 5 on rows (b, T) of a rollout, w their weights (b, T) -> Eq. (6), the output-space term,
-    its stats (5,), [w, cos of each layer]. ids_t: what the teacher reads; at_t (b*T,): where in it the
-    student's positions are (None: at the same place). match, learn: is there a hidden-state, an
-    output-space term? What has none is looked at where `look` (b*T,) says so, if given; what is not
-    wanted is 0."""
-    L, T, none = student.config.L, ids.shape[1], torch.zeros((), device=w.device)
-    at = w.flatten().nonzero().squeeze(-1)                                   # (K,)
-    w, y, answer = w.flatten()[at], ids.flatten()[at + 1], at // T           # (K,) each
-    few = slice(0) if look is None else look[at].nonzero().squeeze(-1)       # those of the K looked at
-    here, there = (slice(None) if term else few for term in (match, learn))  # rows for layers, for heads
-    where, inside = (at, None) if at_t is None else (at_t[at], inside[at])   # the teacher's positions
-    wanted = {l: where[here] for l in layers} if match or look is not None else {}
-    if (learn or look is not None) and opd is not None:
-        wanted['head'] = where[there]
-
-    # 4. teacher: {l or 'head': (K, d)}
-    h_t = hidden_rows(teacher, ids_t, wanted, L, bridge)
-    lap('teacher')
-    inside = torch.zeros_like(at, dtype=torch.bool) if inside is None else inside
-
-    # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
-    def tap(l, h):
-        rep, cos, out, stats = none, None, none, none.repeat(5)
-        if l == L and 'head' in h_t:
-            term = partial(opd, h_t=h_t['head'], W_t=teacher.head.weight, y=y[there], w=w[there],
-                           answer=answer[there], **({} if learn else {'kind': None}))
-            with torch.set_grad_enabled(learn):
-                out, stats = student.head(h.flatten(0, 1)[at[there]], term)
-        if l in h_t and match and bridge:
-            h, rep, cos = bridge_loss(h, h_t[l], at, w, bridge.P_s[l], bridge.b_s[l], inside, normalise)
-        elif l in h_t and match:
-            h, rep, cos = layer_loss(h, h_t[l], at, w, kind, answer if drift else None)
-        elif l in h_t:
-            s = h.detach().flatten(0, 1)[at[few]].float()
-            s = through(s, bridge.P_s[l], bridge.b_s[l], inside[few]) if bridge else s
-            cos = (w[few] * (1 - row_distance(s, h_t[l].float(), 'cosine'))).sum()
-        return h, (rep, cos, out, stats)
-    read = sorted({L if l == 'head' else l for l in wanted})
-    reps, cos, outs, stats = zip(*student.hidden(ids, read, tap=tap), strict=True)
-    cos = [c for c in cos if c is not None] or [none] * len(layers)
-    seen = w[here].sum() if match or look is not None else none
-    return sum(reps) / max(1, len(layers)), sum(outs), sum(stats), torch.stack([seen, *cos])
 
 
 # ---- the loop ---------------------------------------------------------------------------------

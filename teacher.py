@@ -129,12 +129,12 @@ class Reading:
     inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
     align: float                # share of the answers' positions that are of class 0
 
-    def part(self, rows, T):
-        """Of some rows, and the first T of the student's columns: ids (b, T_t), flat positions in them
-        (b*T,), inside (b*T,). Positions without a state point anywhere; their weight is 0."""
+    def part(self, rows, T, at):
+        """Of some rows, at flat positions `at` (K,) of the student's first T columns -> ids (b, T_t), flat
+        positions in them (K,), inside (K,)."""
         ids = self.ids[rows, :int(self.length[rows].max())]
-        first = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
-        return ids, (first + self.at[rows, :T].clamp(min=0)).flatten(), self.inside[rows, :T].flatten()
+        column, inside = (x[rows, :T].flatten()[at] for x in (self.at, self.inside))
+        return ids, at // T * ids.shape[1] + column, inside
 
 
 def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed='text'):
