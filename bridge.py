@@ -406,7 +406,7 @@ def draw(judged, file):
         layer.plot(list(judged), at_best, color=color, marker='o', ms=3)
     rank.axvline(best, color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {best}")
     rank.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='subspace cosine (Figure 12)')
-    layer.set(xlabel='student layer', title=f'each layer at rank {best}')
+    layer.set(xlabel='student layer', xticks=list(judged), title=f'each layer at rank {best}')
     for ax in (rank, layer):
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)

@@ -8,8 +8,8 @@ Run folders -> figures and tables. Reads log.jsonl and nothing else.
 
 Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's
 Figure 4). Right: mean cosine of the matched states, and thin lines for each layer (Figure 6).
-A comparison is a Python file with `seeds` and `runs` = {name: command line of distill.py}; a run that
-was interrupted goes on, one that is finished is read.
+A comparison is a Python file with `seeds`, `runs` = {name: command line of distill.py} and, if wanted,
+`panels` = {title: names} of its figure; a run that was interrupted goes on, one that is finished is read.
 """
 import os
 import re
@@ -139,9 +139,11 @@ def compare(study):
     lines = comparison_table(logs)
     with whole(out / 'table.md') as tmp:
         tmp.write_text('\n'.join(lines) + '\n')
-    comparison_figure(logs, plan.get('panels') or {file.stem: list(runs)}, out / 'curves.png')
     print('\n'.join(lines))
-    print(f'{out}: table.md, curves.png')
+    panels = plan.get('panels', {file.stem: list(runs)})
+    if panels:
+        comparison_figure(logs, panels, out / 'curves.png')
+    print(f'{out}: table.md' + ', curves.png' * bool(panels))
 
 
 def span(values):

@@ -12,3 +12,4 @@ lowest = {'OPD, top-1': 6e-5, 'OPD, top-16': 2.5e-4, 'OPD, full KL': 2.5e-4, 'OP
 runs = {f'{name}, lr={lr:g}': [*args, f'lr={lr:g}', 'eval_every=0']
         for name, args in methods.items() if 'steps=300' not in args
         for lr in (lowest.get(name, 5e-4) * 2**i for i in range(5))}
+panels = {}                     # a table is enough

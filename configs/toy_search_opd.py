@@ -9,3 +9,4 @@ from configs.toy_search import runs as tried
 
 seeds = [3]
 runs = {name: [*args, 'toy_student_steps=260'] for name, args in tried.items() if name.startswith('OPD')}
+panels = {}                     # a table is enough
