@@ -19,8 +19,9 @@ batch before any micro-batch runs, so the update does not depend on token_budget
 
 Run again with the same folder, it resumes; Ctrl-C finishes the step, saves and stops (torchrun kills
 its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600).
-Simpler than usual: one loop, no trainer. What it does not know yet: bridges, several teachers, a
-teacher sharded over ranks.
+Between unlike models (`bridge=`, made by bridge.py) Eq. (15) stands in Eq. (6)'s place.
+Simpler than usual: one loop, no trainer. What it does not know yet: several teachers, a teacher sharded
+over ranks.
 """
 import math
 import time
