@@ -17,7 +17,6 @@ runs = {    # name: command line of distill.py
     'OPD top-1 + 1 OPRD': ['configs/toy_mu.py'],
     'OPD top-1 + 10 OPRD': ['configs/toy_mu.py', 'oprd_weight=10', 'lr=2e-3'],
     'OPD, full KL, 300 steps': ['configs/toy_opd_full.py', 'steps=300', 'eval_every=60'],
-    'OPD, top-1, 300 steps': ['configs/toy_opd_top1.py', 'steps=300', 'eval_every=60'],
 }
 panels = {  # of the figure
     'objectives (Figure 4)': ['OPRD, mse', 'OPD, full KL', 'OPD, top-16', 'OPD, top-1'],
