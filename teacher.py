@@ -93,9 +93,10 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     at most `context` tokens. at (n,): for student position t, which has read the answer's tokens before
     t, the index into ids of the teacher's last state that has read no more bytes of the answer; -1
     where the teacher's context ends before. inside (n,): False (class 0): exactly the same bytes; True
-    (class 1): the student is inside a teacher token, of which it has written the bytes written[t]. Causal:
-    no state has read a byte that the student has not. Special tokens write no bytes, so the teacher does not see the student's; a character that
-    is cut off at the end is not read; other bytes that are not UTF-8 are read as U+FFFD.
+    (class 1): the student is inside a teacher token, of which it has written the bytes written[t].
+    Causal: no state has read a byte that the student has not. Special tokens write no bytes, so the
+    teacher does not see the student's; a character that is cut off at the end is not read; other bytes
+    that are not UTF-8 are read as U+FFFD.
     One vocabulary on both sides: the student's own ids, all of class 0 (`same`, if known: it takes a
     while to compare two).
     """
