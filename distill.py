@@ -49,6 +49,7 @@ from losses import (
     weight_at,
 )
 from model import load_model, read_config, save_model, snapshot
+from next_byte import ByteTable, byte_loss
 from preflight import preflight
 from rollout import micro_batches, sample
 from runtime import (
@@ -120,7 +121,8 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
         ids, m = roll.ids[rows, :T], share * w[rows, :T].flatten()
         at = m.nonzero().squeeze(-1)                                         # (K,) flat positions
         m, y, answer = m[at], ids.flatten()[at + 1], at // T                 # (K,) weight, next token, row
-        ids_t, at_t, inside = reading.part(rows, T, at) if reading else (ids, at, torch.zeros_like(at).bool())
+        none_inside = ids, at, torch.zeros_like(at).bool(), None
+        ids_t, at_t, inside, written = reading.part(rows, T, at) if reading else none_inside
         # a term sees all K rows; what has no term is looked at in a few of them, or not in this step
         few = None if probe is None else probe[rows, :T].flatten()[at].nonzero().squeeze(-1)
         here = slice(None) if oprd_weight > 0 else few                       # for the layers
@@ -138,6 +140,8 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
             if l == L and 'head' in h_t:
                 term = partial(opd, h_t=h_t['head'], W_t=teacher.head.weight, y=y[there], w=m[there],
                                answer=answer[there], **({} if learn else {'kind': None}))
+                if written is not None:      # another vocabulary: the next byte, given these
+                    term = partial(term, written=written if learn else [written[i] for i in few.tolist()])
                 with torch.set_grad_enabled(learn):
                     out, stats = student.head(h.flatten(0, 1)[at[there]], term)
             if l in h_t and oprd_weight > 0 and bridge:
@@ -253,10 +257,16 @@ def main(cfg):
                 max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], rows=cfg['eval_rows'],
                 vocab=tok.size, rank=rank, world=world)
     sequences = cfg['prompts_per_step'] * cfg['n']
-    opd = partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], tail=cfg['opd_tail'],
-                  direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
-                  teacher_temperature=cfg['teacher_temperature'], future=cfg['opd_future'],
-                  baseline=cfg['opd_baseline'], vocab=tok.size, chunk=cfg['head_rows'])
+    heads = dict(direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
+                 teacher_temperature=cfg['teacher_temperature'], chunk=cfg['head_rows'])
+    opd = None                                       # unlike tokenizers: no token-by-token comparison
+    if cfg['opd'] == 'byte':
+        table_s, table_t = (ByteTable(t.pieces, ends, t.size, place.device)
+                            for t, ends in ((tok, stop), (tok_t, tok_t.stop_ids)))
+        opd = partial(byte_loss, table_s=table_s, table_t=table_t, **heads)
+    elif same_ids:
+        opd = partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], vocab=tok.size,
+                      tail=cfg['opd_tail'], future=cfg['opd_future'], baseline=cfg['opd_baseline'], **heads)
 
     def examine(model, name, tok=tok, problems=held_out, **other):
         """Held-out scores, the same on every rank."""
@@ -307,7 +317,7 @@ def main(cfg):
             # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
             mu = {f'{term}_weight': weight_at(step, steps, cfg[f'{term}_weight']) for term in ('oprd', 'opd')}
             sums = accumulate(student, teacher, roll, w, layers, cfg['rep_loss'], cfg['token_budget'], world,
-                              opd=opd if same_ids else None, probe=probe, drift=cfg['positions'] == 'drift',
+                              opd=opd, probe=probe, drift=cfg['positions'] == 'drift',
                               reading=reading, bridge=bridge, normalise=cfg['bridge_normalise'],
                               lap=clock.lap, **mu)
 
@@ -363,8 +373,9 @@ def step_metrics(roll, sums, tok, problems, reading, oprd_weight, opd_weight):
         cos = [c / in_layers for c in cos]
         row |= {'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos}
     if in_heads:
-        row |= {'opd/kl': kl / in_heads, 'opd/overlap16': common / in_heads,
-                'entropy/student': entropy_s / in_heads, 'entropy/teacher': entropy_t / in_heads}
+        row |= {'opd/overlap16': common / in_heads} if common else {}        # bytes have none
+        row |= {'opd/kl': kl / in_heads, 'entropy/student': entropy_s / in_heads,
+                'entropy/teacher': entropy_t / in_heads}
     row |= {'len/mean': tokens / rows, 'finish': stopped / rows, 'tokens': tokens}
     row |= {'align': exact / tokens} if reading else {}
     return row | ({'acc/rollout': 100 * right / graded} if graded else {})

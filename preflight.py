@@ -19,11 +19,15 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
     -> (student layers, stop ids, longest sequence)."""
     student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
     hidden, bridge = ever(cfg['oprd_weight']), bool(cfg['bridge'])
-    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question, hidden, bridge)
-    layers = layer_set(cfg['layers'], student.L) if bridge or student.d == teacher.d else []
-    if tok.words != tok_t.words and ever(cfg['opd_weight']):
-        raise UserError(f"opd={cfg['opd']!r} compares token by token, but the tokenizers differ; set "
-                        'opd_weight=0')
+    byte = cfg['opd'] == 'byte' and not hidden
+    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question, hidden, bridge or byte)
+    vanilla = student.d == teacher.d and tok.words == tok_t.words
+    layers = layer_set(cfg['layers'], student.L) if bridge or vanilla else []
+    if tok.words != tok_t.words and ever(cfg['opd_weight']) and cfg['opd'] != 'byte':
+        raise UserError(f"opd={cfg['opd']!r} compares token by token, but the tokenizers differ; use "
+                        "opd='byte'")
+    if cfg['opd'] == 'byte' and cfg['teacher_ids'] == 'student' and tok.words != tok_t.words:
+        raise UserError("opd='byte' needs a teacher that reads the text; set teacher_ids=text")
     if hidden and not layers:
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     lines += check_objective(cfg)
@@ -128,8 +132,8 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True, br
     lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; only the student has '
              f'{len(vocab_s) - len(shared)} more, only the teacher {len(vocab_t) - len(shared)}',
              f'widths {student.d} and {teacher.d}, {student.L} student layers onto {teacher.L} by Eq. (11): '
-             + ('hidden states are compared through the bridge' if bridge else 'hidden states are compared'
-                if hidden else 'output distributions are compared, hidden states are not'),
+             + ('output distributions are compared, hidden states are not' if not hidden else
+                'hidden states are compared' + ' through the bridge' * bridge),
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']
     lines += [f'note: the {side} has no chat template; its prompt is the question and a new line'
               for side, tok in (('student', tok_s), ('teacher', tok_t)) if not tok.template]

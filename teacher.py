@@ -87,22 +87,23 @@ def normalised(text, need, tok):
 
 
 def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
-    """Floor pairing: a student's answer (n ids) as the teacher reads it -> (ids, at, inside).
+    """Floor pairing: a student's answer (n ids) as the teacher reads it -> (ids, at, inside, written).
 
     prompt_t: the prompt in the teacher's own rendering. ids: what the teacher reads, prompt included,
     at most `context` tokens. at (n,): for student position t, which has read the answer's tokens before
     t, the index into ids of the teacher's last state that has read no more bytes of the answer; -1
     where the teacher's context ends before. inside (n,): False (class 0): exactly the same bytes; True
-    (class 1): the student is inside a teacher token. Causal: no state has read a byte that the student
-    has not. Special tokens write no bytes, so the teacher does not see the student's; a character that
-    is cut off at the end is not read; other bytes that are not UTF-8 are read as U+FFFD.
+    (class 1): the student is inside a teacher token, of which it has written the bytes written[t].
+    Causal: no state has read a byte that the student has not. Special tokens write no bytes, so the
+    teacher does not see the student's; a character that is cut off at the end is not read; other bytes
+    that are not UTF-8 are read as U+FFFD.
     One vocabulary on both sides: the student's own ids, all of class 0 (`same`, if known: it takes a
     while to compare two).
     """
     last = len(prompt_t) - 1                 # the state that has read the prompt and no byte of the answer
     if tok_s.words == tok_t.words if same is None else same:
         ids, at = [*prompt_t, *answer], last + np.arange(len(answer))
-        inside = np.zeros(len(answer), dtype=bool)
+        inside, written = np.zeros(len(answer), dtype=bool), {}
     else:
         data = b''.join([tok_s.pieces[i] for i in answer])
         text, need = normalised(*readable(data), tok_t)
@@ -115,9 +116,10 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
         have = np.array([0, *tok_s.byte_ends(answer)[:-1]])                  # bytes read by position t
         j = np.searchsorted(read, have, side='right') - 1
         ids, at, inside = [*prompt_t, *own], last + j, read[j] != have
+        written = {int(t): data[read[j[t]]:have[t]] for t in inside.nonzero()[0]}
     if context is not None and len(ids) > context:
         ids, at = ids[:context], np.where(at < context, at, -1)
-    return ids, at, inside
+    return ids, at, inside, written
 
 
 @dataclass
@@ -127,14 +129,16 @@ class Reading:
     length: torch.Tensor        # (B,)
     at: torch.Tensor            # (B, T) column of ids for each of the student's; -1: no state to learn from
     inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
+    written: dict               # {(row, column): bytes of that token the student has written}, class 1
     align: float                # share of the answers' positions that are of class 0
 
     def part(self, rows, T, at):
         """Of some rows, at flat positions `at` (K,) of the student's first T columns -> ids (b, T_t), flat
-        positions in them (K,), inside (K,)."""
+        positions in them (K,), inside (K,), bytes written (K)."""
         ids = self.ids[rows, :int(self.length[rows].max())]
         column, inside = (x[rows, :T].flatten()[at] for x in (self.at, self.inside))
-        return ids, at // T * ids.shape[1] + column, inside
+        written = [self.written.get((rows[i // T], i % T), b'') for i in at.tolist()]
+        return ids, at // T * ids.shape[1] + column, inside, written
 
 
 def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed='text'):
@@ -145,18 +149,19 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     device, answers = roll.ids.device, roll.answers()
     if feed == 'student':
         every = torch.arange(T, device=device).expand(B, T)
-        return Reading(roll.ids, roll.length, every, torch.zeros_like(every, dtype=torch.bool), 1.0)
+        return Reading(roll.ids, roll.length, every, torch.zeros_like(every, dtype=torch.bool), {}, 1.0)
     same = tok_s.words == tok_t.words
     rows = [pair_text(answer, tok_s, prompts_t[p], tok_t, context, same)
             for answer, p in zip(answers, roll.prompt.tolist(), strict=True)]
-    length = torch.tensor([len(ids) for ids, _, _ in rows])
+    length = torch.tensor([len(ids) for ids, *_ in rows])
     ids, at = torch.zeros(B, int(length.max()), dtype=torch.long), torch.full((B, T), -1)
-    inside = torch.zeros(B, T, dtype=torch.bool)
-    for b, ((own, where, within), P) in enumerate(zip(rows, roll.prompt_len.tolist(), strict=True)):
+    inside, written = torch.zeros(B, T, dtype=torch.bool), {}
+    for b, ((own, where, within, parts), P) in enumerate(zip(rows, roll.prompt_len.tolist(), strict=True)):
         ids[b, :len(own)] = torch.tensor(own)
         span = slice(P - 1, P - 1 + len(where))
         at[b, span], inside[b, span] = torch.from_numpy(where), torch.from_numpy(within)
+        written |= {(b, P - 1 + t): part for t, part in parts.items()}
     align = 1 - int(inside.sum()) / sum(map(len, answers))
     if pair == 'exact':
         at[inside] = -1
-    return Reading(*(x.to(device) for x in (ids, length, at, inside)), align)
+    return Reading(*(x.to(device) for x in (ids, length, at, inside)), written, align)

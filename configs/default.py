@@ -53,7 +53,8 @@ config = dict(
                                 # 'token': mean over all supervised tokens (the authors' code)
 
     # Eqs. (3)-(5), output space
-    opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5)
+    opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5), or 'byte': KL over the next byte, for
+                                # any two tokenizers
     opd_k=16,                   # tokens in the support S of 'topk'
     opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
     opd_tail='renorm',          # mass outside S: 'renorm' (5), 'bucket' (one more outcome), 'drop' (4.1.1),
@@ -138,7 +139,7 @@ checks = dict(
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     loss_average=('sequence', 'token'), oprd_weight=(0, inf, list), opd_weight=(0, inf, list),
-    opd=('sampled', 'full', 'topk'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
+    opd=('sampled', 'full', 'topk', 'byte'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
     opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=positive,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,

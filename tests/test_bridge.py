@@ -268,7 +268,7 @@ def test_composite_through_a_bridge(toy_dir, budget):
             at_t = torch.arange(roll.ids.shape[1]).expand(roll.ids.shape) // 2
             at_t = torch.where(torch.arange(len(at_t))[:, None] == 2, -1, at_t)
             inside = torch.arange(roll.ids.shape[1]).expand(roll.ids.shape) % 3 == 1
-            reading = Reading(ids_t, torch.full((len(ids_t),), 9), at_t, inside, 0.5)
+            reading = Reading(ids_t, torch.full((len(ids_t),), 9), at_t, inside, {}, 0.5)
             m = m & (at_t >= 0)
         w = position_weights(m, 'token')
         opd_weight = 0.0 if other else 0.7
@@ -332,7 +332,7 @@ def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, ca
     assert 'rank 24, but bridge_rank=25; lower it' in refused(bridge_rank=25)
     assert "made for pair='floor', but here it is 'exact'" in refused(pair='exact')
     assert 'made for student=' in refused(seed=1)
-    assert 'the tokenizers differ; set opd_weight=0' in refused(opd_weight=1)
+    assert "the tokenizers differ; use opd='byte'" in refused(opd_weight=1)
     assert 'not a whole safetensors file' in refused(tmp_path / 'none')
     student = load_config(run_args(toy_dir, made, 'x'))
     folder = folder_of(student) / 'student'
@@ -344,3 +344,19 @@ def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, ca
     assert 'has no layer 2; set layers=[1,3]' in refused(two)
     (two / 'bridge.safetensors').write_bytes((two / 'bridge.safetensors').read_bytes()[:2000])
     assert 'not a whole safetensors file' in refused(two, layers=[1, 3])
+
+
+@pytest.mark.parametrize('through', ['bridge', 'bytes alone'])
+def test_next_byte_kl_across_tokenizers(made, toy_dir, tmp_path, through):
+    """opd='byte' with a bridge beside it, and without one; micro-batches do not matter; a teacher fed the
+    student's ids is refused."""
+    keys = dict(opd='byte', opd_weight=0.5, steps=2) | (dict(bridge='', oprd_weight=0) if through != 'bridge' else {})
+    logs = []
+    for name, budget in (('a', 10**6), ('b', 30)):
+        distill.main(load_config(run_args(toy_dir, made, tmp_path / name, **keys, token_budget=budget)))
+        logs.append([json.loads(line) for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()][1:])
+    for a, b in zip(*logs, strict=True):
+        assert a['loss/opd'] == pytest.approx(b['loss/opd'], rel=1e-4) and a['opd/kl'] == pytest.approx(a['loss/opd'], rel=1e-5)
+        assert ('rep/cos' in a) == (through == 'bridge') and 'opd/overlap16' not in a and a['loss/opd'] > 0
+    with pytest.raises(UserError, match='needs a teacher that reads the text'):
+        distill.main(load_config(run_args(toy_dir, made, tmp_path / 'x', **keys, teacher_ids='student')))

@@ -30,9 +30,10 @@ ROOMS = {
     'toy.py': (235, GROUND),              # two vocabularies, the making, the checking and the reusing of a folder
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),
     'figures.py': (250, {'files', 'runtime'}),
+    'next_byte.py': (150, {'losses'}),
     'bridge.py': (505, GROUND | {'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
     'bench.py': (250, {'distill', 'losses', 'model', 'rollout', 'runtime'}),
-    'distill.py': (415, GROUND | {'rollout', 'losses', 'bridge', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
+    'distill.py': (425, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
 }
 
 

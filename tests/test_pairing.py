@@ -65,7 +65,7 @@ def test_against_brute_force(toks):
             answer = [i for word in tok_s.encode(text, special=False)
                       for i in ([word] if rng.random() < 0.8 else [tok_s.words[bytes([b])] for b in tok_s.pieces[word]])]
             answer += tok_s.stop_ids
-            ids, at, inside = pair_text(answer, tok_s, [0, 1, 0], tok_t)
+            ids, at, inside, _ = pair_text(answer, tok_s, [0, 1, 0], tok_t)
             assert ids[:3] == [0, 1, 0] and b''.join(tok_t.pieces[i] for i in ids[3:]) == text.encode()
             assert list(zip(at - 2, inside, strict=True)) == brute_force(answer, tok_s, ids[3:], tok_t), text
             assert at[0] == 2 and not inside[0] and not inside[-1], 'the ends always meet'
@@ -78,7 +78,7 @@ def test_one_vocabulary_is_the_identity(toks):
     tok = toks[0]
     answer = [tok.words[bytes([b])] for b in b'the cat'] + tok.stop_ids
     assert tok.encode('the cat') != answer[:-1]
-    ids, at, inside = pair_text(answer, tok, [5, 6], tok)
+    ids, at, inside, _ = pair_text(answer, tok, [5, 6], tok)
     assert ids == [5, 6, *answer] and at.tolist() == list(range(1, 9)) and not inside.any()
 
 
@@ -88,7 +88,7 @@ def test_special_tokens_and_their_names(toks):
     s, t, _ = toks
     eos, text = s.words[b'<eos>'], 'the <eos> <think>cat'
     answer = [*s.encode('the '), eos, *s.encode('<eos> <think>cat', special=False), eos]
-    ids, at, inside = pair_text(answer, s, [0], t)
+    ids, at, inside, _ = pair_text(answer, s, [0], t)
     assert t.words[b'<eos>'] not in ids[1:] and t.words[b'<think>'] in ids and b''.join(t.pieces[i] for i in ids[1:]) == text.encode()
     k = len(s.encode('the '))
     assert at[k] == at[k + 1] and inside[k] == inside[k + 1], 'before and after the special token the same bytes are read'
@@ -98,7 +98,7 @@ def test_a_character_cut_off_at_the_end(toks):
     """An answer that hits the token limit inside a character: the teacher reads up to the whole ones."""
     s, t, _ = toks
     answer = [s.words[bytes([b])] for b in 'a🙂'.encode()[:3]]
-    ids, at, inside = pair_text(answer, s, [0], t)
+    ids, at, inside, _ = pair_text(answer, s, [0], t)
     assert b''.join(t.pieces[i] for i in ids[1:]) == b'a' and at.tolist() == [0, 1, 1] and inside.tolist() == [False, False, True]
 
 
@@ -111,7 +111,7 @@ def test_bytes_that_are_no_text(toks):
         assert readable(data)[0] == data.decode(errors='replace') or readable(data)[0] + '\ufffd' == data.decode(errors='replace')
     s, t, _ = toks
     answer = [s.words[bytes([b])] for b in b'a\xff\xffb'] + s.stop_ids
-    ids, at, inside = pair_text(answer, s, [0], t)
+    ids, at, inside, _ = pair_text(answer, s, [0], t)
     assert b''.join(t.pieces[i] for i in ids[1:]).decode() == 'a\ufffd\ufffdb'
     consumed = readable(b'a\xff\xffb')[1]
     ends = [0, *consumed[np.array(t.byte_ends(ids[1:])) - 1]]
@@ -126,12 +126,12 @@ def test_a_teacher_that_normalises(toks):
     text, need = normalised(*readable('ae\u0301b'.encode()), nfc)
     assert text == 'a\u00e9b' and need.tolist() == [1, 4, 4, 5]
     answer = [s.words[bytes([b])] for b in 'ae\u0301b'.encode()] + s.stop_ids
-    ids, at, inside = pair_text(answer, s, [0], nfc)
+    ids, at, inside, _ = pair_text(answer, s, [0], nfc)
     read = [0, *need[np.array(nfc.byte_ends(ids[1:])) - 1]]
     assert [read[j] for j in at] == [0, 1, 1, 1, 4, 5] and inside.tolist() == [False, False, True, True, False, False]
     for text in strings(200, seed=3):                                     # nothing is ever read ahead
         answer = s.encode(text, special=False) + s.stop_ids
-        ids, at, inside = pair_text(answer, s, [0], nfc)
+        ids, at, inside, _ = pair_text(answer, s, [0], nfc)
         form, need = normalised(*readable(text.encode()), nfc)
         read = np.array([0, *need[np.array(nfc.byte_ends(ids[1:]), dtype=int) - 1]])
         have = np.array([0, *s.byte_ends(answer)[:-1]])
@@ -140,11 +140,11 @@ def test_a_teacher_that_normalises(toks):
 
 def test_empty_answers_and_short_contexts(toks):
     s, t, _ = toks
-    ids, at, inside = pair_text(s.stop_ids, s, [3, 4], t)
+    ids, at, inside, _ = pair_text(s.stop_ids, s, [3, 4], t)
     assert ids == [3, 4] and at.tolist() == [1] and not inside.any()
     answer = s.encode('the cat sat on the mat') + s.stop_ids
-    whole, at, _ = pair_text(answer, s, [3, 4], t)
-    ids, short, _ = pair_text(answer, s, [3, 4], t, context=5)
+    whole, at, _, _ = pair_text(answer, s, [3, 4], t)
+    ids, short, _, _ = pair_text(answer, s, [3, 4], t, context=5)
     assert ids == whole[:5] and short.tolist() == [a if a < 5 else -1 for a in at] and -1 in short
 
 

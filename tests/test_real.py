@@ -192,7 +192,7 @@ def test_pairing_of_real_vocabularies_is_exact(folders, pair):
     for text in mixed_text(2000):
         text = tok_t.normal(tok_s.normal(text))[:120]
         answer = tok_s.encode(text, special=False) + tok_s.stop_ids[:1]
-        ids, at, inside = pair_text(answer, tok_s, [7, 7], tok_t)
+        ids, at, inside, _ = pair_text(answer, tok_s, [7, 7], tok_t)
         assert list(zip(at - 1, inside, strict=True)) == brute_force(answer, tok_s, ids[2:], tok_t), text
         checked += len(answer)
     assert checked > 40_000

@@ -102,7 +102,7 @@ def test_merged_tokens_are_the_same_text_under_other_ids(toy_cfg, tmp_path):
     exact, lengths = [], set()
     for question, work, _ in toy.problems(50, 6, seed=1):
         answer = s.encode(work) + s.stop_ids
-        ids, at, inside = pair_text(answer, s, t.chat(question), t)
+        ids, at, inside, _ = pair_text(answer, s, t.chat(question), t)
         assert t.render(question) == s.render(question) and t.decode(ids).endswith(work)
         exact += list(~inside)
         lengths.add((len(t.chat(question)), len(ids)))
