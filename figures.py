@@ -149,7 +149,7 @@ def compare(study):
 def span(values):
     """Mean and range over seeds."""
     low, mean, high = (f'{x:.1f}' for x in (min(values), fmean(values), max(values)))
-    return mean if len(values) == 1 else f'{mean} ({low} to {high})'
+    return mean if len(values) == 1 else f'{mean} ({low}-{high})'
 
 
 def comparison_table(logs):

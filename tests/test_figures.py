@@ -72,9 +72,9 @@ def seeds(*finals):
 def test_comparison_table_by_hand():
     table = comparison_table({'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)})
     assert table[0] == '| method | Avg@4 | Best@4 | length | steps | seconds | ms a step | seeds |'
-    assert table[2] == '| student | 21.0 (20.0 to 22.0) | 60.0 (60.0 to 60.0) | 9.0 (9.0 to 9.0) |  |  |  | 3 |'
-    assert table[4] == '| a | 60.0 (50.0 to 70.0) | 80.0 (80.0 to 80.0) | 10.0 (10.0 to 10.0) | 2 | 0 | 5 | 3 |'
-    assert table[5].startswith('| b | 2.0 (1.0 to 4.0) |') and len(table) == 6
+    assert table[2] == '| student | 21.0 (20.0-22.0) | 60.0 (60.0-60.0) | 9.0 (9.0-9.0) |  |  |  | 3 |'
+    assert table[4] == '| a | 60.0 (50.0-70.0) | 80.0 (80.0-80.0) | 10.0 (10.0-10.0) | 2 | 0 | 5 | 3 |'
+    assert table[5].startswith('| b | 2.0 (1.0-4.0) |') and len(table) == 6
     assert comparison_table({'a': seeds(50.0)})[4].startswith('| a | 50.0 | 80.0 |')
 
 
