@@ -312,7 +312,7 @@ def main(cfg):
             tokens = all_reduce(m.sum())
             w = position_weights(m, cfg['loss_average'], sequences, tokens)
             looking = step in (1, steps) or (cfg['diagnose_every'] and step % cfg['diagnose_every'] == 0)
-            probe = spread(roll, m, step, cfg['diagnose_rows'] / int(tokens)) if looking else None
+            probe = spread(roll, m, step, cfg['diagnose_rows'] / max(1, int(tokens))) if looking else None
 
             # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
             mu = {f'{term}_weight': weight_at(step, steps, cfg[f'{term}_weight']) for term in ('oprd', 'opd')}
