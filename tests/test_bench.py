@@ -32,7 +32,7 @@ def test_memory_of_the_head_loss_grows_with_the_chunk_not_with_the_rows():
         return json.loads(bench('head', '--model', 'smollm2', '--rows', str(rows), '--chunk', '32', '--repeat', '1',
                                 '--case', case))['peak_mb']
     few, many = peak('full KL', 64), peak('full KL', 512)
-    assert many < 1.1 * few and many < 113 + 4 * 6.3 + 20                # four chunks, and 20 for the libraries
+    assert many < 1.25 * few and many < 113 + 4 * 6.3 + 75               # four chunks; the rest is the libraries'
     assert peak('whole logits', 512) > 3 * many
 
 
