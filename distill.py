@@ -206,6 +206,21 @@ def prepare(cfg, place):
     return (tok, tok_t), train, held_out, layers, stop, bridge, student, teacher, opt
 
 
+def output_term(cfg, tok, tok_t, stop, device):
+    """One of Eqs. (3)-(5), or the next-byte KL, with the config's choices made; None where two vocabularies
+    cannot be compared token by token."""
+    heads = dict(direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
+                 teacher_temperature=cfg['teacher_temperature'], chunk=cfg['head_rows'])
+    if cfg['opd'] == 'byte':
+        table_s, table_t = (ByteTable(t.pieces, ends, t.size, device)
+                            for t, ends in ((tok, stop), (tok_t, tok_t.stop_ids)))
+        return partial(byte_loss, table_s=table_s, table_t=table_t, **heads)
+    if tok.words != tok_t.words:
+        return None
+    return partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], vocab=tok.size,
+                   tail=cfg['opd_tail'], future=cfg['opd_future'], baseline=cfg['opd_baseline'], **heads)
+
+
 def open_log(out, asked, place, student, opt):
     """Write the run's config, or go on from its last checkpoint -> (log, steps done, seconds spent)."""
     if place.rank == 0 and not (out / 'config.json').exists():
@@ -257,16 +272,7 @@ def main(cfg):
                 max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], rows=cfg['eval_rows'],
                 vocab=tok.size, rank=rank, world=world)
     sequences = cfg['prompts_per_step'] * cfg['n']
-    heads = dict(direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
-                 teacher_temperature=cfg['teacher_temperature'], chunk=cfg['head_rows'])
-    opd = None                                       # unlike tokenizers: no token-by-token comparison
-    if cfg['opd'] == 'byte':
-        table_s, table_t = (ByteTable(t.pieces, ends, t.size, place.device)
-                            for t, ends in ((tok, stop), (tok_t, tok_t.stop_ids)))
-        opd = partial(byte_loss, table_s=table_s, table_t=table_t, **heads)
-    elif same_ids:
-        opd = partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], vocab=tok.size,
-                      tail=cfg['opd_tail'], future=cfg['opd_future'], baseline=cfg['opd_baseline'], **heads)
+    opd = output_term(cfg, tok, tok_t, stop, place.device)
 
     def examine(model, name, tok=tok, problems=held_out, **other):
         """Held-out scores, the same on every rank."""
