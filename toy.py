@@ -9,7 +9,7 @@ A problem is a chain of arithmetic modulo 10, worked out from left to right:
 with 21 tokens, about 5e9 problems and one right answer each. The student has had too little
 training; the teacher is the same network trained further with embedding and head frozen, like the
 paper's pair (R1-Distill and JustRL, which share both). A teacher of another depth, width or vocabulary
-is trained from a beginning of its own; toy_teacher_tokens='merged' has 51 tokens, some of them two
+is trained from a beginning of its own; toy_teacher_tokens='merged' has 52 tokens, some of them two
 symbols long, with ids in another order: the same text, other ids. All of it is written as one folder of
 the layouts that real runs use (two Hugging Face folders, two .jsonl files), so nothing downstream knows
 that it is a toy.

@@ -36,7 +36,7 @@ def by_hand(p, pieces, stops, written):
         elif len(piece) > len(written) and piece[:len(written)] == written:
             out[piece[len(written)]] = out[piece[len(written)]] + p[i]
     total = sum(out)
-    return [x / total for x in out] if float(total) > 0 else None
+    return [x / total for x in out] if total > 0 else None
 
 
 WRITTEN = [b'', b'a', b'ab', b'=', b'\xff', b'']
