@@ -33,6 +33,7 @@ from tqdm import tqdm
 import toy
 from configs import load_config
 from data import check_ids, load_problems, load_tokenizer, prompt_order
+from figures import finish
 from files import digest, open_safetensors, whole, write_json, write_safetensors
 from losses import layer_map, layer_set, positions
 from model import load_model, read_config
@@ -407,13 +408,7 @@ def draw(judged, file):
     rank.axvline(best, color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {best}")
     rank.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='subspace cosine (Figure 12)')
     layer.set(xlabel='student layer', xticks=list(judged), title=f'each layer at rank {best}')
-    for ax in (rank, layer):
-        ax.grid(alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
-    rank.legend(frameon=False, fontsize=8)
-    with whole(file) as tmp:
-        fig.savefig(tmp, dpi=130, format='png')
-    plt.close(fig)
+    finish(fig, (rank, layer), file)
 
 
 # ---- all of it -------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ ROOMS = {
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),
     'figures.py': (250, {'files', 'runtime'}),
     'next_byte.py': (150, {'losses'}),
-    'bridge.py': (505, GROUND | {'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
+    'bridge.py': (490, GROUND | {'figures', 'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
     'bench.py': (250, {'distill', 'losses', 'model', 'rollout', 'runtime'}),
     'distill.py': (425, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
 }
