@@ -160,9 +160,10 @@ def update_cases(args, place):
     roll = Rollout(ids, prompt, answer, torch.ones(B, dtype=torch.bool), torch.arange(B))
     w = position_weights(positions(roll, 'last_k', 2000))
     opt = adamw(student, 1e-6, (0.9, 0.999), 0.0)
+    phi = {l: l for l in range(1, c.L + 1)}
 
     def update(oprd, opd, **how):
-        accumulate(student, teacher, roll, w, list(range(1, c.L + 1)), 'mse', args.budget, oprd_weight=oprd,
+        accumulate(student, teacher, roll, w, phi, 'mse', args.budget, oprd_weight=oprd,
                    opd_weight=opd, opd=partial(opd_loss, chunk=args.chunk, **how))
         opt.step()
         opt.zero_grad()

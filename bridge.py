@@ -33,10 +33,11 @@ from tqdm import tqdm
 import toy
 from configs import load_config
 from data import check_ids, load_problems, load_tokenizer, prompt_order
-from figures import finish
+from figures import bridges
 from files import digest, open_safetensors, whole, write_json, write_safetensors
-from losses import layer_map, layer_set, positions
+from losses import positions
 from model import load_model, read_config
+from preflight import match_layers
 from rollout import Rollout, micro_batches, sample
 from runtime import UserError, all_gather, all_reduce, barrier, print0, run, start
 from teacher import read_rollout
@@ -205,21 +206,20 @@ def as_rollout(rows, train, device):
 # ---- 2. read ---------------------------------------------------------------------------------
 
 class Pair:
-    """Both models and how they read the student's answers."""
-    def __init__(self, student, teacher, tok_s, tok_t, train, cfg, place):
-        self.models, self.toks, self.train = (student, teacher), (tok_s, tok_t), train
+    """Both models and how they read the student's answers. phi: {student layer: teacher layer}."""
+    def __init__(self, student, teacher, tok_s, tok_t, train, phi, cfg, place):
+        self.models, self.toks, self.train, self.phi = (student, teacher), (tok_s, tok_t), train, phi
         self.cfg, self.place = cfg, place
-        self.phi = {l: layer_map(l, student.config.L, teacher.config.L)
-                    for l in layer_set(cfg['layers'], student.config.L)}
         self.aligned, self.forwards = [], 0
 
     @torch.no_grad()
-    def read(self, rows, name):
-        """This rank's share of `rows`, by micro-batches -> ({l: (x (K, d_s), y (K, d_t))}, inside (K,))."""
+    def read(self, rows, name, layers_t=None):
+        """This rank's share of `rows`, by micro-batches -> x {student layer: (K, d_s)}, y {teacher layer:
+        (K, d_t)}, inside (K,). layers_t: if not those of phi."""
         cfg, place, (student, teacher) = self.cfg, self.place, self.models
         mine = rows[place.rank::place.world]
         groups = micro_batches([len(self.train[i].ids) + len(a) for i, a, _ in mine], cfg['token_budget'])
-        read = sorted(set(self.phi.values()))
+        layers_t = layers_t or sorted(set(self.phi.values()))
         for group in tqdm(groups, desc=name, leave=False, disable=place.rank > 0 or None):
             roll = as_rollout([mine[i] for i in group], self.train, place.device)
             prompts_t = {i: self.toks[1].chat(self.train[i].question) for i in set(roll.prompt.tolist())}
@@ -228,20 +228,38 @@ class Pair:
             keep = positions(roll, cfg['positions'], cfg.get(cfg['positions'], 0)) & (seen.at >= 0)
             row = torch.arange(len(roll.ids), device=place.device)[:, None]  # (b, 1)
             at_t = (row * seen.ids.shape[1] + seen.at)[keep]                 # (K,)
-            y = dict(zip(read, teacher.hidden(seen.ids, read, at_t), strict=True))
+            y = dict(zip(layers_t, teacher.hidden(seen.ids, layers_t, at_t), strict=True))
             x = student.hidden(roll.ids, list(self.phi), keep.flatten().nonzero().squeeze(-1))
             tokens = int(roll.resp_len.sum())
             self.aligned.append((seen.align * tokens, tokens))
             self.forwards += len(group)
-            yield {l: (x_l, y[t]) for (l, t), x_l in zip(self.phi.items(), x, strict=True)}, seen.inside[keep]
+            yield dict(zip(self.phi, x, strict=True)), y, seen.inside[keep]
 
-    def moments(self, rows, name):
-        """{l: Moments} over rows, summed over ranks."""
+    def match(self, rows, most=1024):
+        """phi by linear CKA: for each student layer the teacher layer whose centred states have the most
+        alike inner products, |x'y|^2 / (|x'x| |y'y|), over `most` positions of rank 0's first answers."""
+        every, got, count = list(range(1, self.models[1].config.L + 1)), [], 0
+        for x, y, inside in self.read(rows, 'cka', every):
+            got.append((x, y))
+            count += len(inside)
+            if count >= most:
+                break
+        grams = []
+        for side in (0, 1):
+            states = {l: torch.cat([part[side][l] for part in got])[:most].double() for l in got[0][side]}
+            centred = {l: h - h.mean(0) for l, h in states.items()}
+            grams.append({l: torch.nn.functional.normalize((h @ h.t()).flatten(), dim=0)
+                          for l, h in centred.items()})
+        phi = {l: max(every, key=lambda t, g=g: float(g @ grams[1][t])) for l, g in grams[0].items()}
+        self.phi = all_gather(phi)[0]
+
+    def moments(self, rows, name, shuffle=False):
+        """{l: Moments} over rows, summed over ranks. shuffle: pairs torn apart, half a batch along."""
         d_s, d_t = (m.config.d for m in self.models)
         sums = {l: Moments(d_s, d_t, self.place.device) for l in self.phi}
-        for states, inside in self.read(rows, name):
-            for l, (x, y) in states.items():
-                sums[l].add(x, y, inside)
+        for x, y, inside in self.read(rows, name):
+            for l, t in self.phi.items():
+                sums[l].add(x[l], y[t].roll(len(inside) // 2, 0) if shuffle else y[t], inside)
         return {l: m.reduce() for l, m in sums.items()}
 
 
@@ -256,12 +274,12 @@ def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20):
          for l in pair.phi}
     opt = torch.optim.AdamW(P.values(), lr=lr)
     for epoch in range(epochs):
-        for states, _ in pair.read(rows, f'epoch {epoch + 1}/{epochs}'):
+        for x, y, _ in pair.read(rows, f'epoch {epoch + 1}/{epochs}'):
             with torch.enable_grad():
                 loss = 0.0
-                for l, (x, y) in states.items():
-                    mean, P_t = (t.float() for t in frames[l][:2])
-                    gap = x.float() @ P[l].t() - (y.float() - mean) @ P_t.t()            # (K, R)
+                for l, t in pair.phi.items():
+                    mean, P_t = (v.float() for v in frames[l][:2])
+                    gap = x[l].float() @ P[l].t() - (y[t].float() - mean) @ P_t.t()      # (K, R)
                     loss = loss + gap.square().sum(-1).mean()
                 loss.backward()
             for p in P.values():
@@ -277,7 +295,7 @@ def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20):
 @dataclass
 class Bridge:
     """A bridge read back: rank r rows of everything, float32, by student layer."""
-    layers: list
+    phi: dict                   # {student layer: teacher layer}
     rank: int
     mean: dict                  # {l: (d_t,)}
     P_t: dict                   # {l: (r, d_t)}
@@ -313,7 +331,8 @@ def load_bridge(path, rank, layers, about, device):
     if rank > most:
         raise UserError(f'{file}: rank {most}, but bridge_rank={rank}; lower it, or rerun bridge.py with '
                         'more prompts')
-    return Bridge(layers, rank, parts['mean'], {l: P[:rank] for l, P in parts['P_t'].items()},
+    phi = {l: made['phi'][str(l)] for l in layers}
+    return Bridge(phi, rank, parts['mean'], {l: P[:rank] for l, P in parts['P_t'].items()},
                   {l: P[:, :rank].contiguous() for l, P in parts['P_s'].items()},
                   {l: b[:, :rank].contiguous() for l, b in parts['b_s'].items()})
 
@@ -323,7 +342,7 @@ def made_for(cfg, student, teacher, tok_s, tok_t):
     return {'student': cfg['student'], 'teacher': cfg['teacher'], 'd': [student.d, teacher.d],
             'L': [student.L, teacher.L],
             'tokens': [digest(sorted(map(str, t.words.items()))) for t in (tok_s, tok_t)],
-            'pair': cfg['pair'], 'teacher_ids': cfg['teacher_ids']}
+            **{k: cfg[k] for k in ('pair', 'teacher_ids', 'layer_map')}}
 
 
 # ---- 4. judge --------------------------------------------------------------------------------
@@ -338,12 +357,12 @@ def judge(pair, rows, bridge, seed):
     d_s, d_t = (m.config.d for m in pair.models)
     random = torch.randn(R, d_s, generator=g, dtype=torch.float64).to(pair.place.device)
     moments = {l: Moments(d_s, d_t, pair.place.device) for l in bridge}
-    for states, inside in pair.read(rows, 'judge'):
+    for xs, ys, inside in pair.read(rows, 'judge'):
         c = inside.long()
-        for l, (x, y) in states.items():
-            mean, P_t, P_s, b_s = bridge[l]
+        for l, (mean, P_t, P_s, b_s) in bridge.items():
+            x, y = xs[l].double(), ys[pair.phi[l]].double()
             moments[l].add(x, y, inside)
-            x, z = x.double(), (y.double() - mean) @ P_t.t()                 # (K, R)
+            z = (y - mean) @ P_t.t()                                         # (K, R)
             each = torch.where(inside[:, None], x @ P_s[1].t(), x @ P_s[0].t()) + b_s[c]
             middle = [x[c == k].mean(0) if (c == k).any() else x[0] for k in (0, 1)]
             flat = torch.stack([middle[k] @ P_s[k].t() + b_s[k] for k in (0, 1)])[c]
@@ -364,10 +383,12 @@ def best_rank(judged):
     return int(sum(v['E'] / v['total'] for v in judged.values()).argmin()) + 1
 
 
-def report(judged, phi, align, forwards, seconds):
-    """What was measured -> a JSON dict, and the lines of a table: mean over layers, and the last layer."""
-    R, last = len(next(iter(judged.values()))['cos']), max(judged)
-    ranks = [r for r in RANKS if r < R] + [R]
+def report(judged, phi, rank, align, forwards, seconds):
+    """What was measured -> a JSON dict, and the lines of a table: mean over layers, and the last layer.
+    rank: the one that will be used; 0: Theorem 3's."""
+    R, last, best = len(next(iter(judged.values()))['cos']), max(judged), best_rank(judged)
+    used = min(rank or best, R)
+    ranks = sorted({r for r in RANKS if r < R} | {R, used})
     layers = {str(l): {'teacher layer': phi[l], 'rows': v['rows'], 'variance': v['total'],
                        **{k: {str(r): float(v[k][r - 1]) for r in ranks} for k in COSINES},
                        'R2': {str(r): float((v['lam'] * v['rho2'])[:r].sum() / v['lam'][:r].sum())
@@ -376,7 +397,6 @@ def report(judged, phi, align, forwards, seconds):
                        'E': {str(r): float(v['E'][r - 1] / v['total']) for r in ranks},
                        'rho2': [float(x) for x in v['rho2'][:64]], 'best rank': int(v['E'].argmin()) + 1}
               for l, v in judged.items()}
-    best = best_rank(judged)
     columns = ('cosine', 'last layer', 'R2', 'explained', 'shuffled', 'mean only', 'before')
     lines = [f'{"rank":>6}' + ''.join(f'{c:>12}' for c in columns)]
     for r in map(str, ranks):
@@ -385,30 +405,8 @@ def report(judged, phi, align, forwards, seconds):
         cells = [mean['cos'], layers[str(last)]['cos'][r], *(mean[k] for k in rest)]
         lines.append(f'{r:>6}' + ''.join(f'{x:12.3f}' for x in cells))
     lines.append(f"Theorem 3's rank: {best}; align {align:.3f}; {forwards:g} forward(s) per answer and model")
-    return {'rank': best, 'align': align, 'forwards per answer': forwards, 'seconds': seconds,
+    return {'rank': best, 'used': used, 'align': align, 'forwards per answer': forwards, 'seconds': seconds,
             'layers': layers}, lines
-
-
-def draw(judged, file):
-    """Figure 12: held-out cosine against rank, and what each layer has at Theorem 3's rank."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    fig, (rank, layer) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    best, R = best_rank(judged), range(1, len(next(iter(judged.values()))['cos']) + 1)
-    for v in judged.values():
-        rank.plot(R, v['cos'].cpu(), color='C0', lw=0.5, alpha=0.4)
-    words = ('bridge (thin: each layer)', 'random P_S', 'shuffled pairs', 'mean alone')
-    for key, color, word in zip(COSINES, ('C0', '0.6', 'C1', 'C2'), words, strict=True):
-        mean = sum(v[key] for v in judged.values()).cpu() / len(judged)
-        rank.plot(R, mean, color=color, lw=1.8, label=word)
-        at_best = [float(v[key][best - 1]) for v in judged.values()]
-        layer.plot(list(judged), at_best, color=color, marker='o', ms=3)
-    rank.axvline(best, color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {best}")
-    rank.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='subspace cosine (Figure 12)')
-    layer.set(xlabel='student layer', xticks=list(judged), title=f'each layer at rank {best}')
-    finish(fig, (rank, layer), file)
 
 
 # ---- all of it -------------------------------------------------------------------------------
@@ -424,9 +422,7 @@ def main(cfg):
                     for side in ('student', 'teacher'))
     for side, tok in (('student', tok_s), ('teacher', tok_t)):
         check_ids(side, read_config(cfg[side]).V, tok)
-    L = read_config(cfg['student']).L
-    if isinstance(cfg['layers'], list) and max(cfg['layers']) > L:
-        raise UserError(f"layers={cfg['layers']}, but the student has {L}; choose from 1 to {L}")
+    phi = match_layers(cfg, *(read_config(cfg[side]).L for side in ('student', 'teacher')))
     train = load_problems(cfg['data'], tok_s, longest=cfg['max_prompt_tokens'])
     student, teacher = (load_model(cfg[side], place.dtype, place.device).requires_grad_(False)
                         for side in ('student', 'teacher'))
@@ -439,9 +435,12 @@ def main(cfg):
         raise UserError(f'{len(rows)} answers, {held} of them held out, for {place.world} rank(s); raise '
                         'bridge_prompts')
 
-    pair = Pair(student, teacher, tok_s, tok_t, train, cfg, place)
+    pair = Pair(student, teacher, tok_s, tok_t, train, phi, cfg, place)
     clock = time.perf_counter()
-    moments = pair.moments(fit_rows, 'fit')
+    if cfg['layer_map'] == 'cka':
+        pair.match(fit_rows)
+        print0(f'layers by CKA: {pair.phi}')
+    moments = pair.moments(fit_rows, 'fit', cfg['bridge_fit'] == 'shuffled')
     bridge = {}
     for l, m in moments.items():
         mean, P_t, lam = principal(m)
@@ -454,16 +453,21 @@ def main(cfg):
     if cfg['bridge_fit'] == 'adamw':
         fitted = adamw_fit(pair, fit_rows, bridge, R, cfg['bridge_lr'], cfg['seed'])
         bridge = {l: (*bridge[l][:2], *fitted[l]) for l in bridge}
+    if cfg['bridge_fit'] == 'random':
+        g = torch.Generator().manual_seed(cfg['seed'])
+        for l, (mean, P_t, P_s, b_s) in bridge.items():
+            noise = torch.randn(P_s.shape[1:], generator=g).to(P_s) * student.config.d**-0.5
+            bridge[l] = mean, P_t, noise.expand_as(P_s).contiguous(), torch.zeros_like(b_s)
     forwards = pair.forwards / max(1, len(fit_rows[place.rank::place.world]))
     seconds = time.perf_counter() - clock
     judged = judge(pair, held_rows, bridge, cfg['seed'])
     same, count = (sum(x) for x in zip(*pair.aligned, strict=True))
     same, count = all_reduce(torch.tensor([same, count], dtype=torch.float64)).tolist()
-    figures, lines = report(judged, pair.phi, same / count, forwards, seconds)
+    figures, lines = report(judged, pair.phi, cfg['bridge_rank'], same / count, forwards, seconds)
     print0('\n'.join(lines))
     if place.rank == 0:
         write_bridge(out, bridge, figures, cfg, pair, tok_s, tok_t)
-        draw(judged, out / 'bridge.png')
+        bridges([out], out / 'bridge.png')
         print0(f'{out}: bridge.safetensors, bridge.json, bridge.png; {seconds:.1f} s for the fit')
     barrier()
 

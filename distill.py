@@ -25,6 +25,7 @@ over ranks.
 """
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -100,12 +101,13 @@ def adamw(model, lr, betas, weight_decay):
 
 # ---- one step's gradient ----------------------------------------------------------------------
 
-def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, oprd_weight=1.0,
+def accumulate(student, teacher, roll, w, phi, kind, budget, factor=1.0, *, oprd_weight=1.0,
                opd_weight=0.0, opd=opd_loss, probe=None, drift=False, reading=None, bridge=None,
                normalise=True, lap=lambda phase: None):
     """Steps 4 and 5: add the gradient of factor * Eq. (7) over a rollout to the student's .grad.
 
-    w: weights (B, T) from position_weights. kind: rep_loss. budget: tokens of a micro-batch.
+    w: weights (B, T) from position_weights. phi: {student layer: teacher layer}. kind: rep_loss.
+    budget: tokens of a micro-batch.
     opd: losses.opd_loss with its choices made. probe: mask (B, T) of positions where the cosines or
     output distributions that the objective leaves out are looked at, without a gradient; None = not now.
     reading: teacher.Reading, if the teacher reads other ids; w is 0 where it has no state. bridge: a
@@ -127,11 +129,11 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
         few = None if probe is None else probe[rows, :T].flatten()[at].nonzero().squeeze(-1)
         here = slice(None) if oprd_weight > 0 else few                       # for the layers
         there = None if opd is None else slice(None) if learn else few       # for the LM heads
-        wanted = {} if here is None else {l: at_t[here] for l in layers}
+        wanted = {} if here is None else {l: at_t[here] for l in phi}
         wanted |= {} if there is None else {'head': at_t[there]}
 
         # 4. teacher: {l or 'head': (K, d)}, or (K, r) through a bridge
-        h_t = hidden_rows(teacher, ids_t, wanted, L, bridge)
+        h_t = hidden_rows(teacher, ids_t, wanted, phi, bridge)
         lap('teacher')
 
         # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
@@ -155,14 +157,14 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
             return h, (rep, cos, out, stats)
         read = sorted({L if l == 'head' else l for l in wanted})
         reps, cos, outs, stats = zip(*student.hidden(ids, read, tap=tap), strict=True)
-        cos = [c for c in cos if c is not None] or [none] * len(layers)
+        cos = [c for c in cos if c is not None] or [none] * len(phi)
         seen = none if here is None else m[here].sum()
-        return sum(reps) / max(1, len(layers)), sum(outs), sum(stats), torch.stack([seen, *cos])
+        return sum(reps) / max(1, len(phi)), sum(outs), sum(stats), torch.stack([seen, *cos])
 
     groups = [(rows, 1.0) for rows in micro_batches(roll.length.tolist(), budget)]
     most = int(all_reduce(torch.tensor(len(groups), device=w.device), 'max'))
     groups += [([0], 0.0)] * (most - len(groups))    # FSDP: as many forwards on every rank, of no weight
-    sums = torch.zeros(8 + len(layers), device=w.device)
+    sums = torch.zeros(8 + len(phi), device=w.device)
     for rows, share in groups:
         rep, out, stats, cos = micro_batch(rows, share)
         ((oprd_weight * rep + opd_weight * out) * factor).backward()
@@ -173,37 +175,58 @@ def accumulate(student, teacher, roll, w, layers, kind, budget, factor=1.0, *, o
 
 # ---- the loop ---------------------------------------------------------------------------------
 
+@dataclass
+class Setup:
+    """What a run needs besides its config. student, teacher and opt are None in a dry run."""
+    tok: object                 # tokenizers
+    tok_t: object
+    train: list                 # problems
+    held_out: list
+    phi: dict                   # {student layer: teacher layer}
+    stop: list                  # ids that end an answer
+    bridge: object              # Bridge, or None
+    student: object = None
+    teacher: object = None
+    opt: object = None
+
+    @property
+    def same_ids(self):
+        """Does the teacher read the student's ids as they are?"""
+        return self.tok.words == self.tok_t.words
+
+
 def prepare(cfg, place):
-    """Tokenizers, problems, checks, models, optimizer -> (toks, train, held_out, layers, stop, bridge,
-    student, teacher, opt); the last three are None in a dry run."""
+    """Tokenizers, problems, checks, bridge, models, optimizer -> Setup."""
     tok, tok_t = (load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
                   for side in ('student', 'teacher'))
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
     held_out = []
     if cfg['eval_data']:
         held_out = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    layers, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
+    phi, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
     bridge = None
     if cfg['bridge']:
         shapes = (read_config(cfg[side]) for side in ('student', 'teacher'))
         about = made_for(cfg, *shapes, tok, tok_t)
-        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], layers, about, place.device)
-        print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {bridge.layers}')
+        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(phi), about, place.device)
+        phi = bridge.phi
+        print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {phi}')
+    setup = Setup(tok, tok_t, train, held_out, phi, stop, bridge)
     if cfg['dry_run']:
-        return (tok, tok_t), train, held_out, layers, stop, bridge, None, None, None
+        return setup
     if place.local == 0:                             # from a hub: once per machine
         for side in ('student', 'teacher'):
             snapshot(cfg[side], weights=True)
     barrier()
-    teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
-    student = load_model(cfg['student'], torch.float32, place.device)
-    if not student.config.tied and not ever(cfg['opd_weight']):
-        student.head.requires_grad_(False)           # Eq. (6) never reaches it
-    student.checkpointing = cfg['checkpointing']
-    student.reach = teacher.reach = longest
-    shard(student, place)
-    opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
-    return (tok, tok_t), train, held_out, layers, stop, bridge, student, teacher, opt
+    setup.teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
+    setup.student = load_model(cfg['student'], torch.float32, place.device)
+    if not setup.student.config.tied and not ever(cfg['opd_weight']):
+        setup.student.head.requires_grad_(False)       # Eq. (6) never reaches it
+    setup.student.checkpointing = cfg['checkpointing']
+    setup.student.reach = setup.teacher.reach = longest
+    shard(setup.student, place)
+    setup.opt = adamw(setup.student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
+    return setup
 
 
 def output_term(cfg, tok, tok_t, stop, device):
@@ -239,9 +262,25 @@ def open_log(out, asked, place, student, opt):
     return log, done, elapsed
 
 
+def examine(cfg, setup, place, name, side='student'):
+    """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
+    tok, problems, stop = setup.tok, setup.held_out, setup.stop
+    if not problems:
+        return {}
+    if side == 'teacher' and not setup.same_ids:       # its own prompts and stop tokens
+        tok, stop = setup.tok_t, setup.tok_t.stop_ids
+        problems = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    model = getattr(setup, side)
+    with gathered(model):
+        return evaluate(model, tok, problems, cfg['eval_n'], temperature=cfg['eval_temperature'],
+                        top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=tok.size,
+                        max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
+                        rows=cfg['eval_rows'], rank=place.rank, world=place.world,
+                        progress='' if place.rank else f'evaluate {name}')
+
+
 def main(cfg):
     began, place = time.time(), start(cfg['device'], cfg['dtype'])
-    rank, world, steps = place.rank, place.world, cfg['steps']
     print0('config:', ' '.join(f'{k}={v!r}' for k, v in cfg.items() if v != default[k]))
     print0('on:', ' '.join(f'{k}={v}' for k, v in versions(place).items()), f'dtype={str(place.dtype)[6:]}')
     for key in ('student', 'teacher', 'data'):
@@ -258,48 +297,45 @@ def main(cfg):
         print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
         return
     cfg = toy.prepare(cfg, place)
-    (tok, tok_t), train, held_out, layers, stop, bridge, student, teacher, opt = prepare(cfg, place)
-    same_ids = tok.words == tok_t.words
+    setup = prepare(cfg, place)
     if cfg['dry_run']:
         return
-
-    log, done, elapsed = open_log(out, asked, place, student, opt)
+    log, done, elapsed = open_log(out, asked, place, setup.student, setup.opt)
     began -= elapsed                                 # seconds spent by earlier runs of this folder
+    if not log.rows:
+        row = {'step': 0, **{side: examine(cfg, setup, place, side, side) for side in ('student', 'teacher')}}
+        log.write(row | {'elapsed': time.time() - began}, place.rank)
+        print0('\n'.join(table({k: row[k] for k in ('student', 'teacher')} if setup.held_out else {})))
+    train(cfg, setup, place, out, log, done, began)
+    if place.rank == 0:
+        results = summary(log.rows)
+        figures.curve([out], out / 'curve.png')
+        write_json(out / 'results.json', results)
+        print0('\n'.join(show(results)))
+        print0(f"{out}: {results['seconds']:.0f} s in all; model in last/, figure in curve.png")
+
+
+def train(cfg, setup, place, out, log, done, began):
+    """The loop: steps done + 1 .. steps, each a line of the log."""
+    student, teacher, opt, tok, tok_t = setup.student, setup.teacher, setup.opt, setup.tok, setup.tok_t
+    rank, world, steps = place.rank, place.world, cfg['steps']
     source = snapshot(cfg['student'])                # its tokenizer goes along with every checkpoint
     draw = dict(temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
-                max_new_tokens=cfg['max_new_tokens'], stop=stop, vocab=tok.size, seed=cfg['seed'])
-    exam = dict(temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'],
-                max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], rows=cfg['eval_rows'],
-                vocab=tok.size, rank=rank, world=world)
+                max_new_tokens=cfg['max_new_tokens'], stop=setup.stop, vocab=tok.size, seed=cfg['seed'])
     sequences = cfg['prompts_per_step'] * cfg['n']
-    opd = output_term(cfg, tok, tok_t, stop, place.device)
-
-    def examine(model, name, tok=tok, problems=held_out, **other):
-        """Held-out scores, the same on every rank."""
-        with gathered(model):
-            return evaluate(model, tok, problems, cfg['eval_n'], **exam | other,
-                            progress='' if rank else f'evaluate {name}') if problems else {}
+    opd = output_term(cfg, tok, tok_t, setup.stop, place.device)
 
     def write_model(folder, weights):
         save_model(student, folder, source, {k: w.to(place.dtype) for k, w in weights.items()})
 
-    if not log.rows:
-        own = {}                             # another vocabulary: the teacher's own prompts and stop tokens
-        if not same_ids and held_out:
-            own = dict(tok=tok_t, stop=tok_t.stop_ids, vocab=tok_t.size, problems=exam_problems(
-                cfg['eval_data'], tok_t, cfg['eval_problems'], cfg['eval_suffix']))
-        row = {'step': 0, 'student': examine(student, 'student'),
-               'teacher': examine(teacher, 'teacher', **own)}
-        log.write(row | {'elapsed': time.time() - began}, rank)
-        print0('\n'.join(table({k: row[k] for k in ('student', 'teacher')} if held_out else {})))
     clock = Clock(place.device)
     with interruptible() as caught:
         for step in range(done + 1, steps + 1):
             clock.start()
             # 1. prompts: a function of (step, seed); each slot of the step goes to one rank
-            order = prompt_order(len(train), cfg['prompts_per_step'], step, cfg['seed'])
+            order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
             slots = range(rank, cfg['prompts_per_step'], world)
-            mine = [train[order[i]] for i in slots]
+            mine = [setup.train[order[i]] for i in slots]
 
             # 2. rollout: every answer is a function of (weights, seed, step, slot, sample) alone
             with gathered(student):
@@ -311,7 +347,7 @@ def main(cfg):
             # 3. rows: mask m (B, T) -> weights (B, T), which sum to 1 over all ranks
             m = positions(roll, cfg['positions'], cfg.get(cfg['positions'], 0))
             reading = None
-            if not same_ids:                 # the teacher reads the same text in its own tokens
+            if not setup.same_ids:             # the teacher reads the same text in its own tokens
                 reading = read_rollout(roll, [tok_t.chat(p.question) for p in mine], tok, tok_t,
                                        teacher.config.context, cfg['pair'], cfg['teacher_ids'])
                 m &= reading.at >= 0
@@ -322,9 +358,9 @@ def main(cfg):
 
             # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
             mu = {f'{term}_weight': weight_at(step, steps, cfg[f'{term}_weight']) for term in ('oprd', 'opd')}
-            sums = accumulate(student, teacher, roll, w, layers, cfg['rep_loss'], cfg['token_budget'], world,
-                              opd=opd, probe=probe, drift=cfg['positions'] == 'drift',
-                              reading=reading, bridge=bridge, normalise=cfg['bridge_normalise'],
+            sums = accumulate(student, teacher, roll, w, setup.phi, cfg['rep_loss'], cfg['token_budget'],
+                              world, opd=opd, probe=probe, drift=cfg['positions'] == 'drift',
+                              reading=reading, bridge=setup.bridge, normalise=cfg['bridge_normalise'],
                               lap=clock.lap, **mu)
 
             # 6. update
@@ -342,8 +378,8 @@ def main(cfg):
             if not math.isfinite(row['loss'] + row['grad_norm']):
                 raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                                 'nothing of this step is saved; lower lr=')
-            if held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
-                row |= examine(student, f'step {step}')
+            if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
+                row |= examine(cfg, setup, place, f'step {step}')
             log.write(row | {'elapsed': time.time() - began}, rank)
             if step % cfg['log_every'] == 0 or step == steps:
                 print0(step_line(row, steps, clock.eta(steps - step)))
@@ -353,12 +389,6 @@ def main(cfg):
             if halt and step < steps:
                 print0(f'stopped after step {step}; the same command goes on from there')
                 raise KeyboardInterrupt
-    if rank == 0:
-        results = summary(log.rows)
-        figures.curve([out], out / 'curve.png')
-        write_json(out / 'results.json', results)
-        print0('\n'.join(show(results)))
-        print0(f"{out}: {results['seconds']:.0f} s in all; model in last/, figure in curve.png")
 
 
 def step_metrics(roll, sums, tok, problems, reading, oprd_weight, opd_weight):

@@ -3,13 +3,15 @@ Run folders -> figures and tables. Reads log.jsonl and nothing else.
 
     python figures.py out/toy                     out/toy/curve.png
     python figures.py out/a out/b out/c           three runs in one figure, in the first one's folder
+    python figures.py out/toy_bridge_stage1       a bridge, or several: out/toy_bridge_stage1/bridge.png
     python figures.py --run toy_comparison        every run of configs/toy_comparison.py, one a core, then
                                                   table.md and curves.png in out/toy_comparison
 
 Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's
 Figure 4). Right: mean cosine of the matched states, and thin lines for each layer (Figure 6).
 A comparison is a Python file with `seeds`, `runs` = {name: command line of distill.py} and, if wanted,
-`panels` = {title: names} of its figure; a run that was interrupted goes on, one that is finished is read.
+`panels` = {title: names} of its figure and `bridges` = {name: command line of bridge.py}, whose folder a
+run calls {name}; a run that was interrupted goes on, one that is finished is read.
 """
 import os
 import re
@@ -23,7 +25,7 @@ from statistics import fmean, median
 import torch
 from tqdm import tqdm
 
-from files import Log, whole
+from files import Log, read_json, whole
 from runtime import ROOT, UserError, run
 
 # ---- one figure of a few runs -----------------------------------------------------------------
@@ -71,6 +73,37 @@ def curve(folders, file):
     finish(fig, (acc, rep), file)
 
 
+def bridges(folders, file):
+    """Stage 1 of OPRD-Bridge, one fit or several -> a PNG. Left: held-out cosine against rank (Figure 12),
+    with the controls of a single one; right: every layer at the rank that is used. A teacher that reads
+    gibberish shows in the right half, at the last layer, and not in the mean."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    fig, (rank, layer) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    words = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs', 'mean_only': 'mean alone'}
+    colors = iter(f'C{i}' for i in range(99))
+    for folder in folders:
+        made = read_json(Path(folder) / 'bridge.json')
+        layers = {int(l): v for l, v in made['layers'].items()}
+        for key, word in words.items() if len(folders) == 1 else [('cos', Path(folder).name)]:
+            color = next(colors)
+            ranks = [int(r) for r in layers[max(layers)][key]]
+            each = [[v[key][str(r)] for r in ranks] for v in layers.values()]
+            for line in each if key == 'cos' and len(folders) == 1 else ():
+                rank.plot(ranks, line, color=color, lw=0.5, alpha=0.4)
+            dots = dict(color=color, marker='o', ms=3)
+            rank.plot(ranks, [fmean(v) for v in zip(*each, strict=True)], label=word, **dots)
+            layer.plot(list(layers), [v[key][str(made['used'])] for v in layers.values()],
+                       label=f"{word}, rank {made['used']}", **dots)
+        if len(folders) == 1:
+            rank.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
+    rank.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
+    layer.set(xlabel='student layer', xticks=list(layers), title='each layer')
+    finish(fig, (rank, layer), file)
+
+
 def finish(fig, axes, file):
     """Grid, legends, and the file, whole."""
     from matplotlib import pyplot as plt
@@ -86,13 +119,13 @@ def finish(fig, axes, file):
 
 # ---- a comparison: many runs, a table, a figure -------------------------------------------------
 
-def launch(jobs):
-    """distill.py on each {folder: command line}, one process a core with one thread each; a finished
+def launch(script, jobs):
+    """A script on each {folder: command line}, one process a core with one thread each; a finished
     folder costs seconds. The first failure is a UserError, once the others have ended."""
     env, failed = {**os.environ, 'OMP_NUM_THREADS': '1'}, []
 
     def one(folder, args):
-        done = subprocess.run([sys.executable, ROOT / 'distill.py', *args], env=env, text=True,
+        done = subprocess.run([sys.executable, ROOT / script, *args], env=env, text=True,
                               capture_output=True)
         return folder, done.returncode, (done.stderr.strip().splitlines() or ['no message'])[-1]
     with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run') as bar:
@@ -131,7 +164,12 @@ def compare(study):
     if len(set(folder.values())) < len(folder):
         raise UserError(f'{file}: two names or seeds share a folder; make them differ in letters or digits')
     print(f'{file.stem}: {len(folder)} runs in {out}')
-    launch({f: [*runs[name], f'seed={s}', f'out_dir={f}'] for (name, s), f in folder.items()})
+    fits = plan.get('bridges', {})
+    stage1 = {s: {name: out / f'{slug(name)}-stage1-s{s}' for name in fits} for s in seeds}
+    launch('bridge.py', {f: [*fits[name], f'seed={s}', f'bridge={f}'] for s in seeds
+                         for name, f in stage1[s].items() if not (f / 'bridge.json').exists()})
+    launch('distill.py', {f: [*(a.format(**stage1[s]) for a in runs[name]), f'seed={s}', f'out_dir={f}']
+                          for (name, s), f in folder.items()})
     logs = {name: [read_log(folder[name, s]) for s in seeds] for name in runs}
     metrics = {accuracy(rows)[1] for many in logs.values() for rows in many}
     if len(metrics) > 1 or None in metrics:
@@ -203,6 +241,11 @@ def main(args):
         return compare(args[1])
     if not args or args[0].startswith('-'):
         raise UserError('no run folder given; python figures.py out/toy, or --run toy_comparison')
+    if all((Path(folder) / 'bridge.json').exists() for folder in args):
+        file = Path(args[0]) / 'bridge.png'
+        bridges(args, file)
+        print(file)
+        return
     for folder in args:
         if not (Path(folder) / 'log.jsonl').exists():
             raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')

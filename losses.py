@@ -39,6 +39,13 @@ def layer_map(l, L_s, L_t):
     return (2 * (l - 1) * (L_t - 1) + L_s - 1) // (2 * (L_s - 1)) + 1
 
 
+def layer_pairs(layers, L_s, L_t, teacher_layers='depth'):
+    """phi: {student layer: teacher layer}, by Eq. (11) or as the list teacher_layers says, one for each."""
+    if isinstance(teacher_layers, list):
+        return dict(zip(layers, teacher_layers, strict=True))
+    return {l: layer_map(l, L_s, L_t) for l in layers}
+
+
 # ---- which positions, with what weight --------------------------------------------------------
 
 def positions(roll, which='all', size=0):

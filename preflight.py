@@ -7,7 +7,7 @@ models and the run into memory? `--dry-run` shows all of it and stops. Nothing h
 import torch
 
 from data import check_ids
-from losses import ever, layer_set, weight_at
+from losses import ever, layer_pairs, layer_set, weight_at
 from model import read_config
 from runtime import UserError, print0
 
@@ -16,19 +16,19 @@ GiB = 2**30
 
 def preflight(cfg, place, tok, tok_t, train, held_out):
     """Look before the leap: the pair, the lengths, the memory; a line each, or a UserError.
-    -> (student layers, stop ids, longest sequence)."""
+    -> (phi {student layer: teacher layer}, stop ids, longest sequence)."""
     student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
     hidden, bridge = ever(cfg['oprd_weight']), bool(cfg['bridge'])
     byte = cfg['opd'] == 'byte' and not hidden
-    lines = check_pair(student, teacher, tok, tok_t, cfg['layers'], train[0].question, hidden, bridge or byte)
+    lines = check_pair(student, teacher, tok, tok_t, train[0].question, hidden, bridge or byte)
     vanilla = student.d == teacher.d and tok.words == tok_t.words
-    layers = layer_set(cfg['layers'], student.L) if bridge or vanilla else []
+    phi = match_layers(cfg, student.L, teacher.L) if bridge or vanilla else {}
     if tok.words != tok_t.words and ever(cfg['opd_weight']) and cfg['opd'] != 'byte':
         raise UserError(f"opd={cfg['opd']!r} compares token by token, but the tokenizers differ; use "
                         "opd='byte'")
     if cfg['opd'] == 'byte' and cfg['teacher_ids'] == 'student' and tok.words != tok_t.words:
         raise UserError("opd='byte' needs a teacher that reads the text; set teacher_ids=text")
-    if hidden and not layers:
+    if hidden and not phi:
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     lines += check_objective(cfg)
     if cfg['prompts_per_step'] < place.world:
@@ -42,7 +42,7 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
             if problems and prompt + new > c.context:
                 raise UserError(f'{side}: reads {c.context} tokens, but the longest prompt has {prompt} and '
                                 f'{key}={cfg[key]} allows {new} more; lower {key}')
-    need = memory_estimate(cfg, student, teacher, layers, longest, place)
+    need = memory_estimate(cfg, student, teacher, phi, longest, place)
     free = f' of {torch.cuda.mem_get_info()[0] / GiB:.1f} free' if place.device.type == 'cuda' else ''
     print0('\n'.join(f'  {line}' for line in lines))
     print0(f'  student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; '
@@ -50,9 +50,24 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
     if cfg['dry_run']:
         print0('\n'.join(f'    {n / GiB:8.2f} GiB  {name}' for name, n in need.items()))
         print0(f"  plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers over "
-               f'{place.world} rank(s); {len(train)} training problems; layers {layers}')
+               f'{place.world} rank(s); {len(train)} training problems; layers '
+               f'{phi}')
     theirs = tok_t.stop_ids if tok.words == tok_t.words else []              # ids of another mean others
-    return layers, sorted({*tok.stop_ids, *theirs}), longest
+    return phi, sorted({*tok.stop_ids, *theirs}), longest
+
+
+def match_layers(cfg, L_s, L_t):
+    """phi {student layer: teacher layer} of this config, for models of depths L_s and L_t, or a UserError."""
+    layers, teachers = cfg['layers'], cfg['layer_map']
+    if isinstance(layers, list) and max(layers) > L_s:
+        raise UserError(f'layers={layers}, but the student has {L_s}; choose from 1 to {L_s}')
+    layers = layer_set(layers, L_s)
+    if isinstance(teachers, list) and (len(teachers) != len(layers) or max(teachers) > L_t):
+        raise UserError(f'layer_map={teachers}: give a teacher layer, 1 to {L_t}, for each of layers '
+                        f'{layers}')
+    if teachers == 'cka' and not cfg['bridge']:
+        raise UserError("layer_map='cka' is found by bridge.py; make a bridge, or give a list")
+    return layer_pairs(layers, L_s, L_t, teachers)
 
 
 def check_objective(cfg):
@@ -63,6 +78,8 @@ def check_objective(cfg):
     for key in ('opd_future', 'opd_baseline'):
         if cfg[key] and cfg['opd'] != 'sampled':
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={cfg['opd']!r}; drop one of them")
+    if cfg['bridge'] and cfg['positions'] == 'drift':
+        raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
     if not ever(cfg['opd_weight']):
         return []
     if cfg['opd'] == 'sampled' and cfg['kl_direction'] == 'forward':
@@ -78,7 +95,7 @@ def check_objective(cfg):
     return []
 
 
-def memory_estimate(cfg, student, teacher, layers, longest, place):
+def memory_estimate(cfg, student, teacher, phi, longest, place):
     """Bytes per rank, by what they are for. Activations are a rough count: per token and block, what
     a gated MLP and attention keep for their backward, or one state where blocks are recomputed."""
     size = 2 if place.dtype == torch.bfloat16 else 4
@@ -87,6 +104,7 @@ def memory_estimate(cfg, student, teacher, layers, longest, place):
     kept = student.d if cfg['checkpointing'] else 14 * student.d + 5 * student.ff
     kv = 2 * student.L * student.G * student.e * size                        # bytes of a token
     weights = student.count()
+    row = 4 * cfg['bridge_rank'] if cfg['bridge'] and cfg['bridge_rank'] else teacher.d * size
     # the head's gradient in float32, beside it its cast, the gathered head and what is reduced over ranks
     each = 4 if size == 4 and place.world == 1 else 4 + 2 * size + 4
     head = (each * student.V * student.d + 16 * student.V * cfg['head_rows']) * ever(cfg['opd_weight'])
@@ -95,26 +113,23 @@ def memory_estimate(cfg, student, teacher, layers, longest, place):
         'student weights gathered for sampling': weights * size * (place.world > 1 or size == 2),
         'teacher weights': teacher.count() * size,
         'KV cache while sampling': max(rows, cfg['eval_rows'] if cfg['eval_data'] else 0) * longest * kv,
-        'teacher rows of a micro-batch': len(layers) * tokens * teacher.d * size,
+        'teacher rows of a micro-batch': len(phi) * tokens * row,
         'activations of a micro-batch': tokens * kept * student.L * size,
         "the LM head's gradient and a chunk of logits": head,
     }
 
 
-def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True, bridge=False):
+def check_pair(student, teacher, tok_s, tok_t, question, hidden=True, bridge=False):
     """Everything about a pair that can be wrong in silence -> list of one-line findings.
 
-    student, teacher: ModelConfig. tok_s, tok_t: Tokenizer. layers: the config's choice.
-    question: a training question, to compare both chat templates. hidden: are hidden states
-    compared, or output distributions alone (any widths)? bridge: through one, so any widths and any
-    tokenizers. Raises UserError.
+    student, teacher: ModelConfig. tok_s, tok_t: Tokenizer. question: a training question, to compare
+    both chat templates. hidden: are hidden states compared, or output distributions alone (any widths)?
+    bridge: through one, so any widths and any tokenizers. Raises UserError.
     """
     if student.d != teacher.d and hidden and not bridge:
         raise UserError(f'student width {student.d}, teacher width {teacher.d}: Eq. (6) compares states '
                         'number by number; choose a teacher of the same width, make a bridge (bridge.py), or '
                         'set oprd_weight=0 opd_weight=1')
-    if isinstance(layers, list) and max(layers) > student.L:
-        raise UserError(f'layers={layers}, but the student has {student.L}; choose from 1 to {student.L}')
     vocab_s, vocab_t = tok_s.words, tok_t.words
     shared = vocab_s.keys() & vocab_t.keys()
     wrong = next((w for w in shared if vocab_s[w] != vocab_t[w]), None)
@@ -131,7 +146,7 @@ def check_pair(student, teacher, tok_s, tok_t, layers, question, hidden=True, br
     prompt_s, prompt_t = tok_s.render(question), tok_t.render(question)
     lines = [f'vocabulary: {len(shared)} tokens with the same id on both sides; only the student has '
              f'{len(vocab_s) - len(shared)} more, only the teacher {len(vocab_t) - len(shared)}',
-             f'widths {student.d} and {teacher.d}, {student.L} student layers onto {teacher.L} by Eq. (11): '
+             f'widths {student.d} and {teacher.d}, {student.L} student layers onto {teacher.L}: '
              + ('output distributions are compared, hidden states are not' if not hidden else
                 'hidden states are compared' + ' through the bridge' * bridge),
              f'stop ids: student {tok_s.stop_ids}, teacher {tok_t.stop_ids}; answers end at any of them']

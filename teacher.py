@@ -14,20 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from losses import layer_map
 from runtime import UserError
 
 
 @torch.no_grad()
-def hidden_rows(teacher, ids, wanted, L_s, bridge=None):
+def hidden_rows(teacher, ids, wanted, phi, bridge=None):
     """Teacher states that correspond to a student's -> {layer: (K, d)}, each a tensor of its own
     (layer_loss overwrites it).
 
-    ids: (B, T). wanted: {student layer, or 'head' for the last: flat positions (K,) of ids}. L_s: the
-    student's depth, for Eq. (11). Only those rows are kept, layer by layer; with a bridge only their
-    projections (K, r), but for the 'head'.
+    ids: (B, T). wanted: {student layer, or 'head' for the last: flat positions (K,) of ids}. phi: {student
+    layer: teacher layer}. Only those rows are kept, layer by layer; with a bridge only their projections
+    (K, r), but for the 'head'.
     """
-    phi = {l: layer_map(L_s if l == 'head' else l, L_s, teacher.config.L) for l in wanted}
+    phi = {l: teacher.config.L if l == 'head' else phi[l] for l in wanted}
 
     def keep(t, h):
         rows = {l: h.flatten(0, 1)[at] for l, at in wanted.items() if phi[l] == t}

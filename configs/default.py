@@ -68,6 +68,8 @@ config = dict(
 
     # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
     bridge='',                  # folder that bridge.py writes (stage 1) and distill.py reads; '' = Eq. (6)
+    layer_map='depth',          # teacher layer of each student layer: 'depth' (11), 'cka' (bridge.py looks
+                                # for the most alike states), or a list, one for each of `layers`
     bridge_rank=0,              # rank r of the interface; 0 = the one Theorem 3 recommends
     bridge_normalise=True,      # L2-normalise both projections (3.3.3); False = Eq. (14) to the letter
     pair='floor',               # teacher with another vocabulary: a position takes the teacher's last state
@@ -76,7 +78,8 @@ config = dict(
                                 # authors' code does; only to reproduce the published setting
     bridge_prompts=2000,        # problems answered by the student for the fit
     bridge_held_out=0.1,        # share of them kept for judging
-    bridge_fit='ridge',         # 'ridge': closed form, every rank at once; 'adamw': 20 epochs (Algorithm 1)
+    bridge_fit='ridge',         # 'ridge': closed form, every rank at once; 'adamw': 20 epochs (Algorithm 1);
+                                # controls: 'random' P_S, or 'shuffled' pairs
     bridge_ridge=1e-4,          # penalty, as a share of the student states' variance
     bridge_bias=True,           # centre the student's side; False = Eq. (13) to the letter
     bridge_lr=1e-3,             # of 'adamw' (the authors' code: 1e-4)
@@ -143,8 +146,9 @@ checks = dict(
     opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=positive,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,
-    pair=('floor', 'exact'), teacher_ids=('text', 'student'), bridge_rank=(0, inf), bridge_prompts=(2, inf),
-    bridge_held_out=(1e-6, 0.9), bridge_fit=('ridge', 'adamw'), bridge_ridge=(0, 1e3), bridge_lr=(0, 10),
+    layer_map=('depth', 'cka', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
+    bridge_rank=(0, inf), bridge_prompts=(2, inf), bridge_held_out=(1e-6, 0.9), bridge_ridge=(0, 1e3),
+    bridge_fit=('ridge', 'adamw', 'random', 'shuffled'), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
     beta1=(0, 0.9999), beta2=(0, 0.99999), weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
     eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),

@@ -5,10 +5,11 @@ from conftest import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import accumulate
-from losses import layer_loss, layer_map, layer_set, oprd_loss, position_weights, positions
+from losses import layer_loss, layer_map, layer_pairs, layer_set, oprd_loss, position_weights, positions
 from rollout import Rollout, micro_batches, sample
 from teacher import hidden_rows
 
+PHI = {1: 1, 2: 2, 3: 3}
 SETS = [('all', 0), ('last', 0), ('last_k', 3), ('last_k', 100), ('first_k', 2), ('last_frac', 0.3), ('first_frac', 0.5)]
 
 
@@ -101,11 +102,11 @@ def test_layer_by_layer_equals_autograd_through_the_model(kind, recompute):
     w = position_weights(positions(roll, 'last_k', 3))
     at = w.flatten().nonzero().squeeze(-1)
     plain = tiny_model(0)
-    h_t = hidden_rows(teacher, roll.ids, dict.fromkeys([1, 2, 3], at), 3)
+    h_t = hidden_rows(teacher, roll.ids, dict.fromkeys(PHI, at), PHI)
     oprd_loss(plain.hidden(roll.ids, [1, 2, 3], at), list(h_t.values()), w.flatten()[at], kind).backward()
     fused = tiny_model(0)
     fused.checkpointing = recompute
-    accumulate(fused, teacher, roll, w, [1, 2, 3], kind, budget=10**6)
+    accumulate(fused, teacher, roll, w, PHI, kind, budget=10**6)
     for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
         if name == 'head.weight':
             assert a.grad is None and b.grad is None
@@ -121,7 +122,7 @@ def test_micro_batches_do_not_change_the_gradient(layers, average):
     w = position_weights(positions(roll, 'all'), average)
     for budget in (1, 20, 30, 10**6):
         model = tiny_model(0)
-        sums = accumulate(model, teacher, roll, w, layers, 'mse', budget)
+        sums = accumulate(model, teacher, roll, w, {l: l for l in layers}, 'mse', budget)
         results.append((sums, [p.grad for p in model.parameters() if p.grad is not None]))
     for sums, grads in results[:-1]:
         assert torch.allclose(sums, results[-1][0], rtol=1e-6)
@@ -141,7 +142,7 @@ def test_logged_cosines_keep_their_layers_through_length_sorting():
     """Metrics of sorted micro-batches must not be permuted: each layer against its own direct cosine."""
     roll, student, teacher = rollout(), tiny_model(0), tiny_model(1)
     m = positions(roll, 'all')
-    sums = accumulate(student, teacher, roll, position_weights(m, 'token'), [1, 2, 3], 'mse', budget=15)
+    sums = accumulate(student, teacher, roll, position_weights(m, 'token'), PHI, 'mse', budget=15)
     assert sums[7] == pytest.approx(1)
     for l, cos in enumerate(sums[8:], 1):
         s, t = student.hidden(roll.ids, [l])[0][m], teacher.hidden(roll.ids, [l])[0][m]
@@ -197,7 +198,7 @@ def test_no_tensor_has_an_axis_of_vocabulary_size(tied):
     roll = rollout(V=V)
     w = position_weights(positions(roll, 'all'))
     with Shapes() as watch:
-        accumulate(student, teacher, roll, w, [1, 2, 3], 'mse', 10**6)
+        accumulate(student, teacher, roll, w, PHI, 'mse', 10**6)
     assert (5, 13, d) in watch.seen                                       # it did watch
     assert {s for s in watch.seen if V in s} == {(V, d)}
     with Shapes() as watch:
@@ -210,7 +211,7 @@ def test_the_teacher_is_left_as_it_was():
     before = [p.clone() for p in teacher.parameters()]
     opt = torch.optim.AdamW(student.parameters(), lr=0.1)
     for _ in range(3):
-        accumulate(student, teacher, rollout(), position_weights(positions(rollout())), [1, 2, 3], 'mse', 20)
+        accumulate(student, teacher, rollout(), position_weights(positions(rollout())), PHI, 'mse', 20)
         opt.step()
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters(), strict=True))
 
@@ -219,7 +220,8 @@ def test_two_student_layers_may_share_a_teacher_layer():
     """Deeper student: rows of one teacher layer serve twice, and the first loss overwrites its own copy."""
     shallow, roll = tiny_model(1, L=2), rollout()
     at = torch.arange(6)
-    h_t = hidden_rows(shallow, roll.ids, dict.fromkeys([1, 2, 3, 4, 5], at), 5)
+    phi = layer_pairs([1, 2, 3, 4, 5], 5, 2)
+    h_t = hidden_rows(shallow, roll.ids, dict.fromkeys(phi, at), phi)
     want = shallow.hidden(roll.ids, [1, 2], at)
     assert [bool(torch.equal(h_t[l], want[1])) for l in (1, 2, 3, 4, 5)] == [False, False, True, True, True]
     assert len({h.data_ptr() for h in h_t.values()}) == 5

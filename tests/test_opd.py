@@ -29,6 +29,7 @@ from losses import (
 from rollout import Rollout
 from teacher import hidden_rows
 
+PHI = {1: 1, 2: 2, 3: 3}
 V, SUPPORTS, TAILS, KLS = 13, ('student', 'teacher', 'union'), ('renorm', 'bucket', 'drop', 'weights'), ('reverse', 'forward')
 VARIANTS = [dict(kind='full', direction=d) for d in KLS] + [
     dict(kind='topk', support=s, tail=t, direction=d, k=k) for s, t, d, k in product(SUPPORTS, TAILS, KLS, (1, 4, V, 99))]
@@ -333,7 +334,7 @@ def composite(budget, oprd_weight=0.3, opd_weight=1.7, layers=(1, 3), recompute=
     student.checkpointing = recompute
     roll = rollout(V=33)
     w = position_weights(positions(roll, 'last_k', 4))
-    sums = accumulate(student, teacher, roll, w, list(layers), 'mse', budget, 1.9, oprd_weight=oprd_weight,
+    sums = accumulate(student, teacher, roll, w, {l: l for l in layers}, 'mse', budget, 1.9, oprd_weight=oprd_weight,
                       opd_weight=opd_weight, opd=partial(opd_loss, vocab=33, chunk=3, **how), drift=drift)
     return sums, {n: p.grad for n, p in student.named_parameters()}
 
@@ -348,7 +349,7 @@ def test_equation_7_through_the_model(layers, oprd_weight, how, tied):
     w = position_weights(positions(roll, 'last_k', 4)).flatten()
     at = w.nonzero().squeeze(-1)
     w, y, answer = w[at], roll.ids.flatten()[at + 1], at // roll.ids.shape[1]
-    h_t = hidden_rows(teacher, roll.ids, dict.fromkeys([1, 2, 3], at), 3)
+    h_t = hidden_rows(teacher, roll.ids, dict.fromkeys(PHI, at), PHI)
     h = student.hidden(roll.ids, [1, 2, 3], at)
     logits = student.head(h[-1])[:, :33]
     if how.get('future'):
@@ -393,7 +394,7 @@ def test_a_probe_looks_and_changes_nothing():
         student = tiny_model(0, V=V_big)
         student.head.requires_grad_(False)
         with Shapes() as watch:
-            sums = accumulate(student, teacher, roll, w, [1, 2], 'mse', budget, opd=partial(opd_loss, vocab=900), probe=look)
+            sums = accumulate(student, teacher, roll, w, {1: 1, 2: 2}, 'mse', budget, opd=partial(opd_loss, vocab=900), probe=look)
         results.append((sums, [p.grad for p in student.parameters()]))
         rows = {s for s in watch.seen if (V_big in s or 900 in s) and V_big not in s[:1] and 900 not in s[:1] and s[0] != 20}
         assert bool(rows) == (look is not None) and all(s[0] <= K for s in rows)

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data import load_tokenizer
 from model import read_config
-from preflight import check_pair
+from preflight import check_pair, match_layers
 from runtime import UserError
 
 
@@ -14,7 +14,7 @@ from runtime import UserError
 def pair(toy_cfg):
     c, tok = read_config(toy_cfg['student']), load_tokenizer(toy_cfg['student'])
     return dict(student=c, teacher=read_config(toy_cfg['teacher']), tok_s=tok,
-                tok_t=load_tokenizer(toy_cfg['teacher']), layers='all', question='1+2')
+                tok_t=load_tokenizer(toy_cfg['teacher']), question='1+2')
 
 
 def test_a_good_pair(pair):
@@ -43,10 +43,20 @@ def test_refused_pairs(pair):
         check_pair(**pair | {'teacher': replace(pair['teacher'], d=32)})
     lines = check_pair(**pair | {'teacher': replace(pair['teacher'], d=32), 'hidden': False})
     assert any(line.startswith('widths 24 and 32') and 'hidden states are not' in line for line in lines)
-    with pytest.raises(UserError, match='but the student has 3'):
-        check_pair(**pair | {'layers': [1, 4]})
     with pytest.raises(UserError, match='do not belong together'):
         check_pair(**pair | {'student': replace(pair['student'], V=20)})
     pair['tok_t'].words = swapped(pair['tok_t'])
     with pytest.raises(UserError, match='tokenizers differ.*gibberish'):
         check_pair(**pair)
+
+
+def test_layers_by_depth_and_by_hand(toy_cfg):
+    """Eq. (11) or a list, one for each; what does not fit is refused."""
+    def match(**keys):
+        return match_layers({'bridge': '', 'layer_map': 'depth', 'layers': 'all'} | keys, 3, 5)
+    assert match() == {1: 1, 2: 3, 3: 5} and match(layer_map=[1, 1, 4]) == {1: 1, 2: 1, 3: 4}
+    assert match(layers=[3, 1], layer_map=[2, 5]) == {1: 2, 3: 5} and match(layer_map='cka', bridge='x')[3] == 5
+    for keys, says in ((dict(layers=[1, 4]), 'but the student has 3'), (dict(layer_map=[1, 2]), 'for each of layers'),
+                       (dict(layer_map=[1, 2, 6]), '1 to 5'), (dict(layer_map='cka'), 'found by bridge.py')):
+        with pytest.raises(UserError, match=says):
+            match(**keys)

@@ -34,7 +34,7 @@ def gradient(student, teacher, budget, rank, world, opd='none'):
     terms = dict(opd_weight=0.7, opd=partial(opd_loss, kind=opd, k=4, chunk=5)) if opd not in ('none', 'probe') else {}
     if opd == 'probe':
         terms = dict(probe=spread(roll, m, 1, 0.3), opd=opd_loss)
-    sums = all_reduce(distill.accumulate(student, teacher, roll, w, [1, 3], 'mse', budget, factor=world, **terms))
+    sums = all_reduce(distill.accumulate(student, teacher, roll, w, {1: 1, 3: 3}, 'mse', budget, factor=world, **terms))
     grads = {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     return grads, sums, roll
 

@@ -1,0 +1,34 @@
+"""
+The README's table of unlike models: a teacher of other depth and width, through a bridge, by output
+distributions alone, by both, and the controls.
+
+    python figures.py --run toy_bridge_study      stage 1 once a seed and fit, then the runs, table and figure
+"""
+pair = ['configs/toy_bridge.py', 'eval_every=100']
+alone = ['bridge=', 'oprd_weight=0', 'opd_weight=1', 'steps=300']
+
+seeds = [0, 1, 2]
+bridges = {     # name: command line of bridge.py; a run that says {name} waits for it
+    'ridge': pair,
+    'adamw': [*pair, 'bridge_fit=adamw'],
+    'random': [*pair, 'bridge_fit=random'],
+}
+runs = {
+    'bridge, r = 16': [*pair, 'bridge={ridge}'],
+    'bridge, then full KL': ['configs/toy_bridge_opd.py', 'bridge={ridge}'],
+    'bridge, then top-16': ['configs/toy_bridge_opd.py', 'bridge={ridge}', 'opd=topk'],
+    'full KL alone': [*pair, *alone, 'opd=full', 'lr=6e-4'],
+    'top-16 alone': [*pair, *alone, 'opd=topk', 'lr=6e-4'],
+    'bridge, 300 steps': [*pair, 'bridge={ridge}', 'steps=300'],
+    'r = 4': [*pair, 'bridge={ridge}', 'bridge_rank=4'],
+    'r = 64': [*pair, 'bridge={ridge}', 'bridge_rank=64'],
+    "Theorem 3's rank": [*pair, 'bridge={ridge}', 'bridge_rank=0'],
+    'AdamW fit, r = 16': [*pair, 'bridge={adamw}'],
+    'random P_S, r = 16': [*pair, 'bridge={random}'],
+}
+panels = {
+    'unlike depth and width': ['bridge, r = 16', 'bridge, then full KL', 'full KL alone',
+                               'bridge, 300 steps'],
+    'ranks, 200 steps': ['r = 4', 'bridge, r = 16', 'r = 64', "Theorem 3's rank"],
+    'controls, 200 steps': ['bridge, r = 16', 'AdamW fit, r = 16', 'random P_S, r = 16'],
+}
