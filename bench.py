@@ -3,6 +3,10 @@ Speed and memory, ours beside its peers, on random weights at true shapes. Downl
 
     python bench.py head                          losses under the LM head: peak bytes, seconds
     python bench.py update --model smollm2        one update at equal lengths: OPRD, OPD, both
+    python bench.py bridge                        the toy's bridge in closed form beside 20 epochs of AdamW:
+                                                  model forwards, seconds, held-out cosine at every rank
+    python bench.py pair --tokenizers A B --data problems.parquet
+                                                  text pairing: bytes a second, share of exact positions
 
 Each line of a table is measured in a process of its own, so that no case inherits another's memory; it
 is also printed as one JSON line with machine, versions and dtype. Peak is what a case needs beyond its
@@ -17,20 +21,27 @@ import argparse
 import importlib.util
 import json
 import platform
+import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from data import load_problems, load_tokenizer
 from distill import accumulate, adamw
 from losses import opd_loss, opd_rows, position_weights, positions
 from model import PRESETS, Model, init_weights
+from next_byte import ByteTable, byte_loss
 from rollout import Rollout
 from runtime import ROOT, UserError, run, shard, start, versions
+from teacher import pair_text
 
 MB = 1e6
 
@@ -130,9 +141,18 @@ def head_cases(args, place):
         peer = importlib.import_module('liger_kernel.ops.fused_linear_jsd').LigerFusedLinearJSDFunction
         loss = peer.apply(h, W, h_t, W_t, None, 1.0)                         # beta 1: reverse KL
         torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, (h, W))
+    def next_byte(written):
+        loss, _ = byte_loss(h, W, h_t, W_t, y, w, written=written, table_s=table, table_t=table,
+                            chunk=args.chunk)
+        torch.autograd.grad(loss, (h, W))
+    rng = random.Random(0)                   # words of 1 to 8 of 64 bytes; 6 rows in 100 inside a token
+    words = [bytes(rng.choices(range(64), k=rng.randint(1, 8))) for _ in range(c.V)]
+    table = ByteTable(words, [], c.V, place.device)
+    written = [rng.choice(words)[:1] if rng.random() < 0.06 else b'' for _ in range(args.rows)]
     scheme = partial(liger_scheme, h.detach(), W.detach(), h_t, W_t, w)
     cases = {'full KL': partial(ours, 'full'), 'full KL, forward': partial(ours, 'full', direction='forward'),
              'top-16': partial(ours, 'topk'), 'sampled': partial(ours, 'sampled'),
+             'next byte': partial(next_byte, written),
              "Liger's scheme": scheme, 'whole logits': whole}
     peer = place.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
     return cases | ({'Liger': liger} if peer else {})
@@ -172,6 +192,59 @@ def update_cases(args, place):
     return {'OPRD': partial(update, 1.0, 0.0), **opd, 'OPRD + top-16': partial(update, 1.0, 1.0, kind='topk')}
 
 
+# ---- pair: the student's answers in the teacher's tokens -------------------------------------------
+
+def pairing(args, place):
+    """Cut the questions of a problem set as the student would, pair them with the teacher's tokens."""
+    if not (args.tokenizers and args.data):
+        raise UserError('pair: give --tokenizers STUDENT TEACHER and --data PROBLEMS')
+    tok_s, tok_t = (load_tokenizer(path) for path in args.tokenizers)
+    texts = [p.question for p in load_problems(args.data, tok_s, args.rows)]
+    texts = [t if isinstance(t, str) else ''.join(m['content'] for m in t) for t in texts]
+    answers = [tok_s.encode(t, special=False) for t in texts]
+    size = sum(len(tok_s.pieces[i]) for answer in answers for i in answer)
+    same, seconds = tok_s.words == tok_t.words, []
+    for _ in range(args.repeat):
+        began = time.perf_counter()
+        inside = [pair_text(answer, tok_s, [0], tok_t, same=same)[2] for answer in answers]
+        seconds.append(time.perf_counter() - began)
+    count = sum(map(len, inside))
+    align = 1 - sum(int(x.sum()) for x in inside) / count
+    rate = size / MB / statistics.median(seconds)
+    print(f'pair: {len(answers)} texts, {size / MB:.2f} MB, {count} positions, {align:.3f} of them exact; '
+          f'{rate:.2f} MB/s on one core; {machine(place)}')
+    return {'texts': len(answers), 'bytes': size, 'align': align, 'mb_per_s': rate}
+
+
+# ---- bridge: one pass beside Algorithm 1 -----------------------------------------------------------
+
+def fits(args, place):
+    """Stage 1 of the toy in closed form and as Algorithm 1 does it, on the same answers."""
+    made, keys = {}, [f'bridge_prompts={args.rows}', f'device={args.device}', *args.keys]
+    print(f'bridge: configs/toy_bridge.py, {args.rows} prompts; {machine(place)}')
+    with tempfile.TemporaryDirectory() as tmp:
+        for fit in ('ridge', 'adamw'):
+            out = Path(tmp) / fit
+            if fit == 'adamw':
+                out.mkdir()
+                shutil.copy(Path(tmp) / 'ridge/rollouts.jsonl', out)
+            subprocess.run([sys.executable, ROOT / 'bridge.py', 'configs/toy_bridge.py', f'bridge={out}',
+                            f'bridge_fit={fit}', *keys], check=True, stdout=subprocess.DEVNULL)
+            made[fit] = json.loads((out / 'bridge.json').read_text())
+    got, ranks = {}, list(made['ridge']['layers']['1']['cos'])
+    for fit, m in made.items():
+        cos = {r: statistics.fmean(v['cos'][r] for v in m['layers'].values()) for r in ranks}
+        got[fit] = {'forwards': m['forwards per answer'], 'seconds': m['seconds'], 'cos': cos}
+    print(f'{"":8}{"forwards":>9}{"seconds":>9}' + ''.join(f'{"r=" + r:>7}' for r in ranks))
+    for fit, m in got.items():
+        cells = ''.join(f'{x:7.3f}' for x in m['cos'].values())
+        print(f'{fit:8}{m["forwards"]:9.0f}{m["seconds"]:9.1f}{cells}')
+    more, longer = (got['adamw'][k] / got['ridge'][k] for k in ('forwards', 'seconds'))
+    print(f'AdamW: {more:.0f}x the forwards, {longer:.0f}x the seconds; refitted for each of {len(ranks)} '
+          f'ranks, as published, {more * len(ranks):.0f}x and {longer * len(ranks):.0f}x')
+    return got
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 def machine(place):
@@ -194,6 +267,10 @@ def one_case(args, place, cases):
 
 def main(args):
     place = start(args.device, args.dtype)
+    if args.what in ('pair', 'bridge'):
+        got = (pairing if args.what == 'pair' else fits)(args, place)
+        print(json.dumps({'what': args.what, 'machine': machine(place)} | got | versions(place)))
+        return
     cases = {'head': head_cases, 'update': update_cases}[args.what]
     if args.case:
         print(one_case(args, place, cases))
@@ -224,20 +301,24 @@ def main(args):
 def arguments():
     """The command line; sizes that are not given are a few minutes' worth on two cores."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=['head', 'update'])
+    p.add_argument('what', choices=['head', 'update', 'bridge', 'pair'])
     p.add_argument('--model', choices=PRESETS, help='shape (head: r1_1p5b, update: smollm2)')
-    p.add_argument('--rows', type=int, help='head: rows under the head (2048); update: answers (4)')
+    p.add_argument('--rows', type=int, help='head: rows under the head (2048); update: answers (4); '
+                   'bridge: prompts (512); pair: texts (2000)')
     p.add_argument('--tokens', type=int, default=224, help='update: tokens of an answer')
     p.add_argument('--chunk', type=int, default=64, help='rows under the head at once')
     p.add_argument('--budget', type=int, default=32768, help='update: tokens of a micro-batch')
     p.add_argument('--checkpointing', action='store_true', help='update: recompute blocks')
     p.add_argument('--repeat', type=int, default=3)
+    p.add_argument('--tokenizers', nargs=2, metavar=('STUDENT', 'TEACHER'), help='pair: folders or hub ids')
+    p.add_argument('--data', help='pair: a problem set')
+    p.add_argument('--keys', nargs='*', default=[], help='bridge: key=value of the config')
     p.add_argument('--device', default='auto')
     p.add_argument('--dtype', default='auto')
     p.add_argument('--case', help='measure one line only')
     args = p.parse_args()
-    args.model = args.model or {'head': 'r1_1p5b', 'update': 'smollm2'}[args.what]
-    args.rows = args.rows or {'head': 2048, 'update': 4}[args.what]
+    args.model = args.model or {'head': 'r1_1p5b'}.get(args.what, 'smollm2')
+    args.rows = args.rows or {'head': 2048, 'update': 4, 'bridge': 512, 'pair': 2000}[args.what]
     if min(args.rows, args.tokens, args.chunk, args.repeat) < 1:
         raise UserError('rows, tokens, chunk and repeat begin at 1')
     return args

@@ -213,14 +213,14 @@ class Pair:
         self.aligned, self.forwards = [], 0
 
     @torch.no_grad()
-    def read(self, rows, name, layers_t=None):
+    def read(self, rows, name='', layers_t=None):
         """This rank's share of `rows`, by micro-batches -> x {student layer: (K, d_s)}, y {teacher layer:
-        (K, d_t)}, inside (K,). layers_t: if not those of phi."""
+        (K, d_t)}, inside (K,). name: of a progress bar. layers_t: if not those of phi."""
         cfg, place, (student, teacher) = self.cfg, self.place, self.models
         mine = rows[place.rank::place.world]
         groups = micro_batches([len(self.train[i].ids) + len(a) for i, a, _ in mine], cfg['token_budget'])
         layers_t = layers_t or sorted(set(self.phi.values()))
-        for group in tqdm(groups, desc=name, leave=False, disable=place.rank > 0 or None):
+        for group in tqdm(groups, desc=name, leave=False, disable=not name or place.rank > 0 or None):
             roll = as_rollout([mine[i] for i in group], self.train, place.device)
             prompts_t = {i: self.toks[1].chat(self.train[i].question) for i in set(roll.prompt.tolist())}
             seen = read_rollout(roll, prompts_t, *self.toks, teacher.config.context, cfg['pair'],
@@ -265,27 +265,34 @@ class Pair:
 
 # ---- 3. fit ----------------------------------------------------------------------------------
 
-def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20):
-    """Eq. (13) as Algorithm 1 does it: `epochs` passes of AdamW, both models reading everything again in
-    each -> {l: (P_s, b_s)}. One P_s for both classes, no bias. Components do not mix, nor do AdamW's
-    steps, so this too is every rank at once."""
+def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20, batch=16):
+    """Eq. (13) as Algorithm 1 does it: `epochs` passes of AdamW over batches of answers, both models reading
+    everything again in each -> {l: (P_s, b_s)}. One P_s for both classes, no bias. Components do not mix,
+    nor do AdamW's steps, so this too is every rank at once."""
     d_s, g = pair.models[0].config.d, torch.Generator().manual_seed(seed)
     P = {l: (torch.randn(R, d_s, generator=g) * d_s**-0.5).to(pair.place.device).requires_grad_()
          for l in pair.phi}
     opt = torch.optim.AdamW(P.values(), lr=lr)
-    for epoch in range(epochs):
-        for x, y, _ in pair.read(rows, f'epoch {epoch + 1}/{epochs}'):
-            with torch.enable_grad():
-                loss = 0.0
-                for l, t in pair.phi.items():
-                    mean, P_t = (v.float() for v in frames[l][:2])
-                    gap = x[l].float() @ P[l].t() - (y[t].float() - mean) @ P_t.t()      # (K, R)
-                    loss = loss + gap.square().sum(-1).mean()
-                loss.backward()
-            for p in P.values():
-                all_reduce(p.grad).div_(pair.place.world)
-            opt.step()
-            opt.zero_grad()
+    some = batch * pair.place.world
+    starts = range(0, len(rows) - pair.place.world + 1, some)                # a row for every rank, at least
+    with tqdm(total=epochs * len(starts), desc='adamw', disable=pair.place.rank > 0 or None) as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(rows), generator=g).tolist()
+            for i in starts:
+                count = torch.zeros((), device=pair.place.device)
+                for x, y, inside in pair.read([rows[j] for j in order[i:i + some]]):
+                    count += len(inside)
+                    for l, t in pair.phi.items():
+                        mean, P_t = (v.float() for v in frames[l][:2])
+                        with torch.enable_grad():
+                            gap = x[l].float() @ P[l].t() - (y[t].float() - mean) @ P_t.t()  # (K, R)
+                            gap.square().sum().backward()
+                all_reduce(count)
+                for p in P.values():
+                    all_reduce(p.grad).div_(count)
+                opt.step()
+                opt.zero_grad()
+                bar.update()
     zeros = torch.zeros(2, R, dtype=torch.float64, device=pair.place.device)
     return {l: (p.detach().double().expand(2, -1, -1), zeros) for l, p in P.items()}
 

@@ -16,12 +16,9 @@ bridges = {     # name: command line of bridge.py; a run that says {name} waits 
 runs = {
     'bridge, r = 16': [*pair, 'bridge={ridge}'],
     'bridge, then full KL': ['configs/toy_bridge_opd.py', 'bridge={ridge}'],
-    'bridge, then top-16': ['configs/toy_bridge_opd.py', 'bridge={ridge}', 'opd=topk'],
     'full KL alone': [*pair, *alone, 'opd=full', 'lr=6e-4'],
-    'top-16 alone': [*pair, *alone, 'opd=topk', 'lr=6e-4'],
     'bridge, 300 steps': [*pair, 'bridge={ridge}', 'steps=300'],
     'r = 4': [*pair, 'bridge={ridge}', 'bridge_rank=4'],
-    'r = 64': [*pair, 'bridge={ridge}', 'bridge_rank=64'],
     "Theorem 3's rank": [*pair, 'bridge={ridge}', 'bridge_rank=0'],
     'AdamW fit, r = 16': [*pair, 'bridge={adamw}'],
     'random P_S, r = 16': [*pair, 'bridge={random}'],
@@ -29,6 +26,6 @@ runs = {
 panels = {
     'unlike depth and width': ['bridge, r = 16', 'bridge, then full KL', 'full KL alone',
                                'bridge, 300 steps'],
-    'ranks, 200 steps': ['r = 4', 'bridge, r = 16', 'r = 64', "Theorem 3's rank"],
+    'ranks, 200 steps': ['r = 4', 'bridge, r = 16', "Theorem 3's rank"],
     'controls, 200 steps': ['bridge, r = 16', 'AdamW fit, r = 16', 'random P_S, r = 16'],
 }

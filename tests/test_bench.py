@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
+from conftest import argv
 
 from bench import liger_scheme
+from configs import load_config
 from losses import opd_loss
 from runtime import ROOT
+from toy import folder_of
 
 
 def bench(*args):
@@ -18,11 +21,30 @@ def bench(*args):
 
 
 def test_every_line_of_both_tables():
-    for what, cases in (('head', 6), ('update', 5)):
+    for what, cases in (('head', 7), ('update', 5)):
         lines = bench(what, '--model', 'toy', '--rows', '3', '--tokens', '8', '--repeat', '2').splitlines()
         rows = [json.loads(line) for line in lines[-cases:]]
         assert len({r['case'] for r in rows}) == cases == len(lines) - 2 - cases
         assert all(0 < r['low'] < 60 and r['peak_mb'] >= 0 and r['torch'] and r['machine'] for r in rows)
+
+
+def test_bridge_and_pair(toy_dir, tmp_path):
+    """Both fits read the same answers: 21 forwards to 1. Pairing of a vocabulary with itself is all exact,
+    with the merged one not."""
+    keys = [a for a in argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, toy_teacher_tokens='merged')
+            if '=' in a and not a.startswith('out_dir')]
+    lines = bench('bridge', '--rows', '20', '--keys', *keys).splitlines()
+    got = json.loads(lines[-1])
+    assert (got['ridge']['forwards'], got['adamw']['forwards']) == (1, 21) and '21x the forwards' in lines[-2]
+    assert got['ridge']['cos'].keys() == got['adamw']['cos'].keys() and got['ridge']['cos'] != got['adamw']['cos']
+    folder = folder_of(load_config(['configs/toy.py', *keys]))
+    texts = tmp_path / 'texts.txt'
+    texts.write_text('3+7=0;0*4=0;\n1*1=1;\n')       # inside 7=, ;0, 4= and 1=
+    for teacher, align in (('student', 1), ('teacher', 14 / 18)):
+        out = bench('pair', '--tokenizers', str(folder / 'student'), str(folder / teacher), '--data',
+                    str(texts), '--repeat', '1')
+        got = json.loads(out.splitlines()[-1])
+        assert got['align'] == pytest.approx(align) and (got['texts'], got['bytes']) == (2, 18) and got['mb_per_s'] > 0
 
 
 def test_memory_of_the_head_loss_grows_with_the_chunk_not_with_the_rows():

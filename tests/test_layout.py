@@ -29,11 +29,11 @@ ROOMS = {
     'preflight.py': (180, {'data', 'losses', 'model', 'runtime'}),   # keeps distill.py to the loop
     'toy.py': (235, GROUND),              # two vocabularies, the making, the checking and the reusing of a folder
     'eval_math.py': (300, GROUND | {'rollout', 'toy'}),
-    'figures.py': (250, {'files', 'runtime'}),
+    'figures.py': (265, {'files', 'runtime'}),
     'next_byte.py': (150, {'losses'}),
-    'bridge.py': (490, GROUND | {'figures', 'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
-    'bench.py': (250, {'distill', 'losses', 'model', 'rollout', 'runtime'}),
-    'distill.py': (425, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
+    'bridge.py': (500, GROUND | {'figures', 'preflight', 'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
+    'bench.py': (330, {'data', 'distill', 'losses', 'model', 'next_byte', 'rollout', 'runtime', 'teacher'}),
+    'distill.py': (455, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'toy'}),
 }
 
 
