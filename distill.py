@@ -35,8 +35,9 @@ import toy
 from bridge import load_bridge, made_for
 from configs import default, free, load_config
 from data import load_problems, load_tokenizer, prompt_order
-from eval_math import evaluate, exam_problems, grade, table
+from eval_math import evaluate, exam_problems, table
 from files import Log, open_run, read_json, resume, save, write_json
+from grader import grade
 from losses import (
     bridge_loss,
     ever,

@@ -127,6 +127,12 @@ class Cache:
         self.length = torch.zeros(B, dtype=torch.long, device=device)        # tokens held by each row
         self.longest = 0                     # an upper bound known to the host: no sync to find it
 
+    def put(self, places, other, rows):
+        """Copy `rows` (n,) of another, shorter cache to `places` (n,) of this one, but not their lengths."""
+        T = other.k.shape[3]
+        self.k[:, places, :, :T] = other.k[:, rows]
+        self.v[:, places, :, :T] = other.v[:, rows]
+
     def rows(self, keep):
         """Keep (or repeat) rows: `keep` is an index (B',)."""
         self.k = self.k[:, keep]             # one after the other: the old keys go before new values come

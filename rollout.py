@@ -1,8 +1,9 @@
 """
 The student's own answers: a KV-cached batched sampler, and the naive one it must equal.
 
-The slow text is `naive`: read everything again for every token. `sample` reads each prompt once,
-copies its cache for the n answers, then feeds one token a row; finished rows leave the batch.
+The slow text is `naive`: read everything again for every token. `stream` reads each prompt once, copies
+its cache for its answers, then feeds one token a row. A finished row's place goes to the next answer that
+waits (continuous batching), or, if none does, leaves the batch. `sample` is a stream with a row for all.
 
 Randomness is counter-based: the uniform number behind a token is a function of (seed, step, prompt,
 sample, position) alone. So an answer does not depend on its batch neighbours, on the number of
@@ -66,10 +67,11 @@ def stream_keys(seed, step, prompt, sample):
 
 
 def uniform(keys, position):
-    """The number of each stream at `position` (an int) -> float64 (B,) in [0, 1), 53 bits."""
+    """The number of each stream at `position`, an int or (B,) -> float64 (B,) in [0, 1), 53 bits."""
     if keys.device.type == 'mps':            # no float64 there
-        keys = keys.cpu()
-    return (mix(keys + signed(GOLDEN * (position + 1))) >> 11 & (1 << 53) - 1).double() * 2.0**-53
+        keys, position = keys.cpu(), torch.as_tensor(position).cpu()
+    step = (position + 1) * GOLDEN if torch.is_tensor(position) else signed(GOLDEN * (position + 1))
+    return (mix(keys + step) >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
 # ---- one token --------------------------------------------------------------------------------
@@ -138,6 +140,87 @@ def naive(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=No
 
 
 @torch.no_grad()
+def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budget=32768, **how):
+    """Answers as they end -> (index of the request, its ids, ended by a stop token?), one by one.
+
+    requests: (prompt ids, prompt number, sample number) each; seed, step and the two numbers fix the answer,
+    whatever is answered beside it. rows: answers in the making at once, which bounds the cache. budget:
+    tokens of prompts read at once. The rest is as in `sample`.
+    """
+    c, device, cuda = model.config, model.embed.weight.device, model.embed.weight.device.type == 'cuda'
+    B, dtype = min(rows, len(requests)), compute_dtype(model)
+    cache = Cache(c, B, max(len(p) for p, _, _ in requests) + max_new_tokens, device, dtype)
+    stop = torch.tensor(list(stop), device=device)
+    ids = torch.zeros(B, max_new_tokens + 1, dtype=torch.long, device=device)            # last: never read
+    who, token, count, keys = torch.full((4, B), -1, device=device)          # request in this place, ...
+    done, stopped = torch.ones(2, B, dtype=torch.bool, device=device)
+    look = 16 if cuda else 1                 # tokens between looks at `done`: each one is a sync
+    begun = tokens = 0
+
+    def draw(at, logits):
+        """The next token of the places `at`."""
+        t = pick(logits, uniform(keys[at], count[at]), **how).where(~done[at], 0)        # (B',)
+        ids[at, count[at]] = t
+        count[at] += ~done[at]
+        ended = torch.isin(t, stop) & ~done[at]
+        stopped[at] |= ended
+        done[at] |= ended | (count[at] == max_new_tokens)
+        token[at] = t
+
+    def fill(places, first):
+        """Read the prompts of the next requests, each once, and draw their first tokens."""
+        some = requests[first:first + len(places)]
+        own = list({id(p): p for p, _, _ in some}.values())                  # an answer's neighbours share it
+        number = {id(p): i for i, p in enumerate(own)}
+        P = torch.tensor([len(p) for p in own], device=device)
+        read = torch.zeros(len(own), int(P.max()), dtype=torch.long)
+        for row, p in zip(read, own, strict=True):
+            row[:len(p)] = torch.tensor(p)
+        read, logits = read.to(device), []
+        of = torch.tensor([number[id(p)] for p, _, _ in some], device=device)
+        for i in range(0, len(own), each := max(1, budget // read.shape[1])):
+            # right padding is harmless: causal attention never looks right, and the padding's keys are
+            # overwritten by answers before any row's length reaches them
+            part, length = read[i:i + each], P[i:i + each]
+            new = Cache(c, len(part), part.shape[1], device, dtype)
+            last = torch.arange(len(part), device=device) * part.shape[1] + length - 1
+            logits.append(model(part, new, at=last))                         # (prompts, V)
+            here = ((of >= i) & (of < i + each)).nonzero().squeeze(-1)
+            cache.put(places[here], new, of[here] - i)
+        who[places] = torch.arange(first, first + len(some), device=device)
+        prompt, sample = torch.tensor([[q, k] for _, q, k in some], device=device).t()
+        keys[places], count[places] = stream_keys(seed, step, prompt, sample), 0
+        done[places], stopped[places], cache.length[places] = False, False, P[of]
+        draw(places, torch.cat(logits)[of])
+
+    while True:
+        if tokens % look == 0:
+            over = (done & (who >= 0)).nonzero().squeeze(-1)
+            if len(over):
+                ended = zip(*(x[over].tolist() for x in (who, ids, count, stopped)), strict=True)
+                yield from ((i, row[:n], by_stop) for i, row, n, by_stop in ended)
+                who[over], cache.length[over] = -1, 0
+            free = (who < 0).nonzero().squeeze(-1)
+            if begun < len(requests) and len(free) >= max(1, B // 8):        # some at once: a prompt is read
+                places = free[:len(requests) - begun]                        # as slowly as a token or two
+                fill(places, begun)
+                begun += len(places)
+                continue
+            if len(free) == B:
+                return
+            if begun == len(requests) and len(free) >= 0.25 * B:             # nobody waits: rows leave
+                keep = (who >= 0).nonzero().squeeze(-1)
+                cache.rows(keep)
+                who, token, count, keys, done, stopped, ids = (
+                    x[keep] for x in (who, token, count, keys, done, stopped, ids))
+                B = len(keep)
+            cache.longest = int(cache.length.max())
+        logits = model(token[:, None], cache)[:, 0]                          # (B, V)
+        cache.length += ~done
+        draw(torch.arange(B, device=device), logits)
+        tokens += 1
+
+
 def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=None, progress='', **how):
     """n answers to each prompt -> Rollout of B = len(prompts) * n rows, a prompt's rows together.
 
@@ -145,49 +228,17 @@ def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=N
     which: each prompt's number in its problem set (default: its place in the list); with seed, step
     and the sample's number it fixes the answer. progress: label of a progress bar on a terminal.
     """
-    device = model.embed.weight.device
-    roll, prompt, number = layout(prompts, n, max_new_tokens, which, device)
-    keys = stream_keys(seed, step, prompt, number)
-    stop = torch.tensor(list(stop), device=device)
-    P, longest = roll.prompt_len[::n], int(roll.prompt_len.max())
-
-    # Prompts, once each. Right padding is harmless: causal attention never looks right, and the
-    # padding's keys are overwritten by answers before any row's length reaches them.
-    cache = Cache(model.config, len(prompts), longest + max_new_tokens, device, compute_dtype(model))
-    last = torch.arange(len(prompts), device=device) * longest + P - 1
-    logits = model(roll.ids[::n, :longest], cache, at=last)                  # (prompts, V)
-    cache.length, cache.longest = P.clone(), longest
-    if n > 1:
-        cache.rows(roll.prompt)
-        logits = logits[roll.prompt]
-
-    alive = torch.arange(len(roll.ids), device=device)                       # rows still in the batch
-    done = torch.zeros_like(alive, dtype=torch.bool)
-    look = 16 if device.type == 'cuda' else 1        # tokens between looks at `done`: each one is a sync
-    bar = tqdm(total=len(alive), desc=progress, unit='answer', leave=False,
-               disable=None if progress else True)
-    for position in range(max_new_tokens):
-        token = pick(logits, uniform(keys, position), **how)                 # (rows,)
-        token = token.where(~done, 0)
-        roll.ids[alive, (roll.prompt_len + roll.resp_len)[alive]] = token
-        roll.resp_len[alive] += ~done
-        ended = torch.isin(token, stop) & ~done
-        roll.stopped[alive] |= ended
-        done |= ended
-        if position + 1 == max_new_tokens:
-            break
-        if (position + 1) % look == 0:
-            left = int((~done).sum())
-            bar.update(len(roll.ids) - left - bar.n)
-            if left == 0:
-                break
-            if left <= 0.75 * len(alive):            # finished rows leave: one copy of what stays
-                keep = (~done).nonzero().squeeze(-1)
-                cache.rows(keep)
-                alive, keys, token, done = alive[keep], keys[keep], token[keep], done[keep]
-        logits = model(token[:, None], cache)[:, 0]                          # (rows, V)
-        cache.length += ~done
-    bar.close()
+    roll, prompt, number = layout(prompts, n, max_new_tokens, which, model.embed.weight.device)
+    requests = [(prompts[i], q, k) for i, q, k in zip(*(x.tolist() for x in (roll.prompt, prompt, number)),
+                                                      strict=True)]
+    answers = stream(model, requests, rows=len(requests), max_new_tokens=max_new_tokens, stop=stop,
+                     seed=seed, step=step, **how)
+    ids, P = roll.ids.cpu(), roll.prompt_len.tolist()
+    for b, answer, stopped in tqdm(answers, total=len(requests), desc=progress, unit='answer', leave=False,
+                                   disable=None if progress else True):
+        ids[b, P[b]:P[b] + len(answer)] = torch.tensor(answer)
+        roll.resp_len[b], roll.stopped[b] = len(answer), stopped
+    roll.ids = ids.to(roll.ids.device)
     return trim(roll)
 
 

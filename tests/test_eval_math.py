@@ -1,72 +1,112 @@
-"""The grader and the metrics."""
+"""The metrics against hand-made cases; evaluation that is spread, killed, resumed, graded again."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
 import time
-from types import SimpleNamespace
+from statistics import fmean
 
 import pytest
-import torch
 from conftest import argv
 
 import eval_math
 import toy
-from configs import load_config
 from data import load_problems, load_tokenizer
-from eval_math import boxed, evaluate, grade, scores, table
+from eval_math import (
+    answers,
+    bootstrap,
+    distinct,
+    evaluate,
+    exam_sets,
+    majority,
+    pass_at,
+    read_samples,
+    scores,
+    settings,
+    table,
+)
 from model import load_model
+from runtime import ROOT, UserError
 
+# ---- metrics -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('text, inside', [
-    ('so \\boxed{7}', '7'), ('\\boxed{1} then \\boxed{2}', '2'), ('\\boxed{\\frac{1}{2}}.', '\\frac{1}{2}'),
-    ('\\boxed{1} and \\boxed{2', '1'), ('no box', None), ('\\boxed{', None), ('} { \\boxed{3}', '3'),
-    ('\\boxed{a \\boxed{b}}', 'b'), ('\\boxed{}', ''),
-])
-def test_boxed(text, inside):
-    assert boxed(text) == inside
-
-
-@pytest.mark.parametrize('text, answer, right', [
-    ('\\boxed{142}', '142', True), ('\\boxed{142.0}', '142', True), ('\\boxed{ 142 }', '142', True),
-    ('\\boxed{143}', '142', False), ('142', '142', False), ('\\boxed{0142}', '142', True),
-    ('\\boxed{142}, no, \\boxed{7}', '142', False), ('\\boxed{1e2}', '100', False), ('\\boxed{x+1}', 'x+1', True),
-    ('\\boxed{8}', 'so \\boxed{8}', True), ('\\boxed{}', '', False), ('thus\nAnswer: 34', '34', True),
-    ('Answer: 34\nor so', '34', False), ('\\boxed{7}\nAnswer: 34', '34', False), ('\\boxed{9**9**9}', '0', False), ('\\boxed{__import__("os")}', '1', False), ('\\boxed{١٤٢}', '142', True),
-])
-def test_grade(text, answer, right):
-    assert grade(text, answer) is right
-
-
-def test_hostile_text_is_graded_in_time():
-    """Ten thousand unclosed boxes, and a megabyte of braces: linear, not quadratic."""
-    began = time.time()
-    assert not grade('\\boxed{' * 10_000, '1')
-    assert not grade('{' * 10**6 + '\\boxed{' + '1' * 10**6, '1')
-    assert not grade('\\boxed{' + '9' * 10**6 + '}', '1')
-    assert time.time() - began < 20
+def rows(*problems):
+    """Each problem a list of (extracted, correct, stopped, length, text)."""
+    return [dict(zip(('extracted', 'correct', 'stopped', 'length', 'text'), r, strict=True), problem=i, sample=k)
+            for i, some in enumerate(problems) for k, r in enumerate(some)]
 
 
 def test_scores_by_hand():
-    assert scores([[True, False], [False, False], [True, True]], [10, 20, 30, 40, 50, 60]) == {
-        'avg@2': 50.0, 'best@2': pytest.approx(200 / 3), 'len': 35.0}
+    got = scores(rows([('1', True, True, 10, 'a b c d e'), ('2', False, True, 20, 'a b c d'), ('1', True, True, 30, 'x'), (None, False, False, 40, 'a b c d e f')],
+                      [('5', False, True, 10, ''), ('5', False, True, 10, ''), ('7', True, True, 10, ''), ('7.0', True, True, 10, '')],
+                      [('3', False, True, 5, ''), ('4', False, True, 5, ''), (None, False, False, 5, ''), (None, False, False, 5, '')]))
+    assert got['avg@4'] == pytest.approx(100 / 3) and got['best@4'] == pytest.approx(200 / 3) and got['len'] == pytest.approx(160 / 12)
+    assert got['pass@2'] == pytest.approx(100 / 3 * 2 * (1 - 1 / 6)) and 'pass@4' not in got
+    assert got['maj@4'] == pytest.approx(100 / 3), '1 wins; 5 and 7 tie and 5 came first; 3 is wrong'
+    assert got['finish'] == pytest.approx(75) and got['no box'] == pytest.approx(25) and got['problems'] == 3
+    assert got['dist-4g'] == pytest.approx(100 * 3 / 6), 'abcd bcde | abcd | abcd bcde cdef: 3 of 6; others have none'
+    assert got['interval'][0] < got['avg@4'] < got['interval'][1]
     assert table({})[0].startswith('no eval_data')
+    lines = table({'a': got, 'b': got | {'len': 12345.6}})
+    assert len({len(line) for line in lines}) == 1 and 'Avg@4' in lines[0] and '12345.6' in lines[2]
 
+
+def test_distinct_by_hand():
+    """Whitespace 4-grams pooled over a problem's answers; cut, the first words only."""
+    assert distinct(['a b c d', 'a b c d']) == 0.5 and distinct(['a b c', '']) is None
+    assert distinct(['a a a a a a a a']) == 1 / 5 and distinct(['a b c d a a a a a a a a'], words=4) == 1
+    long, short = ' '.join(map(str, range(50))) + ' x' * 50, ' '.join(map(str, range(50)))
+    assert distinct([long]) < distinct([short]) and distinct([long], 50) == distinct([short], 50)
+
+
+def test_pass_at_k_is_unbiased():
+    """Against the mean over all subsets, and over random draws."""
+    from itertools import combinations
+    for n, c in ((4, 1), (6, 2), (5, 0), (5, 5)):
+        right = [i < c for i in range(n)]
+        for k in range(1, n + 1):
+            assert pass_at(k, n, c) == pytest.approx(fmean(any(s) for s in combinations(right, k)))
+
+
+def test_majority_counts_equal_answers_together():
+    def one(*extracted):
+        return [{'extracted': e, 'correct': r} for e, r in extracted]
+    assert majority(one(('0.5', True), ('7', False), ('\\frac12', True))) and not majority(one((None, False), (None, False)))
+    assert not majority(one(('7', False), ('1/2', True), ('7.0', False), ('8', False)))
+    assert majority(one((None, False), (None, False), ('3', True))), 'no answer is no vote'
+
+
+def test_bootstrap_covers():
+    """95% intervals of the mean of 30 coin flips hold the true mean about 95 times in 100."""
+    rng, held = random.Random(0), 0
+    for _ in range(200):
+        low, high = bootstrap([100 * (rng.random() < 0.4) for _ in range(30)], draws=500)
+        held += low <= 40 <= high
+    assert 180 <= held <= 198
+    assert bootstrap([50.0] * 9) == (50.0, 50.0)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
 
 def test_evaluate_is_the_same_however_problems_are_shared(toy_cfg, monkeypatch):
-    """Two ranks, one after the other in this process, against one rank."""
+    """Two ranks, one after the other in this process, against one rank; any number of places."""
     tok, model = load_tokenizer(toy_cfg['student']), load_model(toy_cfg['student'])
     problems = load_problems(toy_cfg['eval_data'], tok)
     how = dict(stop=tok.stop_ids, max_new_tokens=20, temperature=0.7, seed=0)
     whole = evaluate(model, tok, problems, 4, **how)
-    assert evaluate(model, tok, problems, 4, rows=9, **how) == whole      # two problems at a time
+    assert set(whole) == {'avg@4', 'best@4', 'len'}
+    assert evaluate(model, tok, problems, 4, rows=5, **how) == whole
     parts = []
     monkeypatch.setattr(eval_math, 'all_gather', lambda x: parts.append(x) or parts)
-    with pytest.raises(KeyError):            # rank 0 alone knows half of the problems
-        evaluate(model, tok, problems, 4, rank=0, world=2, **how)
+    evaluate(model, tok, problems, 4, rank=0, world=2, **how)
     assert evaluate(model, tok, problems, 4, rank=1, world=2, **how) == whole
-
-
-def test_script(toy_dir, capsys):
-    eval_math.main(load_config(argv(toy_dir, 'unused')))
-    line = capsys.readouterr().out.splitlines()[-1].split()
-    assert line[0] == 'student' and 0 <= float(line[1]) <= float(line[2]) <= 100
+    numbered = {i: (i, p) for i, p in enumerate(problems)}
+    drawn = {(i, k): (ids, end) for i, k, ids, end in answers(model, numbered, 4, **how)}
+    some = {(i, k) for i, k in drawn if (i + k) % 3}
+    rest = {(i, k): (ids, end) for i, k, ids, end in answers(model, numbered, 4, done=some, **how)}
+    assert rest == {key: v for key, v in drawn.items() if key not in some}
 
 
 def test_grade_of_a_perfect_model(toy_cfg, monkeypatch):
@@ -74,8 +114,109 @@ def test_grade_of_a_perfect_model(toy_cfg, monkeypatch):
     tok = load_tokenizer(toy_cfg['student'])
     worked = toy.problems(6, 2, 0, held_out=True)
     problems = load_problems(toy_cfg['eval_data'], tok)
-    answers = [tok.encode(a) + [2] for _, a, _ in worked for _ in range(2)]
-
-    roll = SimpleNamespace(resp_len=torch.tensor([len(a) for a in answers]), answers=lambda: answers)
-    monkeypatch.setattr(eval_math, 'sample', lambda *a, **k: roll)
+    texts = [tok.encode(a) + [2] for _, a, _ in worked for _ in range(2)]
+    monkeypatch.setattr(eval_math, 'stream', lambda *a, **k: ((i, ids, True) for i, ids in enumerate(texts)))
     assert evaluate(None, tok, problems, 2, stop=[2]) == {'avg@2': 100.0, 'best@2': 100.0, 'len': 16.0}
+
+
+def test_command_line(tmp_path, toy_cfg):
+    """Short keys mean the ones of evaluation; sets by name, by file, several at once."""
+    cfg, regrade = settings(['model=x/y', 'data=aime24,aimo', 'n=8', 'temperature=0.6', 'max_new_tokens=99', 'seed=4', '--regrade'])
+    got = [cfg[k] for k in ('student', 'eval_data', 'eval_n', 'eval_temperature', 'eval_max_new_tokens', 'seed', 'temperature')]
+    assert got == ['x/y', 'aime24,aimo', 8, 0.6, 99, 4, 1.0] and regrade and not settings(['model=x'])[1]
+    tok = load_tokenizer(toy_cfg['student'])
+    for name in 'ab':
+        (tmp_path / f'{name}.jsonl').write_text('{"problem": "1+1", "answer": "2"}\n')
+    sets = exam_sets(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tok, 0, '')
+    assert list(sets) == ['a', 'b'] and sets['b'][0].answer == '2'
+    (tmp_path / 'a.jsonl').write_text('{"problem": "1+1"}\n')
+    with pytest.raises(UserError, match='no answer to grade by'):
+        exam_sets(f'{tmp_path}/a.jsonl', tok, 0, '')
+
+
+def script(cwd, toy_dir, *more, wait=True, ranks=0):
+    """eval_math.py on the tiny toy, 12 answers a problem, five places."""
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else []
+    args = [a for a in argv(toy_dir, 'unused', eval_n=12, eval_rows=5) if 'max_new' not in a]
+    p = subprocess.Popen([sys.executable, *torchrun, ROOT / 'eval_math.py', *args, 'max_new_tokens=20', *more], cwd=cwd, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if wait:
+        out, err = p.communicate(timeout=300)
+        assert p.returncode == 0, err
+        return out
+    return p
+
+
+@pytest.fixture(scope='module')
+def evaluated(toy_dir, tmp_path_factory):
+    """An uninterrupted evaluation: its folder, and what it printed."""
+    cwd = tmp_path_factory.mktemp('eval')
+    out = script(cwd, toy_dir)
+    return next((cwd / 'out/eval').iterdir()), out
+
+
+def test_script(evaluated):
+    folder, out = evaluated
+    got = read_samples(folder)
+    assert [f.name for f in sorted(folder.iterdir())] == ['results.json', 'samples.jsonl'] and len(got) == 6 * 12
+    row = got['eval', 0, 0]
+    assert {'prompt', 'text', 'ids', 'length', 'extracted', 'correct', 'seed', 'answer', 'stopped'} <= set(row)
+    assert row['length'] == len(row['ids']) and row['prompt'].endswith('=')
+    figures = json.loads((folder / 'results.json').read_text())['sets']['eval']
+    assert figures['avg@12'] == pytest.approx(100 * fmean(r['correct'] for r in got.values()))
+    assert 'Avg@12' in out and f"{figures['len']:.1f}" in out and 'pass@8' in out
+
+
+def test_killed_ten_times_and_resumed(evaluated, toy_dir, tmp_path):
+    """SIGKILL at random points: in the end the file is the uninterrupted one, byte for byte."""
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        p = script(tmp_path, toy_dir, wait=False)
+        folder = tmp_path / 'out/eval' / evaluated[0].name
+
+        def lines(folder=folder):
+            return sum(f.read_bytes().count(b'\n') for f in folder.glob('samples*.jsonl')) if folder.exists() else 0
+        began, enough = time.time(), lines() + rng.randrange(1, 8)
+        while p.poll() is None and lines() < enough and time.time() - began < 60:
+            time.sleep(0.002)
+        os.kill(p.pid, signal.SIGKILL)
+        p.wait()
+        kills += 1
+        if rng.random() < 0.5:               # cut in the middle of a line, as a full buffer would
+            for part in folder.glob('samples-*.jsonl'):
+                part.write_bytes(part.read_bytes()[:-5])
+        assert lines() < 72, 'killed before it ended'
+    script(tmp_path, toy_dir)
+    assert (folder / 'samples.jsonl').read_bytes() == (evaluated[0] / 'samples.jsonl').read_bytes()
+    assert (folder / 'results.json').read_bytes() == (evaluated[0] / 'results.json').read_bytes()
+
+
+def test_two_ranks_draw_the_same_samples(evaluated, toy_dir, tmp_path):
+    script(tmp_path, toy_dir, ranks=2)
+    folder = tmp_path / 'out/eval' / evaluated[0].name
+    assert (folder / 'samples.jsonl').read_bytes() == (evaluated[0] / 'samples.jsonl').read_bytes()
+
+
+def test_regrade(evaluated, toy_dir, tmp_path):
+    """Verdicts that were wrong are mended without sampling; a damaged line is told; too few are an error."""
+    folder = tmp_path / 'out/eval' / evaluated[0].name
+    folder.mkdir(parents=True)
+    good = (evaluated[0] / 'samples.jsonl').read_text()
+    (folder / 'samples.jsonl').write_text(good.replace('"correct": true', '"correct": false').replace('"extracted": "', '"extracted": "9'))
+    out = script(tmp_path, toy_dir, '--regrade')
+    assert (folder / 'samples.jsonl').read_text() == good and 'answers are there' not in out
+    (folder / 'samples.jsonl').write_text(good.split('\n', 3)[3])
+    p = script(tmp_path, toy_dir, '--regrade', wait=False)
+    assert p.wait(60) == 2 and 'run it without --regrade first' in p.stderr.read()
+    (folder / 'samples.jsonl').write_text(good.replace('"problem": 0,', '"problem": 0;', 1))
+    p = script(tmp_path, toy_dir, wait=False)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 2 and 'samples.jsonl:1: damaged' in err and err.count('\n') == 1
+
+
+def test_bad_input(toy_dir, tmp_path):
+    for more, says in ((['model='], 'set model='), (['data='], 'set data='), (['max_new_tokens=500'], 'lower max_new_tokens'),
+                       (['data=none.jsonl'], 'none.jsonl'), (['nn=3'], "unknown key 'nn'")):
+        p = script(tmp_path, toy_dir, *more, wait=False)
+        err = p.communicate(timeout=60)[1]
+        assert p.returncode == 2 and says in err and err.count('\n') == 1, err

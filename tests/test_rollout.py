@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from rollout import distribution, naive, pick, sample, stream_keys, uniform
+from rollout import distribution, naive, pick, sample, stream, stream_keys, uniform
 
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7, 8, 9], [3], [10, 11, 12, 13, 14], [4, 4, 4, 4]]
 HOW = dict(max_new_tokens=12, stop=[0, 2, 5], seed=3, step=7)
@@ -22,6 +22,25 @@ def test_cached_equals_naive(how):
     assert same(fast, slow)
     if not how:
         assert fast.stopped.any() and not fast.stopped.all() and len(set(fast.resp_len.tolist())) > 3
+
+
+@pytest.mark.parametrize('rows, budget', [(1, 1), (2, 9), (4, 10**6), (7, 20), (99, 10**6)])
+def test_places_are_refilled(rows, budget):
+    """However few rows are in the making: the same answers as all at once, each told as it ends; never more
+    forwards than one after the other; prompts read once per filling, in pieces of `budget`."""
+    model, n = tiny_model(), 4
+    whole = sample(model, PROMPTS, n, **HOW)
+    requests = [(p, i, k) for i, p in enumerate(PROMPTS) for k in range(n)]
+    calls = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(tuple(args[0].shape)), with_kwargs=True)
+    got = list(stream(model, requests, rows=rows, budget=budget, **HOW))
+    assert sorted(i for i, *_ in got) == list(range(len(requests)))
+    assert all((ids, end) == (whole.answers()[i], bool(whole.stopped[i])) for i, ids, end in got)
+    decoding = [B for B, T in calls if T == 1 and B > 0]
+    assert max(B for B, _ in calls) <= max(rows, 1 if budget == 1 else len(PROMPTS)) and len(decoding) <= whole.resp_len.sum()
+    if rows == 4:                            # busy: fewer steps than in batches of four, one after the other
+        batches = [int(whole.resp_len[i:i + 4].max()) for i in range(0, len(requests), 4)]
+        assert len([1 for B, T in calls if T == 1]) < sum(batches)
 
 
 def test_an_answer_does_not_depend_on_its_neighbours():

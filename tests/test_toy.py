@@ -11,8 +11,8 @@ from conftest import TINY, argv
 import toy
 from configs import load_config
 from data import load_problems, load_tokenizer
-from eval_math import grade
 from files import read_json
+from grader import grade
 from model import load_model
 from runtime import ROOT, UserError, start
 from teacher import pair_text
