@@ -3,6 +3,7 @@ Speed and memory, ours beside its peers, on random weights at true shapes. Downl
 
     python bench.py head                          losses under the LM head: peak bytes, seconds
     python bench.py update --model smollm2        one update at equal lengths: OPRD, OPD, both
+    python bench.py rollout                       answers of very different lengths: places refilled, or not
     python bench.py bridge                        the toy's bridge in closed form beside 20 epochs of AdamW:
                                                   model forwards, seconds, held-out cosine at every rank
     python bench.py pair --tokenizers A B --data problems.parquet
@@ -39,7 +40,7 @@ from distill import accumulate, adamw
 from losses import opd_loss, opd_rows, position_weights, positions
 from model import PRESETS, Model, init_weights
 from next_byte import ByteTable, byte_loss
-from rollout import Rollout
+from rollout import Rollout, sample, stream
 from runtime import ROOT, UserError, run, shard, start, versions
 from teacher import pair_text
 
@@ -192,6 +193,27 @@ def update_cases(args, place):
     return {'OPRD': partial(update, 1.0, 0.0), **opd, 'OPRD + top-16': partial(update, 1.0, 1.0, kind='topk')}
 
 
+# ---- rollout: many answers of different lengths ----------------------------------------------------
+
+def rollout_cases(args, place):
+    """{name: call} for `rows` answers, `batch` at a time. A token in 1 / 48 of the vocabulary ends one, so
+    that lengths are spread as 48 times an exponential, cut at `tokens`. Every case draws the same answers."""
+    c = PRESETS[args.model]
+    model = init_weights(Model(c), 0).to(place.device, place.dtype).requires_grad_(False)
+    prompts = torch.randint(c.V, (args.rows, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    how = dict(max_new_tokens=args.tokens, stop=list(range(max(1, c.V // 48))), seed=0)
+
+    def refilled():
+        for _ in stream(model, [(p, i, 0) for i, p in enumerate(prompts)], rows=args.batch, **how):
+            pass
+
+    def static():
+        for i in range(0, args.rows, args.batch):
+            some = prompts[i:i + args.batch]
+            sample(model, some, which=range(i, i + len(some)), **how)
+    return {'refilled': refilled, 'static batches': static}
+
+
 # ---- pair: the student's answers in the teacher's tokens -------------------------------------------
 
 def pairing(args, place):
@@ -271,7 +293,7 @@ def main(args):
         got = (pairing if args.what == 'pair' else fits)(args, place)
         print(json.dumps({'what': args.what, 'machine': machine(place)} | got | versions(place)))
         return
-    cases = {'head': head_cases, 'update': update_cases}[args.what]
+    cases = {'head': head_cases, 'update': update_cases, 'rollout': rollout_cases}[args.what]
     if args.case:
         print(one_case(args, place, cases))
         return
@@ -301,11 +323,12 @@ def main(args):
 def arguments():
     """The command line; sizes that are not given are a few minutes' worth on two cores."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=['head', 'update', 'bridge', 'pair'])
+    p.add_argument('what', choices=['head', 'update', 'rollout', 'bridge', 'pair'])
     p.add_argument('--model', choices=PRESETS, help='shape (head: r1_1p5b, update: smollm2)')
     p.add_argument('--rows', type=int, help='head: rows under the head (2048); update: answers (4); '
-                   'bridge: prompts (512); pair: texts (2000)')
-    p.add_argument('--tokens', type=int, default=224, help='update: tokens of an answer')
+                   'rollout: answers (64); bridge: prompts (512); pair: texts (2000)')
+    p.add_argument('--batch', type=int, default=16, help='rollout: answers at a time')
+    p.add_argument('--tokens', type=int, default=224, help='update, rollout: tokens of an answer')
     p.add_argument('--chunk', type=int, default=64, help='rows under the head at once')
     p.add_argument('--budget', type=int, default=32768, help='update: tokens of a micro-batch')
     p.add_argument('--checkpointing', action='store_true', help='update: recompute blocks')
@@ -318,7 +341,8 @@ def arguments():
     p.add_argument('--case', help='measure one line only')
     args = p.parse_args()
     args.model = args.model or {'head': 'r1_1p5b'}.get(args.what, 'smollm2')
-    args.rows = args.rows or {'head': 2048, 'update': 4, 'bridge': 512, 'pair': 2000}[args.what]
+    usual = {'head': 2048, 'update': 4, 'rollout': 64, 'bridge': 512, 'pair': 2000}
+    args.rows = args.rows or usual[args.what]
     if min(args.rows, args.tokens, args.chunk, args.repeat) < 1:
         raise UserError('rows, tokens, chunk and repeat begin at 1')
     return args

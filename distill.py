@@ -131,7 +131,12 @@ def accumulate(student, teacher, roll, w, phi, kind, budget, factor=1.0, *, oprd
         here = slice(None) if oprd_weight > 0 else few                       # for the layers
         there = None if opd is None else slice(None) if learn else few       # for the LM heads
         wanted = {} if here is None else {l: at_t[here] for l in phi}
-        wanted |= {} if there is None else {'head': at_t[there]}
+        if there is not None:
+            wanted['head'] = at_t[there]
+            if written is not None:          # and the state before the teacher's last token
+                written = written if learn else [written[i] for i in few.tolist()]
+                back = torch.tensor([bool(word) for word in written], device=at.device) & ~inside[there]
+                wanted['head'] = torch.cat([at_t[there], at_t[there] - back.long()])
 
         # 4. teacher: {l or 'head': (K, d)}, or (K, r) through a bridge
         h_t = hidden_rows(teacher, ids_t, wanted, phi, bridge)
@@ -144,7 +149,7 @@ def accumulate(student, teacher, roll, w, phi, kind, budget, factor=1.0, *, oprd
                 term = partial(opd, h_t=h_t['head'], W_t=teacher.head.weight, y=y[there], w=m[there],
                                answer=answer[there], **({} if learn else {'kind': None}))
                 if written is not None:      # another vocabulary: the next byte, given these
-                    term = partial(term, written=written if learn else [written[i] for i in few.tolist()])
+                    term = partial(term, written=written, inside=inside[there])
                 with torch.set_grad_enabled(learn):
                     out, stats = student.head(h.flatten(0, 1)[at[there]], term)
             if l in h_t and oprd_weight > 0 and bridge:

@@ -92,7 +92,8 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     at most `context` tokens. at (n,): for student position t, which has read the answer's tokens before
     t, the index into ids of the teacher's last state that has read no more bytes of the answer; -1
     where the teacher's context ends before. inside (n,): False (class 0): exactly the same bytes; True
-    (class 1): the student is inside a teacher token, of which it has written the bytes written[t].
+    (class 1): the student is inside a teacher token. written[t]: of the teacher's last token, whole or not,
+    the bytes that are written; a t that has read no token of the answer is not there.
     Causal: no state has read a byte that the student has not. Special tokens write no bytes, so the
     teacher does not see the student's; a character that is cut off at the end is not read; other bytes
     that are not UTF-8 are read as U+FFFD.
@@ -115,7 +116,9 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
         have = np.array([0, *tok_s.byte_ends(answer)[:-1]])                  # bytes read by position t
         j = np.searchsorted(read, have, side='right') - 1
         ids, at, inside = [*prompt_t, *own], last + j, read[j] != have
-        written = {int(t): data[read[j[t]]:have[t]] for t in inside.nonzero()[0]}
+        each = enumerate(zip(j.tolist(), inside.tolist(), strict=True))
+        written = {t: data[read[k]:have[t]] if part else tok_t.pieces[own[k - 1]] for t, (k, part) in each
+                   if part or k}
     if context is not None and len(ids) > context:
         ids, at = ids[:context], np.where(at < context, at, -1)
     return ids, at, inside, written
@@ -128,7 +131,7 @@ class Reading:
     length: torch.Tensor        # (B,)
     at: torch.Tensor            # (B, T) column of ids for each of the student's; -1: no state to learn from
     inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
-    written: dict               # {(row, column): bytes of that token the student has written}, class 1
+    written: dict               # {(row, column): bytes of the teacher's last token that are written}
     align: float                # share of the answers' positions that are of class 0
 
     def part(self, rows, T, at):

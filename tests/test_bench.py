@@ -20,8 +20,8 @@ def bench(*args):
     return p.stdout
 
 
-def test_every_line_of_both_tables():
-    for what, cases in (('head', 7), ('update', 5)):
+def test_every_line_of_every_table():
+    for what, cases in (('head', 7), ('update', 5), ('rollout', 2)):
         lines = bench(what, '--model', 'toy', '--rows', '3', '--tokens', '8', '--repeat', '2').splitlines()
         rows = [json.loads(line) for line in lines[-cases:]]
         assert len({r['case'] for r in rows}) == cases == len(lines) - 2 - cases

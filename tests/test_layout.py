@@ -33,7 +33,7 @@ ROOMS = {
     'figures.py': (265, {'files', 'runtime'}),
     'next_byte.py': (150, {'losses'}),
     'bridge.py': (500, GROUND | {'figures', 'preflight', 'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
-    'bench.py': (330, {'data', 'distill', 'losses', 'model', 'next_byte', 'rollout', 'runtime', 'teacher'}),
+    'bench.py': (360, {'data', 'distill', 'losses', 'model', 'next_byte', 'rollout', 'runtime', 'teacher'}),
     'distill.py': (455, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'grader', 'toy'}),
 }
 
