@@ -142,18 +142,19 @@ def head_cases(args, place):
         peer = importlib.import_module('liger_kernel.ops.fused_linear_jsd').LigerFusedLinearJSDFunction
         loss = peer.apply(h, W, h_t, W_t, None, 1.0)                         # beta 1: reverse KL
         torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, (h, W))
-    def next_byte(written):
-        loss, _ = byte_loss(h, W, h_t, W_t, y, w, written=written, table_s=table, table_t=table,
+    def next_byte(written, inside, both):
+        loss, _ = byte_loss(h, W, both, W_t, y, w, None, written, inside, table_s=table, table_t=table,
                             chunk=args.chunk)
         torch.autograd.grad(loss, (h, W))
     rng = random.Random(0)                   # words of 1 to 8 of 64 bytes; 6 rows in 100 inside a token
     words = [bytes(rng.choices(range(64), k=rng.randint(1, 8))) for _ in range(c.V)]
     table = ByteTable(words, [], c.V, place.device)
-    written = [rng.choice(words)[:1] if rng.random() < 0.06 else b'' for _ in range(args.rows)]
+    inside = torch.tensor([rng.random() < 0.06 for _ in range(args.rows)], device=place.device)
+    written = [rng.choice(words)[:1 if part else None] for part in inside.tolist()]
     scheme = partial(liger_scheme, h.detach(), W.detach(), h_t, W_t, w)
     cases = {'full KL': partial(ours, 'full'), 'full KL, forward': partial(ours, 'full', direction='forward'),
              'top-16': partial(ours, 'topk'), 'sampled': partial(ours, 'sampled'),
-             'next byte': partial(next_byte, written),
+             'next byte': partial(next_byte, written, inside, torch.cat([h_t, h_t])),
              "Liger's scheme": scheme, 'whole logits': whole}
     peer = place.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
     return cases | ({'Liger': liger} if peer else {})

@@ -100,6 +100,9 @@ def bridges(folders, file):
         if len(folders) == 1:
             rank.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
     rank.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
+    powers = [r for r in ranks if r & (r - 1) == 0]
+    rank.set_xticks(powers, powers)
+    rank.minorticks_off()
     layer.set(xlabel='student layer', xticks=list(layers), title='each layer')
     finish(fig, (rank, layer), file)
 

@@ -2,12 +2,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import argv
 from matplotlib import pyplot as plt
 
-from figures import comparison_figure, comparison_table, curve, main
+from figures import bridges, comparison_figure, comparison_table, curve, main
 from runtime import ROOT, UserError
 
 
@@ -113,6 +114,50 @@ def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
     p = figures()
     assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith('error: out/tiny_study/a-s0: error: ') and 'n=0' in p.stderr
     assert (out / 'b-s0/results.json').exists()
+
+
+def write_bridge(folder, used, shift):
+    layers = {str(l): {key: {str(r): 0.1 * l + 0.01 * r + shift + i for r in (1, 2, 4)}
+                       for i, key in enumerate(('cos', 'before', 'shuffled', 'mean_only'))} for l in (1, 3)}
+    folder.mkdir(parents=True)
+    (folder / 'bridge.json').write_text(json.dumps({'rank': 2, 'used': used, 'layers': layers}))
+    return folder
+
+
+def test_bridges_side_by_side(tmp_path, monkeypatch):
+    """Mean over layers at every rank, each layer at the rank that is used; one alone has its controls and
+    Theorem 3's rank."""
+    kept = []
+    monkeypatch.setattr(plt, 'close', kept.append)
+    a, b = write_bridge(tmp_path / 'a', 4, 0.0), write_bridge(tmp_path / 'b', 1, 0.5)
+    main([str(a), str(b)])
+    rank, layer = kept[0].axes
+    for ax, want in ((rank, [[0.21, 0.22, 0.24], [0.71, 0.72, 0.74]]), (layer, [[0.14, 0.34], [0.61, 0.81]])):
+        assert [list(line.get_ydata()) == pytest.approx(w) for line, w in zip(ax.lines, want, strict=True)] == [True, True]
+    assert [line.get_label() for line in layer.lines] == ['a, rank 4', 'b, rank 1'] and (a / 'bridge.png').exists()
+    bridges([a], tmp_path / 'c.png')
+    rank, layer = kept[1].axes
+    labels = [line.get_label() for line in rank.lines]
+    assert [w for w in labels if w[0] != '_'] == ['bridge', 'random P_S', 'shuffled pairs', 'mean alone', 'Theorem 3: rank 2']
+    assert len(labels) == 7 and len(layer.lines) == 4
+
+
+def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):
+    """Once a seed; a run names the folder as {name}; again, nothing is made."""
+    args = argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, bridge_prompts=20, bridge_rank=4, steps=2)
+    args = [a for a in args if not a.startswith('out_dir')]
+    study = tmp_path / 'tiny_bridges.py'
+    study.write_text(f"args = {args}\nseeds = [0]\nbridges = {{'ridge': args, 'rnd': [*args, 'bridge_fit=random']}}\npanels = {{}}\n"
+                     "runs = {'bridge': [*args, 'bridge={ridge}'], 'random': [*args, 'bridge={rnd}']}\n")
+    out = tmp_path / 'out/tiny_bridges'
+    for _ in range(2):
+        p = subprocess.run([sys.executable, ROOT / 'figures.py', '--run', study], cwd=tmp_path, capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr
+        made = (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns
+    assert made == (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns and not (out / 'curves.png').exists()
+    configs = {name: json.loads((out / f'{name}-s0/config.json').read_text())['config'] for name in ('bridge', 'random')}
+    assert {name: Path(c['bridge']).name for name, c in configs.items()} == {'bridge': 'ridge-stage1-s0', 'random': 'rnd-stage1-s0'}
+    assert '| random |' in (out / 'table.md').read_text()
 
 
 def test_script_and_its_errors(tmp_path):

@@ -65,7 +65,11 @@ def test_against_brute_force(toks):
             answer = [i for word in tok_s.encode(text, special=False)
                       for i in ([word] if rng.random() < 0.8 else [tok_s.words[bytes([b])] for b in tok_s.pieces[word]])]
             answer += tok_s.stop_ids
-            ids, at, inside, _ = pair_text(answer, tok_s, [0, 1, 0], tok_t)
+            ids, at, inside, written = pair_text(answer, tok_s, [0, 1, 0], tok_t)
+            have = [0, *tok_s.byte_ends(answer)]
+            for t, j in enumerate(at - 2):       # the teacher's last token, whole or as far as it is written
+                before = sum(len(tok_t.pieces[i]) for i in ids[3:3 + j - (not inside[t])])
+                assert written.get(t, b'') == (text.encode()[before:have[t]] if j or inside[t] else b'')
             assert ids[:3] == [0, 1, 0] and b''.join(tok_t.pieces[i] for i in ids[3:]) == text.encode()
             assert list(zip(at - 2, inside, strict=True)) == brute_force(answer, tok_s, ids[3:], tok_t), text
             assert at[0] == 2 and not inside[0] and not inside[-1], 'the ends always meet'
