@@ -121,7 +121,7 @@ def ridge(moments, mean, P_t, penalty, bias):
 def predicted(moments, mean, P_t, P_s, b_s):
     """From held-out moments: variance lam (R,) of each component z_i, and rho2 (R,), the share of it that
     the bridge predicts, 1 - E (z - P_s x - b_s)^2 / lam; not below 0."""
-    total, left = 0.0, 0.0
+    left = 0.0
     every = moments.central()[0]
     for c in (0, 1):
         n, mx, my, Cxx, Cyx, Cyy = moments.central(c)
@@ -237,17 +237,15 @@ class Pair:
 
     def match(self, rows, most=1024):
         """phi by linear CKA: for each student layer the teacher layer whose centred states have the most
-        alike inner products, |x'y|^2 / (|x'x| |y'y|), over `most` positions of rank 0's first answers."""
-        every, got, count = list(range(1, self.models[1].config.L + 1)), [], 0
-        for x, y, inside in self.read(rows, 'cka', every):
+        alike inner products, |x'y|^2 / (|x'x| |y'y|), over `most` positions of sixteen answers."""
+        every, got = list(range(1, self.models[1].config.L + 1)), []
+        for x, y, _ in self.read(rows[:16 * self.place.world], 'cka', every):
             got.append((x, y))
-            count += len(inside)
-            if count >= most:
-                break
         grams = []
         for side in (0, 1):
-            states = {l: torch.cat([part[side][l] for part in got])[:most].double() for l in got[0][side]}
-            centred = {l: h - h.mean(0) for l, h in states.items()}
+            states = {l: torch.cat([part[side][l] for part in got]) for l in got[0][side]}
+            centred = {l: h[:: 1 + len(h) // most].double() for l, h in states.items()}
+            centred = {l: h - h.mean(0) for l, h in centred.items()}
             grams.append({l: torch.nn.functional.normalize((h @ h.t()).flatten(), dim=0)
                           for l, h in centred.items()})
         phi = {l: max(every, key=lambda t, g=g: float(g @ grams[1][t])) for l, g in grams[0].items()}
@@ -273,7 +271,8 @@ def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20, batch=16):
     P = {l: (torch.randn(R, d_s, generator=g) * d_s**-0.5).to(pair.place.device).requires_grad_()
          for l in pair.phi}
     opt = torch.optim.AdamW(P.values(), lr=lr)
-    some = batch * pair.place.world
+    target = {l: [v.float() for v in frames[l][:2]] for l in P}
+    some = max(batch, pair.place.world)
     starts = range(0, len(rows) - pair.place.world + 1, some)                # a row for every rank, at least
     with tqdm(total=epochs * len(starts), desc='adamw', disable=pair.place.rank > 0 or None) as bar:
         for _ in range(epochs):
@@ -283,13 +282,12 @@ def adamw_fit(pair, rows, frames, R, lr, seed, epochs=20, batch=16):
                 for x, y, inside in pair.read([rows[j] for j in order[i:i + some]]):
                     count += len(inside)
                     for l, t in pair.phi.items():
-                        mean, P_t = (v.float() for v in frames[l][:2])
-                        with torch.enable_grad():
-                            gap = x[l].float() @ P[l].t() - (y[t].float() - mean) @ P_t.t()  # (K, R)
-                            gap.square().sum().backward()
+                        mean, P_t = target[l]
+                        gap = x[l].float() @ P[l].t() - (y[t].float() - mean) @ P_t.t()      # (K, R)
+                        gap.square().sum().backward()
                 all_reduce(count)
                 for p in P.values():
-                    all_reduce(p.grad).div_(count)
+                    all_reduce(p.grad).div_(count.clamp(min=1))
                 opt.step()
                 opt.zero_grad()
                 bar.update()

@@ -9,8 +9,8 @@ How well does a model answer? The paper's four metrics and what else a reader wa
 
 On this command line a key without `eval_` means the one with it: n is eval_n. Every answer goes to
 samples.jsonl as it ends, graded; the same command goes on where it stopped. Places of finished answers are
-refilled, so a few long ones do not keep the others waiting. Grading (grader.py) is bounded and takes less
-than a decode step, so it stands between two of them.
+refilled, so a few long ones do not keep the others waiting. Grading (grader.py) is bounded work, about a
+millisecond an answer, so it stands between two decode steps.
 
 Avg@n: share of right answers. Best@n: problems with a right one among n. pass@k: the same for k of them,
 unbiased. maj@n: problems whose commonest answer is right. Dist-4g: distinct share of whitespace 4-grams,
@@ -31,12 +31,12 @@ import toy
 from configs import default, load_config
 from data import check_ids, load_problems, load_tokenizer
 from files import digest, remove, whole, write_json
-from grader import boxed, equal, extract, grade
+from grader import equal, extract, grade
 from model import load_model, snapshot
 from rollout import stream
 from runtime import UserError, all_gather, barrier, print0, run, start
 
-__all__ = ['boxed', 'grade', 'evaluate']
+__all__ = ['grade', 'evaluate']
 
 SETS = {'aime24': 'HuggingFaceH4/aime_2024', 'aime25': 'math-ai/aime25', 'aimo': 'AI-MO/aimo-validation-amc',
         'amc23': 'math-ai/amc23', 'math500': 'HuggingFaceH4/MATH-500'}
@@ -56,7 +56,10 @@ def exam_sets(source, tokenizer, first, suffix):
         if unknown:
             raise UserError(f'{where}: {unknown} of {len(problems)} problems have no answer to grade by; '
                             'choose other eval_data=')
-        sets[Path(name).stem if Path(name).exists() else name] = problems
+        label = Path(name).stem if Path(name).exists() else name
+        if label in sets:
+            raise UserError(f'{source}: two sets are called {label}; rename a file')
+        sets[label] = problems
     return sets
 
 
@@ -139,7 +142,8 @@ def distinct(texts, words=None, size=4):
 def bootstrap(values, draws=10_000, level=0.95):
     """Interval of the mean of values, one a problem, if other problems had been drawn -> (low, high)."""
     x, g = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(0)
-    means = x[torch.randint(len(x), (draws, len(x)), generator=g)].mean(1)
+    means = torch.cat([x[torch.randint(len(x), (100, len(x)), generator=g)].mean(1)
+                       for _ in range(draws // 100)])
     return tuple(means.quantile(q).item() for q in ((1 - level) / 2, (1 + level) / 2))
 
 
@@ -206,8 +210,8 @@ def folder_of(cfg, sets):
     """out/eval/<model>-<digest>: one for each model (by its files), problem sets and way of sampling."""
     model = snapshot(cfg['student'])
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.iterdir() if f.is_file())
-    keys = ('seed', 'dtype', 'enable_thinking', 'max_new_tokens', 'eval_n', 'eval_temperature', 'eval_top_p',
-            'eval_max_new_tokens', 'eval_suffix')
+    keys = ('seed', 'teacher', 'dtype', 'enable_thinking', 'max_new_tokens', 'eval_n', 'eval_temperature',
+            'eval_top_p', 'eval_max_new_tokens', 'eval_suffix')
     asked = {name: [(p.question, p.answer) for p in problems] for name, problems in sets.items()}
     name = cfg['student'].rstrip('/').split('/')[-1]
     return Path('out/eval') / f'{name}-{digest([files, [cfg[k] for k in keys], asked])}'
@@ -251,8 +255,8 @@ def main(cfg, regrade=False):
         print0(f'{folder}: {len(got)} of {total} answers are there')
         sample_rest(cfg, place, tok, folder, numbered, {(key[:2], key[2]) for key in got})
         barrier()
-        got = read_samples(folder)
-        if place.rank == 0:
+        if place.rank == 0:                          # alone: it deletes the parts
+            got = read_samples(folder)
             write_samples(folder, got)
     if place.rank == 0:
         if len(got) < total:

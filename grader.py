@@ -14,6 +14,7 @@ are what they say (0.333 is not 1/3).
 """
 import cmath
 import math
+import operator
 import random
 import re
 import unicodedata
@@ -23,7 +24,8 @@ TAIL = 300_000          # characters of a text in which its last box is looked f
 LIMIT = 2000            # characters of an answer that is read; longer ones are compared as text
 DEPTH = 40              # nesting
 ITEMS = 60              # of a list
-BITS = 20_000           # of a number; 9**9**9 has more
+BITS = 8_000            # of a number; 9**9**9 has more
+WORK = 50_000           # operations, and 64 bits of numbers, that a comparison may cost
 SCALES = ((0.05, 0.3), (0.5, 0.95), (1.2, 3), (5, 20))     # of the points where variables are tried
 
 
@@ -37,7 +39,7 @@ def boxed(text):
     """What the last complete \\boxed{...} of a text holds, braces balanced; None if there is none.
     One pass over the end of it: a text of ten thousand unclosed boxes costs no more than any other."""
     text, opened, last = text[-TAIL:], [], None
-    for brace in re.finditer(r'\\f?boxed\{|\{|\}', text):
+    for brace in re.finditer(r'\\f?boxed\s{0,3}\{|\{|\}', text):
         if brace[0] != '}':
             opened.append((len(brace[0]) > 1, brace.end()))
         elif opened:
@@ -67,67 +69,82 @@ def grade(text, answer):
 
 PLAIN = {'\u2212': '-', '\u2013': '-', '\u00d7': '*', '·': '*', '∙': '*', '⋅': '*', '÷': '/', 'π': '\\pi ',
          '∞': '\\infty ', '√': '\\sqrt ', '≤': '\\le ', '≥': '\\ge ', '≠': '\\ne ', '±': '\\pm ',
-         '∪': '\\cup ', '∈': '\\in ', '°': '\\degree ', '²': '^2', '³': '^3', '⁴': '^4', '\u00a0': ' ',
-         '\u200b': ''}
+         '∪': '\\cup ', '∈': '\\in ', '°': '\\degree ', '\u00a0': ' ', '\u200b': '', '½': '\\frac{1}{2}',
+         '⅓': '\\frac{1}{3}', '⅔': '\\frac{2}{3}', '¼': '\\frac{1}{4}', '¾': '\\frac{3}{4}'}
 NOISE = re.compile(r'\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![a-zA-Z])'
-                   r'|\\[!,;: ()\[\]]|[$~]|\\\$|\\hspace\{[^{}]{0,9}\}')
+                   r'|\\[,;: ()\[\]]|[$~]|\\hspace\{[^{}]{0,9}\}')
 WORDS = re.compile(r'\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\*? ?'
                    r'\{([^{}]*)\}')
-RENAMED = {'dfrac': 'frac', 'tfrac': 'frac', 'cfrac': 'frac', 'leq': 'le', 'geq': 'ge', 'leqslant': 'le',
-           'geqslant': 'ge', 'neq': 'ne', 'dbinom': 'binom', 'tbinom': 'binom', 'varnothing': 'emptyset'}
-SIGNS = {'lbrace': '\\{', 'rbrace': '\\}', 'lvert': '|', 'rvert': '|', 'vert': '|', 'times': '*', 'cdot': '*',
-         'ast': '*', 'div': '/', 'lt': '<', 'gt': '>'}
+RENAMED = {'dfrac': '\\frac ', 'tfrac': '\\frac ', 'cfrac': '\\frac ', 'leq': '\\le ', 'geq': '\\ge ',
+           'leqslant': '\\le ', 'geqslant': '\\ge ', 'neq': '\\ne ', 'dbinom': '\\binom ',
+           'tbinom': '\\binom ', 'varnothing': '\\emptyset ', 'lbrace': '\\{', 'rbrace': '\\}', 'lvert': '|',
+           'rvert': '|', 'vert': '|', 'times': '*', 'cdot': '*', 'ast': '*', 'div': '/', 'lt': '<', 'gt': '>'}
 TOKEN = re.compile(r'"[^"]*"|\\[a-zA-Z]+|\\[{}%\\]|\*\*|\d+\.\d+|\.\d+|\d+|[a-zA-Z]+|<=|>=|!=|\S')
 FUNCTIONS = {'sin': cmath.sin, 'cos': cmath.cos, 'tan': cmath.tan, 'cot': lambda x: 1 / cmath.tan(x),
              'sec': lambda x: 1 / cmath.cos(x), 'csc': lambda x: 1 / cmath.sin(x), 'arcsin': cmath.asin,
              'arccos': cmath.acos, 'arctan': cmath.atan, 'sinh': cmath.sinh, 'cosh': cmath.cosh,
              'tanh': cmath.tanh, 'ln': cmath.log, 'log': cmath.log, 'exp': cmath.exp, 'abs': abs}
-WORDLIKE = {*FUNCTIONS, 'sqrt', 'pi', 'infty', 'inf', 'infinity', 'and', 'or', 'max', 'min', 'gcd', 'lcm'}
-UNITS = re.compile(r'(?<=[\d})%]) ?((?:sq(?:uare|\.)? ?|cubic )?(?:degrees?|percent|dollars?|cents?|units?|'
-                   r'cm|mm|km|meters?|metres?|centimeters?|kilometers?|inch(?:es)?|feet|foot|ft|yards?|miles?|hours?|'
+WORDLIKE = {*FUNCTIONS, 'sqrt', 'pi', 'infty', 'inf', 'infinity', 'and', 'or'}
+SHORT = {'no', 'on', 'is', 'as', 'in', 'at', 'so', 'of', 'to', 'up', 'an', 'am', 'by', 'do', 'go', 'it', 'if'}
+UNITS = re.compile(r'(?<=[\d})]) ?((?:sq(?:uare|\.)? ?|cubic )?(?:degrees?|dollars?|cents?|units?|cm|mm|km|'
+                   r'meters?|metres?|centimeters?|kilometers?|inch(?:es)?|feet|foot|ft|yards?|miles?|hours?|'
                    r'minutes?|seconds?|days?|weeks?|months?|years?|kg|grams?|pounds?|lbs?|mph|km/h|m/s|liters?)'
                    r'(?:\^\{?[23]\}?)?)\.?$')
+NO_UNIT = re.compile(r'\d|\b(or|and|not|no|million|thousand|hundred|billion|dozen|times|squared|cubed|mod)\b')
 
 
 def tidy(text):
     """Spelling that means nothing: spaces, sizes, Unicode's doubles, dollar signs, a full stop at the end."""
-    text = text.replace('\\\\', ' \\cr ')                                   # rows of a matrix
+    text = text.replace('\\\\', ' \\cr ').replace(',\\!', ',').replace('\\!', '')  # \cr: a matrix's rows
+    text = re.sub(r'[⁰¹²³⁴-⁹]+', lambda m: '^{' + unicodedata.normalize('NFKC', m[0]) + '}', text)
+    text = re.sub(r'√ ?(\d+)', r'\\sqrt{\1}', text)
     text = ''.join(PLAIN.get(c) or (str(unicodedata.decimal(c)) if c.isdecimal() else c) for c in text)
+    text = re.sub(r'^\s*(-?)\\?\$(?=\s*-?[\d.])(?!.*\$)(.*)$', r'\1\2 "dollars"', text)      # \$5, not $5$
+    text = NOISE.sub(' ', text.replace('\\$', ''))
+
     def quoted(m):
-        inside = ' '.join(m[1].split())
-        return f' "{inside}" ' if any(c.isalpha() for c in inside) else f' {inside} '
-    text = WORDS.sub(quoted, NOISE.sub(' ', text.replace('"', ' ')))
-    text = re.sub(r'\\([a-zA-Z]+)', lambda m: SIGNS.get(m[1]) or f'\\{RENAMED.get(m[1], m[1])} ', text)
-    text = text.replace('{,}', '')
+        inside = ' '.join(m[1].replace('"', ' ').split())
+        if inside.lower() in ('percent', '%'):
+            return ' % '
+        letter = len(inside) == 1 and inside.isalpha() and inside not in 'mgsLhABCDEFGH'     # \mathrm{i}
+        return f' "{inside}" ' if any(c.isalpha() for c in inside) and not letter else f' {inside} '
+    text = WORDS.sub(quoted, text)
+    text = re.sub(r'\\([a-zA-Z]+)', lambda m: RENAMED.get(m[1]) or f'\\{m[1]} ', text.replace('{,}', ''))
     text = re.sub(r'\\(begin|end) ?\{[pb]?matrix\}', r'\\\1matrix ', text)
     text = re.sub(r'\^ ?(\{ ?\\circ ?\}|\\circ)', r'\\degree ', text)
-    return ' '.join(text.split()).rstrip('.,;: ').lstrip('=: ')
+    text = re.sub(r'(?<=\d) ?percent$', '%', ' '.join(text.split()))
+    text = re.sub(r'" ?\^ ?\{? ?([23]) ?\}?$', r'^\1"', text)                # cm^2
+    return re.sub(r'(?<!\.)\.$', '', text.rstrip(',;: ')).lstrip('=: ')
 
 
 def tokens(text):
     """Tidied text -> tokens; words that are no function fall into letters if they are short."""
     if not re.search(r'[(\[]|\\\{', text):                                   # 1,234,567 and 1 234 567
-        text = re.sub(r'(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])', lambda m: m[0].replace(',', ''), text)
+        text = re.sub(r'(?<![\d.,])\d{1,3}(?:, ?\d{3})+(?![\d,])', lambda m: re.sub('[, ]', '', m[0]), text)
         text = re.sub(r'^\d{1,3}(?: \d{3})+$', lambda m: m[0].replace(' ', ''), text)
+    if '..' in text or 'dots' in text:
+        raise Unreadable('an ellipsis')
     out = []
     for t in TOKEN.findall(text):
-        if t[0].isalpha() and t.lower() not in WORDLIKE:
-            if len(t) > 3:
+        low = t.strip('" ').lower()
+        if low in WORDLIKE:
+            out.append('\\' + {'inf': 'infty', 'infinity': 'infty'}.get(low, low))
+        elif t[0].isalpha():                 # a product of variables, if it is no word
+            if t.lower() in SHORT or len(t) > 3 or (len(t) == 3 and not any(
+                    set(t) <= set(s) for s in ('abc', 'xyz', 'pqr'))):
                 raise Unreadable(t)
             out += t
-        elif t[0].isalpha():
-            out.append('\\' + {'inf': 'infty', 'infinity': 'infty'}.get(t.lower(), t.lower()))
-        elif t[0] == '"' and t.strip('" ').lower() in WORDLIKE:
-            out.append('\\' + t.strip('" ').lower())
         else:
             out.append({'**': '^', '<=': '\\le', '>=': '\\ge', '!=': '\\ne', '\\%': '%'}.get(t, t))
+    if not out:
+        raise Unreadable('nothing')
     return out
 
 
 # ---- tokens to a tree ----------------------------------------------------------------------------
 # Nodes: ('num', Fraction), ('var', name), (operation, node...), ('list' or 'tuple' + brackets, node...).
 
-NO_FACTOR = {'\\' + t for t in ('pm', 'mp', 'cup', 'and', 'or', '}', '%', 'cr', 'endmatrix', 'rfloor',
+NO_FACTOR = {'\\' + t for t in ('pm', 'mp', 'cup', 'and', 'or', '}', 'cr', 'endmatrix', 'rfloor',
                                 'rceil')}
 RELATIONS = ('=', '<', '>', '\\le', '\\ge', '\\ne', '\\in')
 ZERO = ('num', Fraction(0))
@@ -169,13 +186,15 @@ class Parser:
             return parts[0]
         if set(parts[1::2]) == {'='}:                                        # x = ... = 5
             left, right = parts[0], parts[-1]
-            if left[0] == '*' and left[1] in [('var', f) for f in 'fghFGPQ']:    # f(x) = ... is y = ...
-                left = ('var', 'y')
-            if left[0] != 'var' and right[0] == 'var' and len(parts) == 3:
+            if left[0] == '*' and left[1] in [('var', f) for f in 'fghFGPQ'] and left[2][0] == 'var':
+                left = ('of', *left[1:])                                     # f(x)
+            if left[0] not in ('var', 'of') and right[0] == 'var' and len(parts) == 3:
                 left, right = right, left
-            if left[0] == 'var':
+            if left[0] in ('var', 'of'):
                 return ('=', left, right)
-        if parts[1] == '\\in' and len(parts) == 3:                           # x \in [0, 1)
+            if left[0] == 'tuple' and all(part[0] == 'var' for part in left[2:]):            # (x, y) = (1, 2)
+                return right
+        if parts[1] == '\\in' and len(parts) == 3 and parts[0][0] == 'var':   # x \in [0, 1)
             return parts[2]
         return ('relation', *parts)
 
@@ -199,7 +218,7 @@ class Parser:
             self.depth -= 1
             if node[0] in ('unit', '%'):                                     # -4 degrees
                 return (node[0], (sign, ZERO, node[1]), *node[2:])
-            return (sign, ZERO, node)
+            return node if sign == '+' else (sign, ZERO, node)
         node = self.power()
         while True:
             t, whole = self.peek(), node[0] == 'num' and node[1].denominator == 1
@@ -208,12 +227,14 @@ class Parser:
                 sign = self.take() if self.peek() in ('-', '+') else '+'
                 right = self.power()
                 node = (t, node, ('-', ZERO, right) if sign == '-' else right)
-            elif t == '\\frac' and whole:                                    # 3\frac12 is mixed
+            elif t == '\\frac' and self.tokens[self.at - 1].isdecimal():      # 3\frac12 is mixed
+                if not whole:
+                    raise Unreadable('a mixed number in a product')
                 right = self.power()
                 mixed = right[0] == '/' and right[1][0] == right[2][0] == 'num' and right[1][1] < right[2][1]
                 node = ('+' if mixed else '*', node, right)
             elif self.starts(t):
-                if t[0].isdigit() or t[0] == '.':
+                if t[0].isdecimal() or t[0] == '.':
                     raise Unreadable('two numbers side by side')             # 2 3 is not 6, x2 not 2x
                 node = ('*', node, self.power())
             else:
@@ -223,11 +244,11 @@ class Parser:
         """May a factor begin with this token?"""
         if t is None or t in RELATIONS or t in NO_FACTOR:
             return False
-        return t[0].isalnum() or t[0] in '.("[{\\' or (t == '|' and not self.bars) or t == '\\{'
+        return t[0].isalpha() or t[0].isdecimal() or t[0] in '.("[{\\' or (t == '|' and not self.bars)
 
     def power(self):
         node = self.atom()
-        while self.peek() in ('^', '!', '%', '\\degree', '\\%', '_'):
+        while self.peek() in ('^', '!', '%', '\\degree', '_'):
             t = self.take()
             if t == '^':
                 node = ('^', node, self.exponent())
@@ -241,7 +262,7 @@ class Parser:
                     node = ('based', node[1], low[1])
                 else:
                     raise Unreadable('subscript')
-            elif t in ('%', '\\%'):
+            elif t == '%':
                 node = ('%', node)
             else:
                 node = ('unit', node, 'degree')
@@ -258,7 +279,7 @@ class Parser:
     def argument(self):
         """What TeX takes for an argument: a group, or one digit or letter."""
         t = self.peek()
-        if t and t.isdigit() and len(t) > 1:
+        if t and t.isdecimal() and len(t) > 1:
             self.tokens[self.at] = t[1:]
             return ('num', Fraction(t[0]))
         return self.atom()
@@ -281,7 +302,7 @@ class Parser:
 
     def atom(self):
         t = self.take()
-        if t[0].isdigit() or (t[0] == '.' and len(t) > 1):
+        if t[0].isdecimal() or (t[0] == '.' and len(t) > 1):
             return ('num', Fraction(t))
         if t in ('(', '[', '\\{', '{'):
             items = self.group(t)
@@ -314,7 +335,7 @@ class Parser:
             root = ('num', Fraction(2))
             if self.peek() == '[':
                 self.take()
-                root = self.group('[')[0]
+                root, = self.group('[')
             return ('root', self.argument(), root)
         if name in ('pi', 'infty'):
             return ('const', name)
@@ -344,6 +365,8 @@ class Parser:
                 node = self.power()
                 while self.starts(self.peek()) and self.peek()[1:] not in FUNCTIONS:
                     node = ('*', node, self.power())
+            if power == ('-', ZERO, ('num', Fraction(1))) and f'arc{name}' in FUNCTIONS:     # \sin^{-1}
+                name, power = f'arc{name}', None
             node = ('call', name, node) if base is None else (
                 '/', ('call', 'log', node), ('call', 'log', base))
             return node if power is None else ('^', node, power)
@@ -375,22 +398,12 @@ def read(text):
     mixed = re.fullmatch(r'(-?)(\d+) (\d+)/(\d+)', text)                     # 3 1/2
     if mixed:
         text = f'{mixed[1]}({mixed[2]}+{mixed[3]}/{mixed[4]})'
-    unit = UNITS.search(text)
-    if unit:
-        text = text[:unit.start()]
-    kept = tokens(text)
-    if not kept:
-        raise Unreadable('nothing')
-    quoted = re.fullmatch(r'"([^"]*)"', kept[-1]) if len(kept) > 1 else None
-    if quoted and not unit:                                                  # 5 \text{ apples}
-        kept = kept[:-1]
-    elif len(kept) > 3 and kept[-2] == '^' and kept[-3][0] == '"':           # 5 \text{ cm}^2
-        quoted, kept = re.fullmatch(r'"([^"]*)"', kept[-3][:-1] + '^' + kept[-1] + '"'), kept[:-3]
-    parser = Parser(kept)
-    items = parser.items(None)
+    unit = UNITS.search(text) or re.search(r'(?<=\S) ?"([^"]*)"$', text)     # 5 cm, or 5 \text{ apples}
+    if unit and NO_UNIT.search(unit[1].removesuffix('^2').removesuffix('^3').lower()):
+        raise Unreadable(unit[1])
+    items = Parser(tokens(text[:unit.start()] if unit else text)).items(None)
     node = items[0] if len(items) == 1 else ('list', *items)
-    name = unit[1] if unit else quoted[1] if quoted else ''
-    return ('unit', node, singular(name)) if name else node
+    return ('unit', node, singular(unit[1])) if unit else node
 
 
 def singular(unit):
@@ -399,47 +412,28 @@ def singular(unit):
     unit = re.sub(r'^cubic (.*)', r'\1^3', re.sub(r'^sq(?:uare)? ?(.*)', r'\1^2', unit))
     unit, _, power = unit.partition('^')
     unit = unit.rstrip('s')
-    return {'inche': 'inch', 'feet': 'foot', 'ft': 'foot', 'percent': '%'}.get(unit, unit) + power
+    return {'inche': 'inch', 'feet': 'foot', 'ft': 'foot'}.get(unit, unit) + power
 
 
-# ---- trees to numbers ----------------------------------------------------------------------------
+# ---- comparing ------------------------------------------------------------------------------------
 
-def bounded(x):
-    """x, if it is of bounded size."""
-    if isinstance(x, Fraction) and x.numerator.bit_length() + x.denominator.bit_length() > BITS:
-        raise Unreadable('a number of too many digits')
-    return x
+FLIPPED = {'<': '>', '>': '<', '\\le': '\\ge', '\\ge': '\\le'}
+APART = {'tuple', 'matrix', 'relation', 'word', 'row', '\\cup', 'based', 'of'}   # equal only to their kind
 
 
 def rational(x, y=Fraction(0)):
     return isinstance(x, Fraction) and isinstance(y, Fraction)
 
 
-def raise_to(x, y):
-    """x^y: exact for whole y and for perfect roots, else the principal value."""
-    if rational(x, y) and y.denominator == 1:
-        if abs(y) * max(x.numerator.bit_length(), x.denominator.bit_length()) > BITS and abs(x) not in (0, 1):
-            raise Unreadable('a power of too many digits')
-        return bounded(x ** int(y))
-    if rational(x, y) and x >= 0 and y.denominator <= 64:
-        exact = nth_root(x, y.denominator)
-        if exact is not None:
-            return raise_to(exact, Fraction(y.numerator))
-    return complex(x) ** complex(y)
-
-
-def nth_root(x, n):
-    """The n-th root of a Fraction that is not negative, if it is a Fraction; else None."""
-    roots = []
-    for part in (x.numerator, x.denominator):
-        low, high = 0, 1 << -(-part.bit_length() // n)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if middle**n <= part else (low, middle - 1)
-        if low**n != part:
-            return None
-        roots.append(low)
-    return Fraction(*roots)
+def root(a, n):
+    """The whole n-th root of a >= 0, rounded down, by Newton."""
+    x = 1 << -(-a.bit_length() // n)
+    while a > 1:
+        y = ((n - 1) * x + a // x ** (n - 1)) // n
+        if y >= x:
+            return x
+        x = y
+    return a
 
 
 def whole(x, most):
@@ -449,165 +443,188 @@ def whole(x, most):
     return int(x)
 
 
-def value(node, point):
-    """A tree's value where variable `name` is point(name): Fraction or complex."""
-    kind, *parts = node
-    if kind == 'num':
-        return bounded(parts[0])
-    if kind == 'var':
-        return point(parts[0])
-    if kind == 'const':
-        return {'pi': math.pi + 0j, 'e': math.e + 0j, 'i': 1j, 'infty': complex(math.inf)}[parts[0]]
-    if kind in ('+', '-', '*', '/', '^', 'binom', 'root'):
-        x, y = value(parts[0], point), value(parts[1], point)
-        if kind == '^':
-            return raise_to(x, y)
-        if kind == 'root':
-            if rational(x, y) and x < 0 and y.denominator == 1 and y % 2 == 1:
-                return -raise_to(-x, 1 / y)              # a real number's odd root is real
-            return raise_to(x, 1 / y)
-        if kind == 'binom':
-            return bounded(Fraction(math.comb(whole(x, 2000), whole(y, 2000))))
-        if not rational(x, y):
-            x, y = complex(x), complex(y)
-        return bounded(x + y if kind == '+' else x - y if kind == '-' else x * y if kind == '*' else x / y)
-    if kind == '%':
-        return value(('/', parts[0], ('num', Fraction(100))), point)
-    if kind == '!':
-        return bounded(Fraction(math.factorial(whole(value(parts[0], point), 1000))))
-    if kind == 'call':
-        degrees = parts[1][0] == 'unit'                                      # \sin 30^\circ
-        x = complex(value(parts[1][1], point)) * math.pi / 180 if degrees else value(parts[1], point)
-        if parts[0] in ('floor', 'ceil'):
-            x = x if rational(x) else Fraction(x.real)
-            return Fraction(math.floor(x) if parts[0] == 'floor' else math.ceil(x))
-        return abs(x) if parts[0] == 'abs' and rational(x) else complex(FUNCTIONS[parts[0]](complex(x)))
-    raise Unreadable(kind)
-
-
-def point(k):
-    """The k-th assignment of variables: a fraction that depends on k and the name alone. The first eight
+def point(name, k):
+    """A variable's value in the k-th trial: a fraction that depends on both alone. The first eight trials
     walk through SCALES with both signs, the others mix them."""
-    def at(name):
-        rng = random.Random(f'{name} {k}')
-        low, high = SCALES[k // 2] if k < 8 else rng.choice(SCALES)
-        sign = (-1)**k if k < 8 else rng.choice([-1, 1])
-        return sign * Fraction(rng.uniform(low, high)).limit_denominator(997)
-    return at
+    rng = random.Random(f'{name} {k}')
+    low, high = SCALES[k // 2] if k < 8 else rng.choice(SCALES)
+    sign = (-1)**k if k < 8 else rng.choice([-1, 1])
+    return sign * Fraction(rng.uniform(low, high)).limit_denominator(997)
 
 
-def near(x, y):
-    """Two values: fractions exactly, floats to ten digits."""
-    if rational(x, y):
-        return x == y
-    x, y = complex(x), complex(y)
-    if cmath.isinf(x) or cmath.isinf(y):
-        return x == y
-    return abs(x - y) <= 1e-10 * max(abs(x), abs(y)) + 1e-14
+def has(node, *kinds):
+    """Is there a node of one of these kinds in the tree? (The minus of a negative number does not count.)"""
+    here = isinstance(node, tuple) and node[0] in kinds and node[1] != ZERO
+    return here or isinstance(node, tuple) and any(has(p, *kinds) for p in node)
 
 
-def same_value(a, b):
-    """Are two expressions equal at the points where both have a value (at two of them at least)?"""
-    names = variables(a) | variables(b)
-    tried = 0
-    for k in range(12 if names else 1):
-        try:
-            x, y = value(a, point(k)), value(b, point(k))
-        except (ZeroDivisionError, OverflowError, ValueError) as e:
-            if isinstance(e, Unreadable):
+class Comparison:
+    """Two trees, and how much work may still be spent on them: WORK, counted in operations and their bits."""
+    def __init__(self):
+        self.left = WORK
+
+    def spend(self, bits):
+        self.left -= 1 + bits // 64
+        if self.left < 0:
+            raise Unreadable('too much work')
+
+    def kept(self, x):
+        """A result, if it is of bounded size."""
+        if rational(x):
+            bits = x.numerator.bit_length() + x.denominator.bit_length()
+            self.spend(bits)
+            if bits > BITS:
+                raise Unreadable('a number of too many digits')
+        elif not cmath.isfinite(x):
+            raise OverflowError
+        return x
+
+    def raised(self, x, y):
+        """x^y: exact for whole y and for perfect roots, else the principal value."""
+        if rational(x, y) and y.denominator == 1:
+            bits = int(abs(y)) * max(x.numerator.bit_length(), x.denominator.bit_length())
+            if bits > BITS and abs(x) not in (0, 1):
+                raise Unreadable('a power of too many digits')
+            return self.kept(x ** int(y))
+        if rational(x, y) and x >= 0 and y.denominator <= 64:
+            self.spend(64 * (x.numerator.bit_length() + x.denominator.bit_length()))
+            exact = Fraction(root(x.numerator, y.denominator), root(x.denominator, y.denominator))
+            if exact ** y.denominator == x:
+                return self.raised(exact, Fraction(y.numerator))
+        return self.kept(complex(x) ** complex(y))
+
+    def value(self, node, k):
+        """A tree's value in the k-th trial: Fraction or complex."""
+        kind, *parts = node
+        self.spend(0)
+        if kind == 'num':
+            return self.kept(parts[0])
+        if kind == 'var':
+            return point(parts[0], k)
+        if kind == 'const':
+            return {'pi': math.pi + 0j, 'e': math.e + 0j, 'i': 1j, 'infty': complex(math.inf)}[parts[0]]
+        if kind in ('+', '-', '*', '/', '^', 'binom', 'root'):
+            x, y = self.value(parts[0], k), self.value(parts[1], k)
+            if kind == '^':
+                return self.raised(x, y)
+            if kind == 'root':
+                real = x if rational(x) else x.real if not x.imag else 0
+                if real < 0 and rational(y) and y.denominator == 1 and y % 2 == 1:
+                    return -self.raised(-x, 1 / y)       # an odd root is real
+                return self.raised(x, 1 / y)
+            if kind == 'binom':
+                return self.kept(Fraction(math.comb(whole(x, 2000), whole(y, 2000))))
+            if not rational(x, y):
+                x, y = complex(x), complex(y)
+            return self.kept({'+': operator.add, '-': operator.sub, '*': operator.mul,
+                              '/': operator.truediv}[kind](x, y))
+        if kind == '%':
+            return self.kept(self.value(parts[0], k) / 100)
+        if kind == '!':
+            return self.kept(Fraction(math.factorial(whole(self.value(parts[0], k), 1000))))
+        if kind == 'call':
+            degrees = parts[1][0] == 'unit'                                  # \sin 30^\circ
+            x = complex(self.value(parts[1][1], k)) * math.pi / 180 if degrees else self.value(parts[1], k)
+            if parts[0] in ('floor', 'ceil'):
+                x = x if rational(x) else Fraction(x.real)
+                return Fraction(math.floor(x) if parts[0] == 'floor' else math.ceil(x))
+            return abs(x) if parts[0] == 'abs' and rational(x) else complex(FUNCTIONS[parts[0]](complex(x)))
+        raise Unreadable(kind)
+
+    def same_value(self, a, b):
+        """Are two expressions equal in the trials in which both have a value (in two of them at least)?
+        Fractions exactly; floats to thirteen digits, twelve beside variables; 0 if a sum cancelled to it."""
+        names, tried = has(a, 'var') or has(b, 'var'), 0
+        if a == b or ('const', 'infty') in (a, b):
+            return a == b
+        for k in range(12 if names else 1):
+            try:
+                x, y = self.value(a, k), self.value(b, k)
+            except (ArithmeticError, ValueError) as e:
+                if isinstance(e, Unreadable):
+                    raise
+                continue
+            if rational(x, y):
+                if x != y:
+                    return False
+            else:
+                exact = 0 in (x, y) and has(a if y == 0 else b, '+', '-', 'call')
+                if abs(x - y) > (1e-12 if names else 1e-13) * max(abs(x), abs(y)) + (1e-13 if exact else 0):
+                    return False
+            tried += 1
+        return tried >= (2 if names else 1)
+
+    def same(self, a, b):
+        """Do two trees mean the same?"""
+        self.spend(0)
+        if a == b:
+            return True
+        kinds = a[0], b[0]
+        if 'unit' in kinds:
+            one, other = (n[2] if n[0] == 'unit' else '' for n in (a, b))
+            if (one and other and one != other) or '%' in kinds:
                 return False
-            continue
-        if not near(x, y):
-            return False
-        tried += 1
-    return tried >= (2 if names else 1)
+            return self.same(*(n[1] if n[0] == 'unit' else n for n in (a, b)))
+        if '%' in kinds and kinds[0] != kinds[1]:                            # 50% is 50 and 0.5
+            share, other = (a[1], b) if a[0] == '%' else (b[1], a)
+            return self.same(share, other) or self.same(('/', share, ('num', Fraction(100))), other)
+        if kinds == ('=', '='):
+            named = a[1] == b[1] or (('var', 'y') in (a[1], b[1]) and 'of' in (a[1][0], b[1][0]))
+            return named and self.same(a[2], b[2]) or self.same(a[1], b[2]) and self.same(a[2], b[1])
+        if '=' in kinds:
+            return 'relation' not in kinds and self.same(*(n[2] if n[0] == '=' else n for n in (a, b)))
+        if 'list' in kinds:
+            if kinds[0] != kinds[1]:
+                one, other = (a, b) if a[0] == 'list' else (b, a)
+                return len(one) == 2 and self.same(one[1], other)
+            return self.same_set(a[1:], b[1:])
+        if set(kinds) & APART:
+            if kinds[0] != kinds[1] or len(a) != len(b):
+                return kinds == ('\\cup', '\\cup') and self.same_set(union(a), union(b))
+            if a[0] == '\\cup':
+                return self.same_set(union(a), union(b))
+            turned = (a[0], *(FLIPPED.get(p, p) if isinstance(p, str) else p for p in b[:0:-1]))
+            return any(all(x == y if isinstance(x, str) else isinstance(y, tuple) and self.same(x, y)
+                           for x, y in zip(a[1:], c[1:], strict=True))
+                       for c in ([b, turned] if a[0] == 'relation' else [b]))
+        return self.same_value(a, b)
 
-
-def variables(node):
-    """Names of the variables in a tree."""
-    if node[0] == 'var':
-        return {node[1]}
-    return set().union(*(variables(p) for p in node[1:] if isinstance(p, tuple)))
-
-
-# ---- comparing ------------------------------------------------------------------------------------
-
-def plain(node):
-    """A tree without pm: a list of both."""
-    def signed(node, flip):
-        if not isinstance(node, tuple):
-            return node
-        if node[0] in ('\\pm', '\\mp'):
-            node = ('-' if (node[0] == '\\pm') == flip else '+', *node[1:])
-        return tuple(signed(part, flip) for part in node)
-    both = signed(node, False), signed(node, True)
-    return both[0] if both[0] == both[1] else ('list', *both)
-
-
-FLIPPED = {'<': '>', '>': '<', '\\le': '\\ge', '\\ge': '\\le'}
-
-
-def same(a, b):
-    """Do two trees mean the same?"""
-    if a == b:
-        return True
-    if 'unit' in (a[0], b[0]):
-        one, other = (n[2] if n[0] == 'unit' else '' for n in (a, b))
-        if one and other and one != other:
-            return False
-        a, b = (n[1] if n[0] == 'unit' else n for n in (a, b))
-        return same(a, b)
-    if '%' in (a[0], b[0]) and a[0] != b[0]:                                 # 50% is 50 and 0.5
-        share, other = (a[1], b) if a[0] == '%' else (b[1], a)
-        return same(share, other) or same(('/', share, ('num', Fraction(100))), other)
-    if a[0] == b[0] == '%':
-        return same(a[1], b[1])
-    if '=' in (a[0], b[0]):
-        if a[0] == b[0]:
-            return same(a[2], b[2]) and a[1] == b[1] or same(a[1], b[2]) and same(a[2], b[1])
-        return same(a[2] if a[0] == '=' else a, b[2] if b[0] == '=' else b) and 'relation' not in (a[0], b[0])
-    if 'list' in (a[0], b[0]):
-        if a[0] != b[0]:
-            one, other = (a, b) if a[0] == 'list' else (b, a)
-            return len(one) == 2 and same(one[1], other)
-        return same_set(a[1:], b[1:])
-    if a[0] != b[0] and {a[0], b[0]} & {'tuple', 'matrix', 'relation', 'word', 'row', '\\cup', 'based'}:
-        return False
-    if a[0] == 'tuple':
-        return a[1] == b[1] and len(a) == len(b) and all(map(same, a[2:], b[2:]))
-    if a[0] in ('matrix', 'row'):
-        return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    if a[0] == '\\cup':
-        return same_set(union(a), union(b))
-    if a[0] == 'relation':
-        flipped = ('relation', *(FLIPPED.get(p, p) if isinstance(p, str) else p for p in b[:0:-1]))
-        return any(len(a) == len(c) and all(x == y if isinstance(x, str) else same(x, y)
-                                            for x, y in zip(a[1:], c[1:], strict=True)) for c in (b, flipped))
-    if a[0] in ('word', 'based'):
-        return False
-    return same_value(a, b)
+    def same_set(self, xs, ys):
+        """Unordered, one for one."""
+        ys = list(ys)
+        for x in xs:
+            i = next((i for i, y in enumerate(ys) if self.same(x, y)), None)
+            if i is None:
+                return False
+            del ys[i]
+        return not ys
 
 
 def union(node):
     return [*union(node[1]), *union(node[2])] if node[0] == '\\cup' else [node]
 
 
-def same_set(xs, ys):
-    """Unordered, without repetitions."""
-    def once(items):
-        kept = []
-        for x in items:
-            if not any(same(x, k) for k in kept):
-                kept.append(x)
-        return kept
-    xs, ys = once(xs), once(ys)
-    return len(xs) == len(ys) and all(any(same(x, y) for y in ys) for x in xs)
+def plain(node):
+    """A tree without pm: a list of both, or of what the items of a list are with both."""
+    def signed(node, flip):
+        if not isinstance(node, tuple):
+            return node
+        if node[0] in ('\\pm', '\\mp'):
+            node = ('-' if (node[0] == '\\pm') == flip else '+', *node[1:])
+        return tuple(signed(part, flip) for part in node)
+    if node[0] == 'list':
+        parts = [plain(part) for part in node[1:]]
+        return ('list', *(q for p in parts for q in (p[1:] if p[0] == 'list' else [p])))
+    both = signed(node, False), signed(node, True)
+    return both[0] if both[0] == both[1] else ('list', *both)
 
 
 def bare(text):
-    """Text without what is around words: quotes, brackets of a single letter, case, spaces."""
-    text = re.sub(r'^"?\(([A-Za-z])\)"?$', r'\1', re.sub(r'["{}]', '', text).strip())
-    return re.sub(r'\s+', '', text).lower().removesuffix('.')
+    """Text without what means nothing in words and formulas alike: quotes, brackets of a single letter,
+    spaces that part nothing, and the case of words."""
+    text = re.sub(r'^\(([A-Za-z])\)$', r'\1', text.replace('"', '').strip())
+    text = re.sub(r'(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])', '', text).removesuffix('.')
+    return text.lower() if re.fullmatch(r'[A-Za-z][A-Za-z ]+', text) else text
 
 
 def equal(found, answer):
@@ -619,7 +636,11 @@ def equal(found, answer):
         return False
     if bare(a) == bare(b):
         return True
+    for one, other in ((a, b), (b, a)):
+        choice = re.fullmatch(r'"\(?([A-E])\)? ?" ?(.+)', one)               # \textbf{(B)} 5 is B, and 5
+        if choice:
+            return equal(choice[1], other) or equal(choice[2], other)
     try:
-        return same(plain(read(a)), plain(read(b)))
-    except (Unreadable, RecursionError, ZeroDivisionError, OverflowError):
+        return Comparison().same(plain(read(a)), plain(read(b)))
+    except (ValueError, ArithmeticError, IndexError, RecursionError):        # Unreadable is a ValueError
         return False

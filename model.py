@@ -218,7 +218,7 @@ class Model(nn.Module):
         mask, pos = None, torch.arange(T, device=ids.device)                 # (T,)
         if cache is not None and cache.longest:                              # one more token a row
             assert T == 1, f'{T} tokens onto a filled cache: one at a time'
-            cache.longest += 1
+            cache.longest = min(cache.longest + 1, cache.k.shape[3])         # finished rows may go on
             pos = cache.length[:, None, None]                                # (B, 1, 1): heads, tokens
             mask = torch.arange(cache.longest, device=ids.device) <= pos[..., None]   # (B, 1, 1, longest)
         reach = max(self.reach, T if cache is None else cache.k.shape[3])

@@ -140,21 +140,22 @@ def naive(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=No
 
 
 @torch.no_grad()
-def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budget=32768, **how):
+def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budget=32768, look=0, **how):
     """Answers as they end -> (index of the request, its ids, ended by a stop token?), one by one.
 
     requests: (prompt ids, prompt number, sample number) each; seed, step and the two numbers fix the answer,
     whatever is answered beside it. rows: answers in the making at once, which bounds the cache. budget:
-    tokens of prompts read at once. The rest is as in `sample`.
+    tokens of prompts read at once. look: tokens between looks at which rows are done, each of which waits for
+    the device; 0: 16 on CUDA, else 1. The rest is as in `sample`.
     """
-    c, device, cuda = model.config, model.embed.weight.device, model.embed.weight.device.type == 'cuda'
+    c, device = model.config, model.embed.weight.device
     B, dtype = min(rows, len(requests)), compute_dtype(model)
     cache = Cache(c, B, max(len(p) for p, _, _ in requests) + max_new_tokens, device, dtype)
     stop = torch.tensor(list(stop), device=device)
     ids = torch.zeros(B, max_new_tokens + 1, dtype=torch.long, device=device)            # last: never read
     who, token, count, keys = torch.full((4, B), -1, device=device)          # request in this place, ...
     done, stopped = torch.ones(2, B, dtype=torch.bool, device=device)
-    look = 16 if cuda else 1                 # tokens between looks at `done`: each one is a sync
+    look = look or (16 if device.type == 'cuda' else 1)
     begun = tokens = 0
 
     def draw(at, logits):

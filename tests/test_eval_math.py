@@ -129,6 +129,10 @@ def test_command_line(tmp_path, toy_cfg):
         (tmp_path / f'{name}.jsonl').write_text('{"problem": "1+1", "answer": "2"}\n')
     sets = exam_sets(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tok, 0, '')
     assert list(sets) == ['a', 'b'] and sets['b'][0].answer == '2'
+    (tmp_path / 'c').mkdir()
+    (tmp_path / 'c/a.jsonl').write_text('{"problem": "1+1", "answer": "2"}\n')
+    with pytest.raises(UserError, match='two sets are called a'):
+        exam_sets(f'{tmp_path}/a.jsonl,{tmp_path}/c/a.jsonl', tok, 0, '')
     (tmp_path / 'a.jsonl').write_text('{"problem": "1+1"}\n')
     with pytest.raises(UserError, match='no answer to grade by'):
         exam_sets(f'{tmp_path}/a.jsonl', tok, 0, '')

@@ -43,6 +43,20 @@ def test_places_are_refilled(rows, budget):
         assert len([1 for B, T in calls if T == 1]) < sum(batches)
 
 
+@pytest.mark.parametrize('limit', [1, 2, 3, 5, 12, 16, 17])
+@pytest.mark.parametrize('rows', [1, 3, 99])
+def test_looking_now_and_then(rows, limit):
+    """As on a GPU, where rows are looked at every 16 tokens and finished ones run on until then: the same
+    answers, nothing out of range; a stop token first; no stop tokens; equal prompts that are two objects."""
+    model = tiny_model()
+    requests = [(list(p) if k else p, i, k) for i, p in enumerate(PROMPTS) for k in range(3)]
+    for stop in ([0, 2, 5], [], list(range(0, 37, 2))):
+        how = HOW | dict(max_new_tokens=limit, stop=stop)
+        want = naive(model, PROMPTS, 3, **how)
+        got = {i: (ids, end) for i, ids, end in stream(model, requests, rows=rows, look=16, **how)}
+        assert [got[i] for i in range(15)] == list(zip(want.answers(), want.stopped.tolist(), strict=True))
+
+
 def test_an_answer_does_not_depend_on_its_neighbours():
     """Alone, in another order, or on another rank: prompt number and sample number decide."""
     model = tiny_model()
