@@ -209,7 +209,7 @@ def test_control_random(made, toy_dir, tmp_path):
 
 def fake_pair(monkeypatch, x, y, phi, parts):
     """A Pair whose models' states are x {l: rows} and y {t: rows}, read in `parts` batches."""
-    place = SimpleNamespace(device='cpu')
+    place = SimpleNamespace(device='cpu', world=1)
     models = (SimpleNamespace(config=SimpleNamespace(L=len(m), d=m[1].shape[1])) for m in (x, y))
     pair = bridge.Pair(*models, None, None, [], phi, {}, place)
     read = [({l: v[i::parts] for l, v in x.items()}, {l: v[i::parts] for l, v in y.items()},

@@ -28,13 +28,13 @@ ROOMS = {
     'teacher.py': (200, {'losses', 'runtime'}),
     'preflight.py': (180, {'data', 'losses', 'model', 'runtime'}),   # keeps distill.py to the loop
     'toy.py': (235, GROUND),              # two vocabularies, the making, the checking and the reusing of a folder
-    'grader.py': (640, set()),            # a grammar of our own: nothing of a model's answer is ever evaluated
+    'grader.py': (650, set()),            # a grammar of our own: nothing of a model's answer is ever evaluated
     'eval_math.py': (310, GROUND | {'grader', 'rollout', 'toy'}),
     'figures.py': (265, {'files', 'runtime'}),
-    'next_byte.py': (150, {'losses'}),
+    'next_byte.py': (180, {'losses'}),
     'bridge.py': (500, GROUND | {'figures', 'preflight', 'rollout', 'losses', 'teacher', 'toy'}),   # the fit, its judge and its figure
     'bench.py': (360, {'data', 'distill', 'losses', 'model', 'next_byte', 'rollout', 'runtime', 'teacher'}),
-    'distill.py': (455, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'grader', 'toy'}),
+    'distill.py': (460, GROUND | {'rollout', 'losses', 'bridge', 'next_byte', 'teacher', 'preflight', 'eval_math', 'figures', 'grader', 'toy'}),
 }
 
 
