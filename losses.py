@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from kernels import layer_rows
+
 # ---- which layers ---------------------------------------------------------------------------
 
 def layer_set(which, L):
@@ -133,29 +135,16 @@ def oprd_loss(h_s, h_t, w, kind='mse'):
 
 
 class LayerLoss(torch.autograd.Function):
-    """One layer of Eq. (6), as an identity on h that adds its gradient on the way back.
-
-    With s, t a student and a teacher row and c their cosine, the row gradients are
-        mse      2 (s - t) / d
-        cosine   (c s/|s| - t/|t|) / |s|           nmse = cosine times 2/d
-    """
+    """One layer of Eq. (6), as an identity on h that adds its gradient on the way back; the rows and their
+    gradient: kernels/layer_loss.py."""
     @staticmethod
     def forward(ctx, h, h_t, at, w, kind, answer):
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        s, t = h.flatten(0, 1)[at].to(dtype), h_t.to(dtype)                  # (K, d)
-        d = s.shape[-1]
-        s_norm, t_norm = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (s, t))
-        cos = (s * t).sum(-1, keepdim=True) / (s_norm * t_norm)              # (K, 1)
-        if kind == 'mse':
-            s -= t
-            value, grad = s.square().mean(-1, keepdim=True), s.mul_(2 / d)
-        else:
-            scale = 2 / d if kind == 'nmse' else 1.0
-            value, grad = (1 - cos) * scale, (s.mul_(cos / s_norm) - t / t_norm).mul_(scale / s_norm)
-        w = even = w.to(dtype)[:, None]
+        w = even = w.to(torch.promote_types(h.dtype, torch.float32))
+        # the teacher's rows are spent: their memory holds dL/ds from here on
+        value, cos = layer_rows(h.flatten(0, 1), h_t, at, w if answer is None else torch.ones_like(w), kind)
         if answer is not None:
-            w = by_drift(w.squeeze(-1), value.squeeze(-1), answer)[:, None]
-        h_t.copy_(grad.mul_(w))              # the teacher's rows are spent: their memory holds dL/ds
+            w = by_drift(w, value, answer)
+            h_t.mul_(w[:, None])
         ctx.save_for_backward(h_t, at)
         ctx.like = h.shape, h.dtype, h.device
         ctx.set_materialize_grads(False)
