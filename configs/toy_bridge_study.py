@@ -1,6 +1,6 @@
 """
 The README's table of unlike models: a teacher of other depth and width, through a bridge, by output
-distributions alone, by both, and the controls.
+distributions alone, by both; ranks and fits.
 
     python figures.py --run toy_bridge_study      stage 1 once a seed and fit, then the runs, table and figure
 """
@@ -11,7 +11,6 @@ seeds = [0, 1, 2]
 bridges = {     # name: command line of bridge.py; a run that says {name} waits for it
     'ridge': pair,
     'adamw': [*pair, 'bridge_fit=adamw'],
-    'random': [*pair, 'bridge_fit=random'],
 }
 runs = {
     'bridge, r = 16': [*pair, 'bridge={ridge}'],
@@ -21,11 +20,10 @@ runs = {
     'r = 4': [*pair, 'bridge={ridge}', 'bridge_rank=4'],
     "Theorem 3's rank": [*pair, 'bridge={ridge}', 'bridge_rank=0'],
     'AdamW fit, r = 16': [*pair, 'bridge={adamw}'],
-    'random P_S, r = 16': [*pair, 'bridge={random}'],
 }
 panels = {
     'unlike depth and width': ['bridge, r = 16', 'bridge, then full KL', 'full KL alone',
                                'bridge, 300 steps'],
     'ranks, 200 steps': ['r = 4', 'bridge, r = 16', "Theorem 3's rank"],
-    'controls, 200 steps': ['bridge, r = 16', 'AdamW fit, r = 16', 'random P_S, r = 16'],
+    'fits, 200 steps': ['bridge, r = 16', 'AdamW fit, r = 16'],
 }
