@@ -49,9 +49,10 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
            f'memory per rank, estimated: {sum(need.values()) / GiB:.2f} GiB{free}')
     if cfg['dry_run']:
         print0('\n'.join(f'    {n / GiB:8.2f} GiB  {name}' for name, n in need.items()))
+        pairs = list(phi) if all(l == t for l, t in phi.items()) else phi
         print0(f"  plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers over "
                f'{place.world} rank(s); {len(train)} training problems; layers '
-               f'{phi}')
+               f'{pairs}')
     theirs = tok_t.stop_ids if tok.words == tok_t.words else []              # ids of another mean others
     return phi, sorted({*tok.stop_ids, *theirs}), longest
 

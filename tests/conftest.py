@@ -1,5 +1,6 @@
 """What the tests share: a toy small enough to make in a second, and random tiny models."""
 import os
+import signal
 
 os.environ['OMP_NUM_THREADS'] = '1'      # for the processes that tests start
 import pytest
@@ -10,6 +11,7 @@ from configs import load_config
 from model import Model, ModelConfig, init_weights
 from runtime import start
 
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs ignore Ctrl-C
 torch.set_num_threads(1)                 # small tensors; two busy cores with two threads each crawl
 
 TINY = dict(toy_ops=2, toy_layers=3, toy_width=24, toy_heads=2, toy_batch=16, toy_student_steps=30,
