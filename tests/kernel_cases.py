@@ -17,7 +17,7 @@ def layer_loss():
             h, h_t = (torch.randn(n, d, generator=g).to(dtype) for n in (400, K))
             at, w = torch.randint(400, (K,), generator=g), torch.rand(K, generator=g)
             w[0] = 0 if K > 1 else 0.3
-            for kind in KINDS:
+            for kind in KINDS if K < 257 or dtype == torch.float32 else KINDS[1:2]:      # the interpreter is slow
                 a, b = h_t.clone(), h_t.clone()
                 (value, cos), (v, c) = layer_rows(h, a, at, w, kind), layer_rows_text(h, b, at, w, kind)
                 assert (a.float() - b.float()).abs().max() <= worst * b.float().abs().max(), (dtype, d, K, kind)
