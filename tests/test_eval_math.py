@@ -28,7 +28,7 @@ from eval_math import (
     table,
 )
 from model import load_model
-from runtime import ROOT, UserError
+from runtime import ROOT, UserError, run
 
 # ---- metrics -------------------------------------------------------------------------------------
 
@@ -218,9 +218,12 @@ def test_regrade(evaluated, toy_dir, tmp_path):
     assert p.returncode == 2 and 'samples.jsonl:1: damaged' in err and err.count('\n') == 1
 
 
-def test_bad_input(toy_dir, tmp_path):
+def test_bad_input(toy_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [a for a in argv(toy_dir, 'unused') if 'max_new' not in a]
     for more, says in ((['model='], 'set model='), (['data='], 'set data='), (['max_new_tokens=500'], 'lower max_new_tokens'),
                        (['data=none.jsonl'], 'none.jsonl'), (['nn=3'], "unknown key 'nn'")):
-        p = script(tmp_path, toy_dir, *more, wait=False)
-        err = p.communicate(timeout=60)[1]
-        assert p.returncode == 2 and says in err and err.count('\n') == 1, err
+        with pytest.raises(SystemExit) as e:
+            run(lambda given: eval_math.main(*given), lambda more=more: settings([*args, *more]))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and says in err and err.startswith('error: ') and err.count('\n') == 1, err
