@@ -95,7 +95,8 @@ NO_UNIT = re.compile(r'\d|\b(or|and|not|no|million|thousand|hundred|billion|doze
 
 def tidy(text):
     """Spelling that means nothing: spaces, sizes, Unicode's doubles, dollar signs, a full stop at the end."""
-    text = text.replace('\\\\', ' \\cr ').replace(',\\!', ',').replace('\\!', '')  # \cr: a matrix's rows
+    text = text.replace('\\\\', ' \\cr ')                                   # a matrix's rows
+    text = text.replace(',\\! ', ',').replace('\\!', '')                     # 32,\! 348
     text = re.sub(r'[⁰¹²³⁴-⁹]+', lambda m: '^{' + unicodedata.normalize('NFKC', m[0]) + '}', text)
     text = re.sub(r'√ ?(\d+)', r'\\sqrt{\1}', text)
     text = ''.join(PLAIN.get(c) or (str(unicodedata.decimal(c)) if c.isdecimal() else c) for c in text)
@@ -120,7 +121,7 @@ def tidy(text):
 def tokens(text):
     """Tidied text -> tokens; words that are no function fall into letters if they are short."""
     if not re.search(r'[(\[]|\\\{', text):                                   # 1,234,567 and 1 234 567
-        text = re.sub(r'(?<![\d.,])\d{1,3}(?:, ?\d{3})+(?![\d,])', lambda m: re.sub('[, ]', '', m[0]), text)
+        text = re.sub(r'(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])', lambda m: m[0].replace(',', ''), text)
         text = re.sub(r'^\d{1,3}(?: \d{3})+$', lambda m: m[0].replace(' ', ''), text)
     if '..' in text or 'dots' in text:
         raise Unreadable('an ellipsis')
@@ -156,9 +157,8 @@ class Parser:
     def __init__(self, tokens):
         self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
 
-    def peek(self, ahead=0):
-        i = self.at + ahead
-        return self.tokens[i] if i < len(self.tokens) else None
+    def peek(self):
+        return self.tokens[self.at] if self.at < len(self.tokens) else None
 
     def take(self, *expected):
         t = self.peek()
@@ -291,6 +291,7 @@ class Parser:
             raise Unreadable('nested too deeply')
         if self.peek() == CLOSING[opening]:
             self.take()
+            self.depth -= 1
             return []
         ends = (')', ']') if opening in '([' else (CLOSING[opening],)
         bars, self.bars = self.bars, int(opening == '|')

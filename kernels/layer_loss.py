@@ -8,9 +8,8 @@ With s a student row, t its teacher row, c = s.t / (|s| |t|) their cosine, w the
     nmse     2 / d times cosine
 
 All of it needs s.s, t.t and s.t, three sums over a row that fits into registers (d <= 8192): a program
-reads its two rows once, and writes w dv/ds where the teacher's row was. Two reads and one write of d
-numbers a row, against nine passes of the text. Sums are float32 whatever the rows are. Rows are picked by
-index from the whole state, so nothing is gathered first.
+reads its two rows once, and writes w dv/ds where the teacher's row was. Sums are float32 whatever the rows
+are. Rows are picked by index from the whole state, so nothing is gathered first.
 
 Letters: K rows, d width, N all positions of a micro-batch.
 """
