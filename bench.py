@@ -1,101 +1,129 @@
 """
 Speed and memory, ours beside its peers, on random weights at true shapes. Downloads nothing.
 
-    python bench.py head                          losses under the LM head: peak bytes, seconds
-    python bench.py update --model smollm2        one update at equal lengths: OPRD, OPD, both
-    python bench.py rollout                       answers of very different lengths: places refilled, or not
+    python bench.py loss                          Eq. (6) alone: fused, and two ways under autograd
+    python bench.py head                          losses under the LM head
+    python bench.py update                        one update at equal lengths: OPRD, OPD, both
+    python bench.py decode                        a token for every row, by rows and context
+    python bench.py rollout                       answers of equal and of very different lengths
+    python bench.py step                          a whole step: rollout, teacher, student, AdamW
     python bench.py bridge                        the toy's bridge in closed form beside 20 epochs of AdamW:
                                                   model forwards, seconds, held-out cosine at every rank
     python bench.py pair --tokenizers A B --data problems.parquet
                                                   text pairing: bytes a second, share of exact positions
+    python bench.py all                           all but pair, one after the other, sizes of this machine
+    python bench.py ... --device cpu --count      no seconds: bytes, tensors of vocabulary size, forwards,
+                                                  waits for the device; the same numbers on every machine
 
-Each line of a table is measured in a process of its own, so that no case inherits another's memory; it
-is also printed as one JSON line with machine, versions and dtype. Peak is what a case needs beyond its
-inputs: the allocator's figure on CUDA, the process's resident set on a CPU (so the libraries' own
-buffers count too). Seconds are the median and the range of the repeats.
+A table's lines are also printed as JSON, with machine, versions and dtype. Peak is what a case needs beyond
+its inputs: the allocator's figure on CUDA; the process's resident set on a CPU, where each line is measured
+in a process of its own, so that none inherits another's memory (the libraries' own buffers count too);
+tensors alive at once with --count. Seconds are the median and the range of the repeats; decode's are of one
+token. `limit` is the share of what reading every weight and key once takes at the measured copy bandwidth.
 
-Peers: `whole logits` is the plain text under autograd. `Liger's scheme` is that of Liger-Kernel 0.8's
-fused linear JSD written in plain torch: its rule for the chunk, its tensors, with the KL of Eq. (4) for
-its kernel; on CUDA, with liger-kernel installed, the kernel itself is measured too.
+Peers: `transformers` is its model of the same weights, with generate() or its caches. `whole logits` is the
+plain text under autograd. `Liger's scheme` is that of Liger-Kernel 0.8's fused linear JSD written in plain
+torch: its rule for the chunk, its tensors, with the KL of Eq. (4) for its kernel; on CUDA, with liger-kernel
+installed, the kernel itself is measured too.
 """
 import argparse
 import importlib.util
 import json
-import platform
 import random
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
+import kernels
 from data import load_problems, load_tokenizer
 from distill import accumulate, adamw
-from losses import opd_loss, opd_rows, position_weights, positions
-from model import PRESETS, Model, init_weights
+from kernels.layer_loss import layer_rows_text
+from losses import layer_loss, opd_loss, opd_rows, oprd_loss, position_weights, positions, row_distance
+from measure import MB, Case, counted, machine, measure
+from model import PRESETS, Model, hf_config, hf_tensors
 from next_byte import ByteTable, byte_loss
-from rollout import Rollout, sample, stream
-from runtime import ROOT, UserError, run, shard, start, versions
+from rollout import Places, Rollout, naive, sample, stream
+from runtime import ROOT, UserError, gathered, run, shard, start, versions
 from teacher import pair_text
 
-MB = 1e6
+# ---- what is measured ----------------------------------------------------------------------------
+
+def random_model(c, place, seed=0):
+    """A model of a shape, its weights as torch makes them, on the device and in the dtype at once."""
+    torch.manual_seed(seed)
+    with place.device:
+        return Model(c).to(place.dtype).requires_grad_(False).eval()
 
 
-# ---- measuring ---------------------------------------------------------------------------------
-
-def resident():
-    """Bytes of this process in memory now (Linux; elsewhere its highest so far)."""
-    try:
-        with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return highest()
-
-
-def highest():
-    """The most bytes this process has had in memory, since `forget` on Linux. (A child's ru_maxrss begins
-    with its parent's there.)"""
-    try:
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+def transformers_model(model, place):
+    """The same weights in transformers' model of the family; None where it is not installed."""
+    if not importlib.util.find_spec('transformers'):
+        return None
+    peer = importlib.import_module('transformers')
+    config = peer.AutoConfig.for_model(**hf_config(model.config))
+    with place.device:
+        theirs = peer.AutoModelForCausalLM.from_config(config, dtype=place.dtype).eval().requires_grad_(False)
+    left = theirs.load_state_dict(hf_tensors(model.config, dict(model.named_parameters())), strict=False)
+    assert set(left.missing_keys) <= {'lm_head.weight'} and not left.unexpected_keys, left
+    theirs.tie_weights()
+    return theirs
 
 
-def forget():
-    """Let `highest` begin anew, where the kernel allows it."""
-    try:
-        with open('/proc/self/clear_refs', 'w') as f:
-            f.write('5')
-    except OSError:
-        pass
+def read_bytes(model, rows, context):
+    """What a token for each of `rows` answers cannot but read: every weight but the embedding's other rows,
+    and every key and value."""
+    c, size = model.config, model.embed.weight.element_size()
+    weights = sum(p.numel() for p in model.parameters()) - (0 if c.tied else c.V * c.d)
+    return size * (weights + rows * context * 2 * c.L * c.G * c.e)
 
 
-def measure(call, repeat, device):
-    """Run `call` 1 + repeat times -> {peak_mb, seconds, low, high}; the first run, unless it is the
-    only one, warms up and is not timed."""
-    cuda, times = device.type == 'cuda', []
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        forget()
-    before = torch.cuda.memory_allocated() if cuda else resident()
-    for _ in range(repeat + (repeat > 1)):
-        began = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if cuda else highest()) - before
-    times = times[repeat > 1:]
-    return {'peak_mb': peak / MB, 'seconds': statistics.median(times), 'low': min(times), 'high': max(times)}
+def loss_cases(args, place):
+    """Eq. (6) over every layer of a model, its blocks left out: `rows` supervised rows of `tokens`."""
+    c, g = PRESETS[args.model], torch.Generator().manual_seed(0)
+    N, K = args.tokens, min(args.rows, args.tokens)
+    h, target = (torch.randn(1, N, c.d, generator=g).to(place.device, place.dtype) for _ in range(2))
+    at = torch.arange(N - K, N, device=place.device)
+    w = torch.full((K,), 1 / K, device=place.device)
+    h.requires_grad_()
+    payload = c.L * K * c.d * h.element_size()
+
+    def fused():
+        h_t = [target[0, at] for _ in range(c.L)]
+        x, total = h, 0.0
+        for l in range(c.L):
+            x, loss, _ = layer_loss(x, h_t[l], at, w)
+            total = total + loss / c.L
+        return torch.autograd.grad(total, h)[0]
+
+    def selected():
+        rows = [target[0, at] for _ in range(c.L)]
+        return torch.autograd.grad(oprd_loss([h.view_as(h)[0, at] for _ in range(c.L)], rows, w), h)[0]
+
+    def stacked():
+        s, t = (torch.stack([x.view_as(x)] * c.L).float() for x in (h, target))            # (L, 1, N, d)
+        each = row_distance(s.flatten(0, 2), t.flatten(0, 2)).view(c.L, N)
+        return torch.autograd.grad((each[:, at] * w).sum() / c.L, h)[0]
+
+    def rows_alone(rows):
+        spent = target[0, :K].clone()
+
+        def call():
+            for _ in range(c.L):
+                rows(h.detach()[0], spent, at, w, 'mse')
+        return call
+
+    cases = {'fused': fused, 'selected rows': selected, 'stacked fp32': stacked,
+             'rows alone': rows_alone(kernels.layer_rows), 'rows alone, text': rows_alone(layer_rows_text)}
+    if place.device.type == 'cuda':
+        cases['rows alone, compiled text'] = rows_alone(torch.compile(layer_rows_text))
+    return {name: Case(call, payload=payload) for name, call in cases.items()}
 
 
 # ---- head: losses under the LM head --------------------------------------------------------------
@@ -120,7 +148,7 @@ def liger_scheme(h, W, h_t, W_t, w):
 
 
 def head_cases(args, place):
-    """{name: call} for rows of a student and a teacher of one shape, forward and backward."""
+    """Losses and gradients of rows of a student and a teacher of one shape, forward and backward."""
     c, g = PRESETS[args.model], torch.Generator().manual_seed(0)
     h, h_t = (torch.randn(args.rows, c.d, generator=g).to(place.device, place.dtype) for _ in range(2))
     W, W_t = (torch.empty(c.V, c.d, dtype=place.dtype).normal_(std=c.d**-0.5, generator=g).to(place.device)
@@ -157,62 +185,163 @@ def head_cases(args, place):
              'next byte': partial(next_byte, written, inside, torch.cat([h_t, h_t])),
              "Liger's scheme": scheme, 'whole logits': whole}
     peer = place.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
-    return cases | ({'Liger': liger} if peer else {})
+    cases |= {'Liger': liger} if peer else {}
+    ideal = 4 * c.V * (c.d + (args.chunk or 64))     # the head's gradient and one chunk of logits
+    return {name: Case(call, payload=ideal) for name, call in cases.items()}
 
 
-def head_ideal(args):
-    """MB that a chunked head loss cannot do without: the head's gradient and one chunk of logits."""
+# ---- update, step: teacher, student, AdamW -----------------------------------------------------------
+
+def trainer(args, place):
+    """-> student, and update(rollout, oprd weight, opd weight, ...): steps 3 to 6 of distill.py."""
     c = PRESETS[args.model]
-    return 4 * c.V * (c.d + args.chunk) / MB
-
-
-# ---- update: teacher, student, AdamW at forced lengths -------------------------------------------
-
-def update_cases(args, place):
-    """{name: call} for one update on `rows` answers of `tokens` tokens after prompts of 32."""
-    c = PRESETS[args.model]
-    torch.manual_seed(0)
-    student, teacher = (init_weights(Model(c), seed).to(place.device) for seed in (0, 1))
-    teacher.requires_grad_(False).to(place.dtype)
+    student, teacher = (random_model(c, place, seed) for seed in (0, 1))
+    student = student.float().train().requires_grad_(True)
     student.checkpointing = args.checkpointing
     shard(student, place)
-    B, P, T = args.rows, 32, args.tokens
-    prompt, answer = (torch.full((B,), n, device=place.device) for n in (P, T))
-    ids = torch.randint(c.V, (B, P + T)).to(place.device)
-    roll = Rollout(ids, prompt, answer, torch.ones(B, dtype=torch.bool), torch.arange(B))
-    w = position_weights(positions(roll, 'last_k', 2000))
-    opt = adamw(student, 1e-6, (0.9, 0.999), 0.0)
-    phi = {l: l for l in range(1, c.L + 1)}
+    opt, phi = adamw(student, 1e-6, (0.9, 0.999), 0.0), {l: l for l in range(1, c.L + 1)}
 
-    def update(oprd, opd, **how):
+    def update(roll, oprd, opd, **how):
+        w = position_weights(positions(roll, 'last_k', 2000))
         accumulate(student, teacher, roll, w, phi, 'mse', args.budget, oprd_weight=oprd,
                    opd_weight=opd, opd=partial(opd_loss, chunk=args.chunk, **how))
         opt.step()
         opt.zero_grad()
-    opd = {f'OPD {name}': partial(update, 0.0, 1.0, kind=kind)
-           for name, kind in (('sampled', 'sampled'), ('top-16', 'topk'), ('full KL', 'full'))}
-    return {'OPRD': partial(update, 1.0, 0.0), **opd, 'OPRD + top-16': partial(update, 1.0, 1.0, kind='topk')}
+    return student, update
 
 
-# ---- rollout: many answers of different lengths ----------------------------------------------------
+def update_cases(args, place):
+    """One update on `rows` answers of `tokens` tokens after prompts of 32."""
+    student, update = trainer(args, place)
+    B, P, T = args.rows, 32, args.tokens
+    prompt, answer = (torch.full((B,), n, device=place.device) for n in (P, T))
+    ids = torch.randint(student.config.V, (B, P + T)).to(place.device)
+    roll = Rollout(ids, prompt, answer, torch.ones(B, dtype=torch.bool), torch.arange(B))
+    terms = {'OPRD': (1.0, 0.0, 'full'), 'OPD sampled': (0.0, 1.0, 'sampled'),
+             'OPD top-16': (0.0, 1.0, 'topk'), 'OPD full KL': (0.0, 1.0, 'full'),
+             'OPRD + top-16': (1.0, 1.0, 'topk')}
+    return {name: Case(partial(update, roll, oprd, opd, kind=kind), tokens=B * (P + T))
+            for name, (oprd, opd, kind) in terms.items()}
+
+
+def step_cases(args, place):
+    """A whole step at forced lengths: 1/rows, 2/rows ... of `tokens`, the same for every objective."""
+    student, update = trainer(args, place)
+    prompts, most = prompts_of(args), [args.tokens * (i + 1) // args.rows for i in range(args.rows)]
+
+    def step(*terms, **how):
+        with gathered(student) as sampler:
+            roll = sample(sampler, prompts, max_new_tokens=most, stop=[])
+        update(roll, *terms, **how)
+    cases = {'OPRD': partial(step, 1.0, 0.0), 'OPD top-16': partial(step, 0.0, 1.0, kind='topk'),
+             'OPD full KL': partial(step, 0.0, 1.0, kind='full')}
+    return {name: Case(call, tokens=sum(most)) for name, call in cases.items()}
+
+
+# ---- decode, rollout -------------------------------------------------------------------------------
+
+def prompts_of(args):
+    """`rows` random prompts of 32 ids."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(PRESETS[args.model].V, (args.rows, 32), generator=g).tolist()
+
+
+def decode_cases(args, place):
+    """A token for each of b rows that hold a context: 32 steps, sampling included, as between two looks."""
+    model, steps, cases = random_model(PRESETS[args.model], place), 32, {}
+    c = model.config
+    theirs = cache(lambda: transformers_model(model, place))
+
+    @cache
+    def filled(b, context):
+        """Places as if `context` tokens had been read; what keys they hold does not change the time."""
+        p = Places(model, b, context, context + steps, [], 0, 0, args.budget, {})
+        p.done[:], p.most[:] = False, steps + 1
+        return p
+
+    def ours(b, context):
+        p = filled(b, context)
+        p.cache.length.fill_(context)
+        p.count.zero_()
+        p.reserve(context, steps)
+        with torch.no_grad():
+            for _ in range(steps):
+                p.advance()
+
+    @cache
+    def peer(b, context, static):
+        """transformers' model and cache, the latter again as if read."""
+        peers = importlib.import_module('transformers')
+        if not static:
+            return theirs(), peers.DynamicCache()
+        kv = peers.StaticCache(config=theirs().config, max_cache_len=context + steps)
+        compiled = torch.compile(theirs().forward, mode='reduce-overhead', fullgraph=True)
+        return (compiled if place.device.type == 'cuda' else theirs()), kv
+
+    @torch.no_grad()
+    def transformers(b, context, static):
+        forward, kv = peer(b, context, static)
+        empty = torch.zeros(b, c.G, context, c.e, dtype=place.dtype, device=place.device)
+        if static:
+            kv.reset()
+        else:
+            kv.crop(0)
+        for l in range(c.L):
+            kv.update(empty, empty, l)
+        ids = torch.ones(b, 1, dtype=torch.long, device=place.device)
+        for t in range(steps):
+            at = torch.full((b, 1), context + t, device=place.device)
+            z = forward(input_ids=ids, position_ids=at, past_key_values=kv, use_cache=True).logits
+            ids = z[:, -1].float().softmax(-1).multinomial(1)
+
+    for b in args.batch:
+        for context in args.context:
+            size = dict(steps=steps, tokens=b, reads=read_bytes(model, b, context))
+            cases[f'{b} x {context}'] = Case(partial(ours, b, context), **size)
+            if importlib.util.find_spec('transformers'):
+                for static in (False, True):
+                    name = f'{b} x {context}, transformers' + ' static' * static
+                    cases[name] = Case(partial(transformers, b, context, static), **size)
+    return cases
+
 
 def rollout_cases(args, place):
-    """{name: call} for `rows` answers, `batch` at a time. A token in 1 / 48 of the vocabulary ends one, so
-    that lengths are spread as 48 times an exponential, cut at `tokens`. Every case draws the same answers."""
-    c = PRESETS[args.model]
-    model = init_weights(Model(c), 0).to(place.device, place.dtype).requires_grad_(False)
-    prompts = torch.randint(c.V, (args.rows, 32), generator=torch.Generator().manual_seed(0)).tolist()
-    how = dict(max_new_tokens=args.tokens, stop=list(range(max(1, c.V // 48))), seed=0)
+    """`rows` greedy answers, a batch at a time, of `tokens` tokens each, or of lengths spread as an
+    exponential of mean tokens / 5, cut at `tokens`. A finished row of a static batch is computed on."""
+    model, prompts = random_model(PRESETS[args.model], place), prompts_of(args)
+    theirs = cache(lambda: transformers_model(model, place))
+    rng, B = random.Random(0), args.batch[-1]
+    spread = [min(args.tokens, 1 + int(rng.expovariate(5 / args.tokens))) for _ in prompts]
+    how = dict(stop=[], temperature=0.0)
 
-    def refilled():
-        for _ in stream(model, [(p, i, 0) for i, p in enumerate(prompts)], rows=args.batch, **how):
-            pass
+    def refilled(most):
+        requests = [(p, i, 0) for i, p in enumerate(prompts)]
+        got = stream(model, requests, rows=B, max_new_tokens=most, look=32 * args.count, **how)
+        return [ids for _, ids, _ in sorted(got)]
 
-    def static():
-        for i in range(0, args.rows, args.batch):
-            some = prompts[i:i + args.batch]
-            sample(model, some, which=range(i, i + len(some)), **how)
-    return {'refilled': refilled, 'static batches': static}
+    def batches(most, run):
+        return [ids[:n] for i in range(0, len(prompts), B)
+                for ids, n in zip(run(prompts[i:i + B], most[i:i + B]), most[i:i + B], strict=True)]
+
+    def static(some, most):
+        return sample(model, some, max_new_tokens=max(most), **how).answers()
+
+    def slow(some, most):
+        return naive(model, some, max_new_tokens=max(most), **how).answers()
+
+    def transformers(some, most):
+        ids = torch.tensor(some, device=place.device)
+        out = theirs().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(most),
+                                min_new_tokens=max(most), eos_token_id=None, pad_token_id=0, do_sample=False)
+        return out[:, ids.shape[1]:].tolist()
+
+    cases, peers = {}, {'transformers': transformers} if importlib.util.find_spec('transformers') else {}
+    for name, most in (('equal', [args.tokens] * len(prompts)), ('spread', spread)):
+        cases[f'{name}: refilled'] = Case(partial(refilled, most), tokens=sum(most))
+        for who, run_batch in ({'static batches': static} | peers).items():
+            cases[f'{name}: {who}'] = Case(partial(batches, most, run_batch), tokens=sum(most))
+    few = [min(8, args.tokens)] * len(prompts)
+    return cases | {'8 tokens, naive': Case(partial(batches, few, slow), tokens=sum(few))}
 
 
 # ---- pair: the student's answers in the teacher's tokens -------------------------------------------
@@ -270,83 +399,136 @@ def fits(args, place):
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def machine(place):
-    """What the figures were measured on."""
-    if place.device.type == 'cuda':
-        return torch.cuda.get_device_name()
-    try:
-        with open('/proc/cpuinfo') as f:
-            return next(line.split(':')[1].strip() for line in f if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def one_case(args, place, cases):
-    """Measure one line of a table -> its JSON line."""
-    got = measure(cases(args, place)[args.case], args.repeat, place.device)
+def line_of(args, place, name, case):
+    """Measure a line of a table -> what its JSON line holds."""
+    V = PRESETS[args.model].V
+    got = counted(case, V) if args.count else measure(case, args.repeat, place.device)
+    if case.payload:
+        got |= {'payload_mb': case.payload / MB, 'peak/payload': got['peak_mb'] * MB / case.payload}
+    asked = {k: v for k, v in vars(args).items() if k not in ('device', 'dtype')}
     where = {'machine': machine(place), 'dtype': str(place.dtype)[6:]} | versions(place)
-    return json.dumps({k: v for k, v in vars(args).items() if k not in ('device', 'dtype')} | got | where)
+    return asked | {'case': name} | got | where
+
+
+def in_a_process(name):
+    """`line_of` in a process of its own, for a resident set that nobody else has swollen."""
+    p = subprocess.run([sys.executable, ROOT / 'bench.py', *sys.argv[1:], '--case', name],
+                       capture_output=True, text=True)
+    if p.returncode:
+        raise RuntimeError((p.stderr.strip().splitlines() or ['ended without a word; out of memory?'])[-1])
+    return json.loads(p.stdout.strip().splitlines()[-1])
+
+
+COLUMNS = {'peak_mb': '.0f', 'made_mb': '.0f', 'largest_mb': '.1f', 'V-axis': 'd', 'forwards': '.2f',
+           'waits': '.2f', 'peak/payload': '.2f', 'seconds': '.4g', 'low': '.4g', 'high': '.4g',
+           'tok/s': '.1f', 'limit': '.0%'}
+
+
+def tabulate(args, place, cases_of):
+    """Measure every line, print the table as it grows and then its JSON."""
+    alone = place.device.type != 'cuda' and not args.count       # in processes of their own
+    small = argparse.Namespace(**vars(args) | {'model': 'toy', 'rows': 1, 'tokens': 2}) if alone else args
+    sizes = ', '.join(f'{k} {getattr(args, k)}' for k in USES[args.what])
+    print(f'{args.what}: {args.model}, {sizes}; {machine(place)}, {str(place.dtype)[6:]}')
+    lines, first = [], None
+    for name, case in cases_of(small, place).items():
+        try:
+            r = in_a_process(name) if alone else line_of(args, place, name, case)
+        except (RuntimeError, torch.OutOfMemoryError) as e:
+            print(f'{name:28}  {str(e).splitlines()[0][:90]}', flush=True)
+            continue
+        columns = [k for k in COLUMNS if k in r]
+        if not lines:
+            titles = columns + ['time'] * ('seconds' in r)
+            print(f'{"":28}' + ''.join(f'{k:>13}' for k in titles))
+            first = r
+        cells = [format(r[k], COLUMNS[k]) for k in columns]
+        cells += [f"{r['seconds'] / first['seconds']:.2f}x"] if 'seconds' in r else []
+        lines.append(r)
+        print(f'{name:28}' + ''.join(f'{c:>13}' for c in cells), flush=True)
+    for lengths in ('equal', 'spread'):
+        told = {r['answers'] for r in lines if 'answers' in r and r['case'].startswith(lengths)}
+        if told:
+            print(f'answers, {lengths}: ' + ('the same in every line' if len(told) == 1 else 'they differ'))
+    print('\n'.join(map(json.dumps, lines)))
+
+
+USES = {'loss': ['rows', 'tokens'], 'head': ['rows', 'chunk'], 'update': ['rows', 'tokens'],
+        'decode': ['batch', 'context'], 'rollout': ['rows', 'tokens', 'batch'], 'step': ['rows', 'tokens']}
+TABLES = {'loss': loss_cases, 'head': head_cases, 'update': update_cases, 'decode': decode_cases,
+          'rollout': rollout_cases, 'step': step_cases}
 
 
 def main(args):
     place = start(args.device, args.dtype)
+    if args.what == 'all':
+        began = time.time()
+        for what in [*TABLES, 'bridge']:
+            if not (args.count and what == 'bridge'):
+                subprocess.run([sys.executable, ROOT / 'bench.py', what, *sys.argv[2:]], check=False)
+                print(f'[{time.time() - began:.0f} s]\n', flush=True)
+        return
+    args = sized(args, place)
     if args.what in ('pair', 'bridge'):
         got = (pairing if args.what == 'pair' else fits)(args, place)
         print(json.dumps({'what': args.what, 'machine': machine(place)} | got | versions(place)))
-        return
-    cases = {'head': head_cases, 'update': update_cases, 'rollout': rollout_cases}[args.what]
-    if args.case:
-        print(one_case(args, place, cases))
-        return
-    small = argparse.Namespace(**vars(args) | {'model': 'toy', 'rows': 1, 'tokens': 2})
-    ideal = head_ideal(args) if args.what == 'head' else None
-    of = f'chunks of {args.chunk}, ideal {ideal:.0f} MB' if ideal else f'of {args.tokens} tokens'
-    print(f'{args.what}: {args.model}, {args.rows} rows {of}; {machine(place)}')
-    columns = ['peak MB', 'seconds', 'low', 'high', 'time'] + ['peak/ideal'] * bool(ideal)
-    print(f'{"":18}' + ''.join(f'{c:>11}' for c in columns))
-    first, lines = None, []
-    for name in cases(small, place):
-        p = subprocess.run([sys.executable, ROOT / 'bench.py', *sys.argv[1:], '--case', name],
-                           capture_output=True, text=True)
-        if p.returncode:
-            why = (p.stderr.strip().splitlines() or ['ended without a word; out of memory?'])[-1]
-            print(f'{name:18}  {why[:90]}', flush=True)
-            continue
-        lines.append(p.stdout.strip().splitlines()[-1])
-        r = json.loads(lines[-1])
-        first = first or r['seconds']
-        cells = [f"{r['peak_mb']:.0f}", *(f'{r[k]:.2f}' for k in ('seconds', 'low', 'high')),
-                 f"{r['seconds'] / first:.2f}x"] + ([f"{r['peak_mb'] / ideal:.2f}"] if ideal else [])
-        print(f'{name:18}' + ''.join(f'{c:>11}' for c in cells), flush=True)
-    print('\n'.join(lines))
+    elif args.case:
+        print(json.dumps(line_of(args, place, args.case, TABLES[args.what](args, place)[args.case])))
+    else:
+        tabulate(args, place, TABLES[args.what])
+
+
+# What is measured where nothing is said: on two CPU cores a few minutes a table; on a GPU the paper's shapes;
+# with --count small ones, for counts do not depend on a machine.
+CPU = {'loss': dict(model='r1_1p5b', rows=250, tokens=2048), 'head': dict(model='r1_1p5b', rows=2048),
+       'update': dict(rows=4, tokens=224), 'decode': dict(batch=[1, 16], context=[128, 512]),
+       'rollout': dict(rows=64, tokens=160, batch=[16]), 'step': dict(rows=4, tokens=128),
+       'bridge': dict(rows=512), 'pair': dict(rows=2000)}
+GPU = {'loss': dict(rows=2000, tokens=16384), 'head': dict(rows=2048), 'update': dict(rows=1, tokens=16352),
+       'decode': dict(batch=[1, 2, 16], context=[1024, 8192, 16352]), 'rollout': dict(rows=64, tokens=1024),
+       'step': dict(rows=16, tokens=16352)}
+COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': dict(rows=2, tokens=96),
+         'decode': dict(batch=[1, 4], context=[64]), 'rollout': dict(rows=4, tokens=24, batch=[2]),
+         'step': dict(rows=2, tokens=24)}
+
+
+def sized(args, place):
+    """Sizes that were not given."""
+    cuda = place.device.type == 'cuda'
+    usual = dict(model='r1_1p5b' if cuda else 'smollm2', rows=4, tokens=224, batch=[16], context=[128])
+    for sizes, here in ((CPU, True), (GPU, cuda), (COUNT, args.count)):
+        usual |= sizes.get(args.what, {}) if here else {}
+    for key, value in usual.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if min(args.rows, args.tokens, args.repeat, *args.batch, *args.context) < 1 or args.chunk < 0:
+        raise UserError('rows, tokens, batch, context and repeat begin at 1')
+    args.checkpointing = args.checkpointing or cuda
+    return args
 
 
 def arguments():
-    """The command line; sizes that are not given are a few minutes' worth on two cores."""
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=['head', 'update', 'rollout', 'bridge', 'pair'])
-    p.add_argument('--model', choices=PRESETS, help='shape (head: r1_1p5b, update: smollm2)')
-    p.add_argument('--rows', type=int, help='head: rows under the head (2048); update: answers (4); '
-                   'rollout: answers (64); bridge: prompts (512); pair: texts (2000)')
-    p.add_argument('--batch', type=int, default=16, help='rollout: answers at a time')
-    p.add_argument('--tokens', type=int, default=224, help='update, rollout: tokens of an answer')
-    p.add_argument('--chunk', type=int, default=64, help='rows under the head at once')
-    p.add_argument('--budget', type=int, default=32768, help='update: tokens of a micro-batch')
-    p.add_argument('--checkpointing', action='store_true', help='update: recompute blocks')
+    p.add_argument('what', choices=[*TABLES, 'bridge', 'pair', 'all'])
+    p.add_argument('--model', choices=PRESETS, help='shape')
+    p.add_argument('--rows', type=int, help='loss, head: supervised rows; update, rollout, step: answers; '
+                   'bridge: prompts; pair: texts')
+    p.add_argument('--tokens', type=int, help='of an answer; loss: all rows')
+    p.add_argument('--batch', type=int, nargs='+', help='decode: rows; rollout: answers at a time')
+    p.add_argument('--context', type=int, nargs='+', help='decode: tokens that a row holds')
+    p.add_argument('--chunk', type=int, default=0, help='rows under the head at once; 0: by the free memory')
+    p.add_argument('--budget', type=int, default=32768, help='tokens of a micro-batch')
+    p.add_argument('--checkpointing', action='store_true', help='recompute blocks (on CUDA always)')
     p.add_argument('--repeat', type=int, default=3)
+    p.add_argument('--count', action='store_true', help='count instead of timing')
     p.add_argument('--tokenizers', nargs=2, metavar=('STUDENT', 'TEACHER'), help='pair: folders or hub ids')
     p.add_argument('--data', help='pair: a problem set')
     p.add_argument('--keys', nargs='*', default=[], help='bridge: key=value of the config')
     p.add_argument('--device', default='auto')
     p.add_argument('--dtype', default='auto')
     p.add_argument('--case', help='measure one line only')
-    args = p.parse_args()
-    args.model = args.model or {'head': 'r1_1p5b'}.get(args.what, 'smollm2')
-    usual = {'head': 2048, 'update': 4, 'rollout': 64, 'bridge': 512, 'pair': 2000}
-    args.rows = args.rows or usual[args.what]
-    if min(args.rows, args.tokens, args.chunk, args.repeat) < 1:
-        raise UserError('rows, tokens, chunk and repeat begin at 1')
-    return args
+    return p.parse_args()
 
 
 if __name__ == '__main__':

@@ -230,6 +230,9 @@ def prepare(cfg, place):
         setup.student.head.requires_grad_(False)       # Eq. (6) never reaches it
     setup.student.checkpointing = cfg['checkpointing']
     setup.student.reach = setup.teacher.reach = longest
+    if cfg['compile']:                               # before the shards are cut; lengths vary
+        for block in [*setup.student.blocks, *setup.teacher.blocks]:
+            block.compile(dynamic=True)
     shard(setup.student, place)
     setup.opt = adamw(setup.student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
     return setup
@@ -276,8 +279,7 @@ def examine(cfg, setup, place, name, side='student'):
     if side == 'teacher' and not setup.same_ids:       # its own prompts and stop tokens
         tok, stop = setup.tok_t, setup.tok_t.stop_ids
         problems = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    model = getattr(setup, side)
-    with gathered(model):
+    with gathered(getattr(setup, side)) as model:
         return evaluate(model, tok, problems, cfg['eval_n'], temperature=cfg['eval_temperature'],
                         top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=tok.size,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
@@ -344,8 +346,8 @@ def train(cfg, setup, place, out, log, done, began):
             mine = [setup.train[order[i]] for i in slots]
 
             # 2. rollout: every answer is a function of (weights, seed, step, slot, sample) alone
-            with gathered(student):
-                roll = sample(student, [p.ids for p in mine], cfg['n'], which=slots, step=step,
+            with gathered(student) as sampler:
+                roll = sample(sampler, [p.ids for p in mine], cfg['n'], which=slots, step=step,
                               progress='rollout' if rank == 0 and clock.cuda else '', **draw)
             clock.lap('sample')
             clock.update_begins()

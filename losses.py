@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from kernels import layer_rows
+import kernels
 
 # ---- which layers ---------------------------------------------------------------------------
 
@@ -141,7 +141,8 @@ class LayerLoss(torch.autograd.Function):
     def forward(ctx, h, h_t, at, w, kind, answer):
         w = even = w.to(torch.promote_types(h.dtype, torch.float32))
         # the teacher's rows are spent: their memory holds dL/ds from here on
-        value, cos = layer_rows(h.flatten(0, 1), h_t, at, w if answer is None else torch.ones_like(w), kind)
+        each = w if answer is None else torch.ones_like(w)
+        value, cos = kernels.layer_rows(h.flatten(0, 1), h_t, at, each, kind)
         if answer is not None:
             w = by_drift(w, value, answer)
             h_t.mul_(w[:, None])
@@ -198,18 +199,15 @@ class BridgeLoss(torch.autograd.Function):
     r numbers a row, dL/dz; the gradient of the states is P_s' dL/dz."""
     @staticmethod
     def forward(ctx, h, z_t, at, w, P_s, b_s, inside, normalise):
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        z_s, w = through(h.flatten(0, 1)[at].to(dtype), P_s, b_s, inside), w.to(dtype)   # (K, r), (K,)
-        with torch.enable_grad():            # (K, r): small enough for autograd
-            leaf = z_s.detach().requires_grad_()
-            value = bridge_rows(leaf, z_t, normalise)
-            grad, = torch.autograd.grad((w * value).sum(), leaf)
-        ctx.save_for_backward(grad, at, P_s, inside)
+        w = w.to(torch.promote_types(h.dtype, torch.float32))
+        # the teacher's rows are spent: their memory holds dL/dz from here on
+        value, cos = kernels.bridge_rows(h.flatten(0, 1), z_t, at, w, P_s, b_s, inside, normalise)
+        ctx.save_for_backward(z_t, at, P_s, inside)
         ctx.like = h.shape, h.dtype, h.device
         ctx.set_materialize_grads(False)
-        cos = (w * F.cosine_similarity(z_s, z_t, dim=-1, eps=1e-12)).sum()
+        loss, cos = (w * value).sum(), (w * cos).sum()
         ctx.mark_non_differentiable(cos)
-        return h.view_as(h), (w * value.detach()).sum(), cos
+        return h.view_as(h), loss, cos
 
     @staticmethod
     def backward(ctx, g_h, g_loss, _):
@@ -217,16 +215,18 @@ class BridgeLoss(torch.autograd.Function):
             return g_h, *[None] * 7
         grad, at, P_s, inside = ctx.saved_tensors
         shape, dtype, device = ctx.like
-        g_h = torch.zeros(shape, dtype=dtype, device=device) if g_h is None else g_h
-        rows = torch.where(inside[:, None], grad @ P_s[1], grad @ P_s[0])    # (K, d)
-        return g_h.flatten(0, 1).index_add(0, at, (rows * g_loss).to(dtype)).view(shape), *[None] * 7
+        # a copy: autograd may hand the same g_h to another branch of the residual stream
+        g = torch.zeros(shape, dtype=dtype, device=device) if g_h is None else g_h.clone(
+            memory_format=torch.contiguous_format)
+        kernels.bridge_back(g.view(-1, shape[-1]), grad, at, P_s, inside, g_loss)
+        return g, *[None] * 7
 
 
 def bridge_loss(h, z_t, at, w, P_s, b_s, inside, normalise=True):
     """One layer of Eq. (15): sum_t w_t bridge_rows at t, its gradient formed now -> (h, loss, cos).
 
-    h (B, T, d): as in layer_loss. z_t (K, r): the teacher's rows, already projected. at, w, inside (K,):
-    flat positions, weights, classes. P_s (2, r, d), b_s (2, r): the bridge, which gets no gradient.
+    h (B, T, d): as in layer_loss. z_t (K, r): the teacher's rows, already projected; *overwritten*. at, w,
+    inside (K,): flat positions, weights, classes. P_s (2, r, d), b_s (2, r): the bridge, no gradient.
     """
     return BridgeLoss.apply(h, z_t, at, w, P_s, b_s, inside, normalise)
 
@@ -324,13 +324,35 @@ def log_probs(h, W, temperature):
     return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
+def rows_at_once(V, device):
+    """How many rows a head loss takes at once, if nobody says: on CUDA as many, a power of two, as fill a
+    quarter of the free memory with four (C, V) fp32 tensors, at most 4096; elsewhere 64."""
+    if device.type != 'cuda':
+        return 64
+    free = torch.cuda.mem_get_info(device)[0]            # and what the allocator keeps for itself
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(4096, max(16, 1 << (free // 4 // (16 * V)).bit_length() - 1))
+
+
+def add_product(d_W, G, h, scale):
+    """d_W (V, d) += scale G' h, with G (C, V) fp32 and h (C, d). Of bf16 rows on CUDA the factors are bf16
+    and the sum fp32, as in `log_probs`: fp32 factors would take ten times as long. A slice of the vocabulary
+    at a time, for there the product is a tensor of its own."""
+    if not (G.is_cuda and h.dtype == torch.bfloat16):
+        d_W.addmm_(G.t(), h.to(d_W.dtype), alpha=scale)
+        return
+    for part, g in zip(d_W.split(1 << 15), G.split(1 << 15, dim=1), strict=True):
+        part.add_(torch.mm(g.t().to(h.dtype), h, out_dtype=torch.float32), alpha=scale)
+
+
 class HeadLoss(torch.autograd.Function):
     """Eqs. (3)-(5) of rows under the LM head, a chunk of rows at a time, gradient formed as it goes: three
     (C, V) tensors live at once, four for forward KL, beside the head's own gradient."""
     @staticmethod
     def forward(ctx, h, W, h_t, W_t, y, w, answer, how):
         dtype = torch.promote_types(h.dtype, torch.float32)
-        kind, chunk, v = how['kind'], how['chunk'], how['vocab'] or W.shape[0]
+        kind, v = how['kind'], how['vocab'] or W.shape[0]
+        chunk = how['chunk'] or rows_at_once(v, h.device)
         w = w.to(dtype)
         d_h = torch.empty_like(h) if kind else None
         d_W = torch.zeros_like(W, dtype=dtype) if kind and ctx.needs_input_grad[1] else None
@@ -369,7 +391,7 @@ class HeadLoss(torch.autograd.Function):
                 G = spread_gradient(p, S, g, p_S, rest)
             d_h[rows] = (G.to(W.dtype) @ W[:v]).div_(how['temperature'])
             if d_W is not None:
-                d_W[:v].addmm_(G.t(), h[rows].to(dtype), alpha=1 / how['temperature'])
+                add_product(d_W[:v], G, h[rows], 1 / how['temperature'])
             del logp, f, p, G
         ctx.grads = d_h, d_W
         ctx.set_materialize_grads(False)
@@ -416,12 +438,12 @@ def spread_gradient(p, S, g, p_S, rest):
 
 def opd_loss(h, W, h_t, W_t, y, w, answer=None, *, kind='full', k=16, support='student', tail='renorm',
              direction='reverse', temperature=1.0, teacher_temperature=1.0, future=False, baseline=False,
-             vocab=None, chunk=64):
+             vocab=None, chunk=0):
     """sum_t w_t (opd_rows at t), without logits of more than `chunk` rows -> (loss, stats).
 
     h (K, d), W (V, d): student rows and head. h_t (K, d_t), W_t (V_t, d_t): the teacher's. y (K,): the
     sampled tokens. w (K,): weights. vocab: ids from here on are padding; the softmax leaves them out,
-    as the sampler does. kind=None: stats alone, no gradient.
+    as the sampler does. kind=None: stats alone, no gradient. chunk: rows at once, 0: by the free memory.
     stats (5,): sum of w, then w-weighted sums of the exact KL(p || q), both entropies in nats, overlap.
     'sampled' only: future=True weighs grad log p(y_t) with the sum of the ratios from t to the end of
     its answer (row numbers `answer`, ascending), the gradient of the whole trajectory's KL: unbiased,

@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from files import open_safetensors, read_json, whole, write_json, write_safetensors
 from runtime import UserError
 
@@ -120,59 +122,95 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of B rows, each at its own length; preallocated, written in place."""
-    def __init__(self, c, B, T, device, dtype):
-        self.k = torch.zeros(c.L, B, c.G, T, c.e, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.length = torch.zeros(B, dtype=torch.long, device=device)        # tokens held by each row
-        self.longest = 0                     # an upper bound known to the host: no sync to find it
+    """Keys and values of B rows, (B, 2, G, T, e) for each layer, written in place.
+
+    As long as `length` is None all rows hold `read` tokens, and a forward reads on from there: a prompt
+    whole, or in pieces. Once the caller has set it, (B,), each row is at its own length, and a forward
+    takes one more token a row, after which the caller advances it. limit: the longest a row may become.
+    """
+    def __init__(self, c, B, T, device, dtype, limit=0):
+        self.kv = [torch.zeros(B, 2, c.G, T, c.e, device=device, dtype=dtype) for _ in range(c.L)]
+        self.read, self.length, self.limit = 0, None, max(T, limit)
+        self.longest = 0                     # an upper bound of `length`, known to the host without a sync
+
+    @property
+    def room(self):
+        """T, the tokens a row has room for."""
+        return self.kv[0].shape[3]
+
+    def change(self, new):
+        """Every layer's (B, 2, G, T, e) becomes new(it); the old one goes before the next layer's turn."""
+        for l, kv in enumerate(self.kv):
+            self.kv[l] = new(kv)
+            del kv
+
+    def grow(self, tokens):
+        """Room for so many tokens a row, and half as many again, up to the limit: what has been written is
+        copied a few times in all, and one layer at most is there twice."""
+        T = min(self.limit, max(tokens, self.room * 3 // 2))
+        self.change(lambda kv: F.pad(kv, (0, 0, 0, T - kv.shape[3])))
 
     def put(self, places, other, rows):
         """Copy `rows` (n,) of another, shorter cache to `places` (n,) of this one, but not their lengths."""
-        T = other.k.shape[3]
-        self.k[:, places, :, :T] = other.k[:, rows]
-        self.v[:, places, :, :T] = other.v[:, rows]
+        for mine, its in zip(self.kv, other.kv, strict=True):
+            mine[places, :, :, :its.shape[3]] = its[rows]
 
     def rows(self, keep):
         """Keep (or repeat) rows: `keep` is an index (B',)."""
-        self.k = self.k[:, keep]             # one after the other: the old keys go before new values come
-        self.v = self.v[:, keep]
+        self.change(lambda kv: kv[keep])
         self.length = self.length[keep]
+
+
+class Linear(nn.Linear):
+    """nn.Linear. On a CPU a few rows without a gradient, a decode step, are computed as (W x')': the
+    weights as left factor, which the CPU's matrix library does up to twice as fast."""
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        if torch.is_grad_enabled() or not x.is_cpu or not 2 < rows <= 32:
+            return super().forward(x)
+        columns = x.reshape(rows, -1).t()
+        y = self.weight @ columns
+        y = y if self.bias is None else y.add_(self.bias[:, None])
+        return y.t().view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.qkv = nn.Linear(c.d, (c.H + 2 * c.G) * c.e, bias=c.qkv_bias)
-        self.out = nn.Linear(c.H * c.e, c.d, bias=False)
+        self.qkv = Linear(c.d, (c.H + 2 * c.G) * c.e, bias=c.qkv_bias)
+        self.out = Linear(c.H * c.e, c.d, bias=False)
         if c.qk_norm:
             self.q_norm, self.k_norm = Norm(c.e, c.eps), Norm(c.e, c.eps)
 
     def forward(self, x, rope, cache=None, l=0, mask=None):
         c, (B, T, _) = self.c, x.shape
-        q, k, v = self.qkv(x).view(B, T, c.H + 2 * c.G, c.e).transpose(1, 2).split([c.H, c.G, c.G], 1)
+        qkv = self.qkv(x).view(B, T, c.H + 2 * c.G, c.e)
+        if cache is not None and cache.length is not None:                   # one token a row
+            norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+            y = kernels.attend(qkv[:, 0], cache.kv[l], cache.length, *rope, *norms, c.eps,
+                               cache.longest, mask)
+            return self.out(y[:, None])
+        q, k, v = qkv.transpose(1, 2).split([c.H, c.G, c.G], 1)              # (B, H, T, e), (B, G, T, e)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)                            # (B, H, T, e), (B, G, T, e)
-        if mask is None:                     # whole sequences: training, or filling an empty cache
-            if cache is not None:
-                cache.k[l, :, :, :T], cache.v[l, :, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.H != c.G)
-        else:                                # one token a row: write it at the row's length, read all
-            row = torch.arange(B, device=x.device)
-            cache.k[l, row, :, cache.length], cache.v[l, row, :, cache.length] = k[:, :, 0], v[:, :, 0]
-            k, v = cache.k[l, :, :, :mask.shape[-1]], cache.v[l, :, :, :mask.shape[-1]]
-            q = q.reshape(B, c.G, c.H // c.G, c.e)                           # a head group is the "sequence"
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, c.H, 1, c.e)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        how = {'is_causal': True}
+        if cache is not None:                # a piece of a prompt: it sees the pieces before
+            end = cache.read + T
+            cache.kv[l][:, 0, :, cache.read:end], cache.kv[l][:, 1, :, cache.read:end] = k, v
+            if cache.read:
+                k, v = cache.kv[l][:, :, :, :end].unbind(1)
+                how = {'attn_mask': causal_lower_right(T, end)}
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=c.H != c.G, **how)
         return self.out(y.transpose(1, 2).reshape(B, T, c.H * c.e))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_up = nn.Linear(c.d, 2 * c.ff, bias=False)
-        self.down = nn.Linear(c.ff, c.d, bias=False)
+        self.gate_up = Linear(c.d, 2 * c.ff, bias=False)
+        self.down = Linear(c.ff, c.d, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -190,7 +228,7 @@ class Block(nn.Module):
         return h + self.mlp(self.norm2(h))
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """States (K, d) -> logits (K, V). Given a function of (states, weight), what that makes of them: a
     loss can take the vocabulary in pieces, and FSDP, which gathers the weight for a call, need not know."""
     def forward(self, h, loss=None):
@@ -215,23 +253,31 @@ class Model(nn.Module):
         l = 1..last; for l = L it sees the final-normed state, as Hugging Face's hidden_states do."""
         c, T = self.config, ids.shape[1]
         h = self.embed(ids)                                                  # (B, T, d)
-        mask, pos = None, torch.arange(T, device=ids.device)                 # (T,)
-        if cache is not None and cache.longest:                              # one more token a row
-            assert T == 1, f'{T} tokens onto a filled cache: one at a time'
-            cache.longest = min(cache.longest + 1, cache.k.shape[3])         # finished rows may go on
-            pos = cache.length[:, None, None]                                # (B, 1, 1): heads, tokens
-            mask = torch.arange(cache.longest, device=ids.device) <= pos[..., None]   # (B, 1, 1, longest)
-        reach = max(self.reach, T if cache is None else cache.k.shape[3])
-        rope = rotary(pos, *self.frequencies(reach, ids.device), h.dtype)    # (T, R) or (B, 1, 1, R)
+        mask, start = None, cache.read if cache else 0
+        if cache is not None and cache.length is not None:                   # one more token a row
+            assert T == 1, f'{T} tokens onto rows of different lengths: one at a time'
+            cache.longest = min(cache.longest + 1, cache.room)               # finished rows may go on
+            pos = cache.length                                               # (B,)
+            if not kernels.fused(h):         # the kernel reads lengths itself
+                there = torch.arange(cache.longest, device=ids.device) <= pos[:, None]       # (B, longest)
+                mask = torch.zeros_like(there, dtype=h.dtype).masked_fill_(~there, -math.inf)[:, None, None]
+        else:
+            pos = torch.arange(start, start + T, device=ids.device)          # (T,)
+        reach = max(self.reach, T if cache is None else cache.limit)
+        rope = rotary(pos, *self.frequencies(reach, ids.device), h.dtype)    # (T, R) or (B, R)
         for l, block in enumerate(self.blocks, 1):
-            if self.checkpointing and torch.is_grad_enabled():
+            if cache is not None:
+                h = block(h, rope, cache, l - 1, mask)
+            elif self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = block(h, rope, cache, l - 1, mask)
+                h = block(h, rope)           # called one way only: torch.compile then makes one graph of it
             if tap and l < c.L:
                 h = tap(l, h)
             if l == last and l < c.L:        # nothing above is asked for
                 return h
+        if cache is not None and cache.length is None:
+            cache.read += T
         h = self.norm(h)
         return tap(c.L, h) if tap else h
 
@@ -248,11 +294,21 @@ class Model(nn.Module):
     def forward(self, ids, cache=None, at=None):
         """ids (B, T) -> logits (B, T, V), or (K, V) at flat positions `at` (K,) of (B*T,).
 
-        cache: an empty Cache is filled (the caller then sets `length` and `longest`); a filled one
-        is extended by one token a row, after which the caller advances `length`.
+        cache: see Cache.
         """
         h = self.trunk(ids, cache)
         return self.head(h if at is None else h.flatten(0, 1)[at])
+
+    def plain(self):
+        """A Model of the same weights, not copies, without what FSDP and torch.compile hang onto modules."""
+        with torch.device('meta'):
+            twin = Model(self.config)
+        twin.load_state_dict({k: p.detach() for k, p in self.named_parameters(remove_duplicate=False)},
+                             assign=True)
+        if self.config.tied:
+            twin.head.weight = twin.embed.weight
+        twin.reach, twin.turning = self.reach, self.turning
+        return twin.requires_grad_(False).eval()
 
     def hidden(self, ids, layers, at=None, tap=None):
         """States after the blocks in `layers` (1..L, ascending) -> list of (K, d), the head untouched.
@@ -464,6 +520,16 @@ ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'c
          'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', '*.tiktoken')
 
 
+def hf_tensors(c, state):
+    """Parameters by our names -> by Hugging Face's, as views."""
+    tensors = {}
+    for ours, hfs in name_map(c).items():
+        rows = splits(c, ours)
+        t = state[ours].detach()
+        tensors |= zip(hfs, [t] if rows == [-1] else t.split(rows), strict=True)
+    return tensors
+
+
 def save_model(model, folder, source=None, state=None, shard_bytes=5 * 10**9):
     """Write a folder that `transformers` and vLLM load as it is; whole or not at all.
 
@@ -472,13 +538,8 @@ def save_model(model, folder, source=None, state=None, shard_bytes=5 * 10**9):
     shard_bytes: larger models are cut into files of at most so much, with an index.
     """
     c = model.config
-    state = state or dict(model.named_parameters())
-    tensors = {}
-    for ours, hfs in name_map(c).items():
-        rows = splits(c, ours)
-        t = state[ours].detach().cpu()
-        for hf, part in zip(hfs, [t] if rows == [-1] else t.split(rows), strict=True):
-            tensors[hf] = part.contiguous()
+    tensors = hf_tensors(c, state or dict(model.named_parameters()))
+    tensors = {hf: t.cpu().contiguous() for hf, t in tensors.items()}
     with whole(folder) as tmp:
         tmp.mkdir()
         groups = [{}]

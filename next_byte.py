@@ -24,7 +24,7 @@ from functools import lru_cache
 
 import torch
 
-from losses import NOTHING, divergence, dot, log_probs
+from losses import NOTHING, add_product, divergence, dot, log_probs, rows_at_once
 
 END, ELSE, E = 256, 257, 258    # outcomes: the end of the answer; anything that no byte or end stands for
 FLOOR = 1e-8                    # least probability of an outcome to the teacher: log 0 would be no loss
@@ -144,7 +144,7 @@ class ByteLoss(torch.autograd.Function):
             G = p.mul_(share[:, table_s.first].sub_(g.sum(-1, keepdim=True))).mul_(w[rows, None])
             d_h[rows] = (G.to(W.dtype) @ W[:V]).div_(how['temperature'])
             if d_W is not None:
-                d_W[:V].addmm_(G.t(), h[rows].to(dtype), alpha=1 / how['temperature'])
+                add_product(d_W[:V], G, h[rows], 1 / how['temperature'])
         ctx.grads = d_h, d_W
         ctx.set_materialize_grads(False)
         stats = torch.cat([w.sum()[None], stats @ w])
@@ -159,7 +159,7 @@ class ByteLoss(torch.autograd.Function):
 
 
 def byte_loss(h, W, h_t, W_t, y, w, answer=None, written=None, inside=None, *, table_s, table_t,
-              direction='reverse', temperature=1.0, teacher_temperature=1.0, chunk=64, kind='byte'):
+              direction='reverse', temperature=1.0, teacher_temperature=1.0, chunk=0, kind='byte'):
     """sum_t w_t KL(P_t || Q_t) over the next byte -> (loss, stats (5,)); called as losses.opd_loss is.
 
     h (K, d), W (V, d), W_t (V_t, d_t): rows and heads. h_t (2K, d_t): the teacher's floor states, then those
@@ -173,4 +173,5 @@ def byte_loss(h, W, h_t, W_t, y, w, answer=None, written=None, inside=None, *, t
         inside = torch.zeros(len(h), dtype=torch.bool, device=h.device)
     return ByteLoss.apply(h, W, h_t, W_t, w, written, inside, dict(
         table_s=table_s, table_t=table_t, direction=direction, temperature=temperature,
-        teacher_temperature=teacher_temperature, chunk=chunk, learn=kind is not None))
+        teacher_temperature=teacher_temperature,
+        chunk=chunk or rows_at_once(max(W.shape[0], 2 * W_t.shape[0]), h.device), learn=kind is not None))

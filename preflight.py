@@ -108,7 +108,7 @@ def memory_estimate(cfg, student, teacher, phi, longest, place):
     row = 4 * cfg['bridge_rank'] if cfg['bridge'] and cfg['bridge_rank'] else teacher.d * size
     # the head's gradient in float32, beside it its cast, the gathered head and what is reduced over ranks
     each = 4 if size == 4 and place.world == 1 else 4 + 2 * size + 4
-    head = (each * student.V * student.d + 16 * student.V * cfg['head_rows']) * ever(cfg['opd_weight'])
+    head = each * student.V * student.d + 16 * student.V * (cfg['head_rows'] or 64)
     return {
         'student weights, gradient and AdamW, float32': 16 * weights / place.world,
         'student weights gathered for sampling': weights * size * (place.world > 1 or size == 2),
@@ -116,7 +116,7 @@ def memory_estimate(cfg, student, teacher, phi, longest, place):
         'KV cache while sampling': max(rows, cfg['eval_rows'] if cfg['eval_data'] else 0) * longest * kv,
         'teacher rows of a micro-batch': len(phi) * tokens * row,
         'activations of a micro-batch': tokens * kept * student.L * size,
-        "the LM head's gradient and a chunk of logits": head,
+        "the LM head's gradient and a chunk of logits": head * ever(cfg['opd_weight']),
     }
 
 

@@ -1,9 +1,12 @@
 """
 The student's own answers: a KV-cached batched sampler, and the naive one it must equal.
 
-The slow text is `naive`: read everything again for every token. `stream` reads each prompt once, copies
-its cache for its answers, then feeds one token a row. A finished row's place goes to the next answer that
-waits (continuous batching), or, if none does, leaves the batch. `sample` is a stream with a row for all.
+The slow text is `naive`: read everything again for every token. `Places` holds the answers in the making:
+it reads each prompt once, copies its cache for its answers, then feeds one token a row. Decoding lives on
+memory bandwidth: every token reads every weight, so on CUDA a step with its sampling is one CUDA graph,
+and the host looks in only every 32 tokens. `stream` is the schedule: a finished row's place goes to the
+next answer that waits (continuous batching), or, if none does, leaves the batch. `sample` is a stream
+with a place for all.
 
 Randomness is counter-based: the uniform number behind a token is a function of (seed, step, prompt,
 sample, position) alone. So an answer does not depend on its batch neighbours, on the number of
@@ -14,10 +17,13 @@ falls within that bit.)
 Letters: B rows, T tokens, V vocabulary.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+import kernels
 from model import Cache
 
 
@@ -90,28 +96,51 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
     return p
 
 
+def invert(mass, x):
+    """First place of each row where the cumulative mass (B, n) passes x (B, 1), whose own mass is therefore
+    positive: x, though it was rounded, stays below the total. -> (B, 1)."""
+    x = torch.minimum(x, torch.nextafter(mass[:, -1:], torch.zeros_like(x)))
+    return torch.searchsorted(mass, x, right=True).clamp(max=mass.shape[-1] - 1)     # NaN would be beyond
+
+
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0, vocab=None):
     """One token a row by inverting the cumulative distribution at u (B,) in [0, 1) -> (B,).
 
     In float64: with 150k tokens an fp32 sum could end below 1 and hand the rest to a token that
-    top-p removed. Temperature 0 is greedy. vocab: ids from here on are padding of the embedding
-    that no token stands for, and are never drawn.
+    top-p removed. A large vocabulary in two stages, a block of 512 tokens and then a token of it, so that
+    no running sum is as long as a row. Temperature 0 is greedy. vocab: ids from here on are padding of the
+    embedding that no token stands for, and are never drawn.
     """
     logits = logits[:, :vocab]
     if temperature == 0:
         return logits.argmax(-1)
-    mass = distribution(logits, temperature, top_k, top_p).to(u).cumsum(-1)  # (B, V)
-    token = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(-1)
-    # logits of NaN would give V: stay in the vocabulary, so that the loss says what is wrong
-    return token.clamp(max=logits.shape[-1] - 1).to(logits.device)
+    p = distribution(logits, temperature, top_k, top_p).to(u.device)         # (B, V)
+    B, V = p.shape
+    if V <= 4096:
+        mass = p.to(u).cumsum(-1)
+        token = invert(mass, u[:, None] * mass[:, -1:])
+    else:
+        p = F.pad(p, (0, -V % 512)).view(B, -1, 512)
+        mass = F.pad(p.sum(-1, dtype=u.dtype).cumsum(-1), (1, 0))            # (B, 1 + blocks)
+        x = u[:, None] * mass[:, -1:]
+        block = invert(mass[:, 1:].contiguous(), x)                          # (B, 1)
+        inside = p.take_along_dim(block[..., None], 1).squeeze(1).to(u).cumsum(-1)       # (B, 512)
+        token = block * 512 + invert(inside, x - mass.gather(-1, block))
+    # logits of NaN could give any: stay in the vocabulary, so that the loss says what is wrong
+    return token.squeeze(-1).clamp(max=V - 1).to(logits.device)
 
 
 # ---- whole answers ----------------------------------------------------------------------------
 
+def limits(max_new_tokens, n):
+    """A number, or one for each of n answers -> a list."""
+    return max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * n
+
+
 def layout(prompts, n, max_new_tokens, which, device):
     """Right-padded prompts, n rows each -> an empty Rollout and (prompt, sample) numbers of its rows."""
     P = torch.tensor([len(p) for p in prompts])
-    ids = torch.zeros(len(prompts), int(P.max()) + max_new_tokens, dtype=torch.long)
+    ids = torch.zeros(len(prompts), int(P.max()) + max(limits(max_new_tokens, 1)), dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt)] = torch.tensor(prompt)
     which = torch.arange(len(prompts)) if which is None else torch.as_tensor(which)
@@ -127,7 +156,7 @@ def naive(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=No
     roll, prompt, number = layout(prompts, n, max_new_tokens, which, model.embed.weight.device)
     keys = stream_keys(seed, step, prompt, number)
     for b in range(len(roll.ids)):
-        for position in range(max_new_tokens):
+        for position in range(limits(max_new_tokens, len(keys))[b]):
             end = int(roll.length[b])
             logits = model(roll.ids[b:b + 1, :end])[:, -1]
             token = pick(logits, uniform(keys[b:b + 1], position), **how)
@@ -139,6 +168,126 @@ def naive(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=No
     return trim(roll)
 
 
+ROOM = 1024                     # tokens beyond the longest prompt that a cache begins with
+
+
+class Replay:
+    """A function of tensors that stay where they are, as one CUDA graph: the first call runs it, which
+    compiles its kernels, the second records it, and from then on a call is a single launch."""
+    def __init__(self, step, pool):
+        self.step, self.pool, self.graph, self.warm = step, pool, None, False
+
+    def __call__(self):
+        if self.graph is None and self.warm:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):        # records, runs nothing
+                self.step()
+            self.graph = graph
+        if self.graph is None:
+            self.step()
+            self.warm = True
+        else:
+            self.graph.replay()
+
+
+class Places:
+    """B answers in the making. What a step touches are tensors of fixed size and place (until `keep` or
+    `grow` makes others), and it looks at no value: so it can be recorded.
+
+    limit: the longest a prompt with its answer may become. longest: the longest prompt. The rest is as
+    in `stream`.
+    """
+    def __init__(self, model, B, longest, limit, stop, seed, step, budget, how):
+        c, device = model.config, model.embed.weight.device
+        self.model, self.seed, self.at_step, self.budget, self.how = model, seed, step, budget, how
+        self.cache = Cache(c, B, min(limit, longest + ROOM), device, model.embed.weight.dtype, limit)
+        self.ids = torch.zeros(B, limit + 1, dtype=torch.long, device=device)            # last: never read
+        self.token, self.count, self.most, self.keys, self.cache.length = (
+            torch.zeros(B, dtype=torch.long, device=device) for _ in range(5))
+        self.done, self.stopped = (torch.ones(B, dtype=torch.bool, device=device) for _ in range(2))
+        self.ends = torch.zeros(c.V, dtype=torch.bool, device=device)
+        self.ends[[t for t in stop if t < c.V]] = True
+        self.every = torch.arange(B, device=device)
+        self.pool = torch.cuda.graph_pool_handle() if kernels.fused(model.embed.weight) else None
+        self.record()
+
+    def record(self):
+        """Tensors have moved: a graph of the old ones would read where they were."""
+        self.advance = Replay(self.step, self.pool) if self.pool else self.step
+
+    def draw(self, at, logits):
+        """The next token of the places `at` (n,), logits (n, V)."""
+        t = pick(logits, uniform(self.keys[at], self.count[at]), **self.how)
+        going = ~self.done[at]
+        self.ids[at, self.count[at]] = t
+        self.count[at] += going
+        self.token[at] = t
+        ended = self.ends[t] & going
+        self.stopped[at] |= ended
+        self.done[at] |= ended | (self.count[at] == self.most[at])
+
+    def step(self):
+        """One more token in every place; finished ones write into the void."""
+        logits = self.model(self.token[:, None], self.cache)[:, 0]                       # (B, V)
+        self.cache.length += ~self.done
+        self.draw(self.every, logits)
+
+    def fill(self, places, requests, most):
+        """Read the prompts of `requests`, each once, and draw the first token of each answer, in `places`."""
+        c, device = self.model.config, self.ids.device
+        put = partial(torch.tensor, device=device)
+        own = list({id(p): p for p, _, _ in requests}.values())              # an answer's neighbours share it
+        number = {id(p): i for i, p in enumerate(own)}
+        of = [number[id(p)] for p, _, _ in requests]
+        T, states = max(map(len, own)), []
+        read = put([p + [0] * (T - len(p)) for p in own])                    # (prompts, T)
+        length, each = put([len(p) for p in own]), max(1, self.budget // T)
+        for i in range(0, len(own), each):   # so many prompts at once; one longer than that is read in pieces
+            # right padding is harmless: causal attention never looks right, and the padding's keys are
+            # overwritten by answers before any row's length reaches them
+            last, state = length[i:i + each] - 1, 0.0
+            row = torch.arange(len(last), device=device)
+            new = Cache(c, len(last), T, device, self.cache.kv[0].dtype, self.cache.limit)
+            for a in range(0, T, self.budget):
+                h = self.model.trunk(read[i:i + each, a:a + self.budget], new)           # (n, T', d)
+                here = (last // self.budget == a // self.budget)[:, None]
+                state = torch.where(here, h[row, (last - a).clamp(0, h.shape[1] - 1)], state)    # (n, d)
+            states.append(state)
+            mine = [j for j, p in enumerate(of) if i <= p < i + each]
+            self.cache.put(put([places[j] for j in mine]), new, put([of[j] - i for j in mine]))
+        logits = self.model.head(torch.cat(states))                          # (prompts, V)
+        at, of, (_, prompt, sample) = put(places), put(of), zip(*requests, strict=True)
+        self.keys[at] = stream_keys(self.seed, self.at_step, put(prompt), put(sample))
+        self.count[at], self.most[at] = 0, put(most)
+        self.done[at], self.stopped[at], self.cache.length[at] = False, False, length[of]
+        self.draw(at, logits[of])
+
+    def look(self):
+        """Wait for the device once -> done, stopped, count, tokens held, a list of each."""
+        return torch.stack([self.done, self.stopped, self.count, self.cache.length]).tolist()
+
+    def take(self, places):
+        """The ids in these, a list of each; they are free, and shall not make the others wait."""
+        self.cache.length[places] = 0
+        return self.ids[places].tolist()
+
+    def keep(self, places):
+        """Free places leave the batch."""
+        rows = torch.tensor(places, device=self.ids.device)
+        self.cache.rows(rows)
+        for name in ('ids', 'token', 'count', 'most', 'keys', 'done', 'stopped'):
+            setattr(self, name, getattr(self, name)[rows])
+        self.every = self.every[:len(rows)]
+        self.record()
+
+    def reserve(self, held, tokens):
+        """Room for so many more tokens, the longest row holding `held`."""
+        self.cache.longest = held
+        if held + tokens > self.cache.room and self.cache.room < self.cache.limit:
+            self.cache.grow(held + tokens)
+            self.record()
+
+
 @torch.no_grad()
 def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budget=32768, look=0, **how):
     """Answers as they end -> (index of the request, its ids, ended by a stop token?), one by one.
@@ -146,86 +295,47 @@ def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budge
     requests: (prompt ids, prompt number, sample number) each; seed, step and the two numbers fix the answer,
     whatever is answered beside it. rows: answers in the making at once, which bounds the cache. budget:
     tokens of prompts read at once. look: tokens between looks at which rows are done, each of which waits for
-    the device; 0: 16 on CUDA, else 1. The rest is as in `sample`.
+    the device; 0: 32 on CUDA, else 1. max_new_tokens: a number, or one for each request. The rest is as in
+    `sample`.
     """
-    c, device = model.config, model.embed.weight.device
-    B, dtype = min(rows, len(requests)), compute_dtype(model)
-    cache = Cache(c, B, max(len(p) for p, _, _ in requests) + max_new_tokens, device, dtype)
-    stop = torch.tensor(list(stop), device=device)
-    ids = torch.zeros(B, max_new_tokens + 1, dtype=torch.long, device=device)            # last: never read
-    who, token, count, keys = torch.full((4, B), -1, device=device)          # request in this place, ...
-    done, stopped = torch.ones(2, B, dtype=torch.bool, device=device)
-    look = look or (16 if device.type == 'cuda' else 1)
-    begun = tokens = 0
-
-    def draw(at, logits):
-        """The next token of the places `at`."""
-        t = pick(logits, uniform(keys[at], count[at]), **how).where(~done[at], 0)        # (B',)
-        ids[at, count[at]] = t
-        count[at] += ~done[at]
-        ended = torch.isin(t, stop) & ~done[at]
-        stopped[at] |= ended
-        done[at] |= ended | (count[at] == max_new_tokens)
-        token[at] = t
-
-    def fill(places, first):
-        """Read the prompts of the next requests, each once, and draw their first tokens."""
-        some = requests[first:first + len(places)]
-        own = list({id(p): p for p, _, _ in some}.values())                  # an answer's neighbours share it
-        number = {id(p): i for i, p in enumerate(own)}
-        P = torch.tensor([len(p) for p in own], device=device)
-        read = torch.zeros(len(own), int(P.max()), dtype=torch.long)
-        for row, p in zip(read, own, strict=True):
-            row[:len(p)] = torch.tensor(p)
-        read, logits = read.to(device), []
-        of = torch.tensor([number[id(p)] for p, _, _ in some], device=device)
-        for i in range(0, len(own), each := max(1, budget // read.shape[1])):
-            # right padding is harmless: causal attention never looks right, and the padding's keys are
-            # overwritten by answers before any row's length reaches them
-            part, length = read[i:i + each], P[i:i + each]
-            new = Cache(c, len(part), part.shape[1], device, dtype)
-            last = torch.arange(len(part), device=device) * part.shape[1] + length - 1
-            logits.append(model(part, new, at=last))                         # (prompts, V)
-            here = ((of >= i) & (of < i + each)).nonzero().squeeze(-1)
-            cache.put(places[here], new, of[here] - i)
-        who[places] = torch.arange(first, first + len(some), device=device)
-        prompt, sample = torch.tensor([[q, k] for _, q, k in some], device=device).t()
-        keys[places], count[places] = stream_keys(seed, step, prompt, sample), 0
-        done[places], stopped[places], cache.length[places] = False, False, P[of]
-        draw(places, torch.cat(logits)[of])
-
+    n, cuda = len(requests), model.embed.weight.is_cuda
+    most = limits(max_new_tokens, n)
+    longest = max(len(p) for p, _, _ in requests)
+    limit = max(len(p) + m for (p, _, _), m in zip(requests, most, strict=True))
+    places = Places(model, min(rows, n), longest, limit, stop, seed, step, budget, how)
+    who, begun, look = [-1] * min(rows, n), 0, look or (32 if cuda else 1)   # request in each place, or -1
+    crowd = 0.5 if cuda else 0.75    # rows leave when so many are left: on CUDA a graph is recorded anew
     while True:
-        if tokens % look == 0:
-            over = (done & (who >= 0)).nonzero().squeeze(-1)
-            if len(over):
-                ended = zip(*(x[over].tolist() for x in (who, ids, count, stopped)), strict=True)
-                yield from ((i, row[:n], by_stop) for i, row, n, by_stop in ended)
-                who[over], cache.length[over] = -1, 0
-            free = (who < 0).nonzero().squeeze(-1)
-            if begun < len(requests) and len(free) >= max(1, B // 8):        # some at once: a prompt is read
-                places = free[:len(requests) - begun]                        # as slowly as a token or two
-                fill(places, begun)
-                begun += len(places)
-                continue
-            if len(free) == B:
-                return
-            if begun == len(requests) and len(free) >= 0.25 * B:             # nobody waits: rows leave
-                keep = (who >= 0).nonzero().squeeze(-1)
-                cache.rows(keep)
-                who, token, count, keys, done, stopped, ids = (
-                    x[keep] for x in (who, token, count, keys, done, stopped, ids))
-                B = len(keep)
-            cache.longest = int(cache.length.max())
-        logits = model(token[:, None], cache)[:, 0]                          # (B, V)
-        cache.length += ~done
-        draw(torch.arange(B, device=device), logits)
-        tokens += 1
+        done, stopped, count, held = places.look()
+        over = [b for b, i in enumerate(who) if i >= 0 and done[b]]
+        if over:
+            for b, ids in zip(over, places.take(over), strict=True):
+                yield who[b], ids[:count[b]], bool(stopped[b])
+                who[b], held[b] = -1, 0
+        free = [b for b, i in enumerate(who) if i < 0]
+        if begun < n and len(free) >= max(1, len(who) // 8):     # some at once: a prompt is read as slowly
+            free = free[:n - begun]                              # as a token or two
+            end = begun + len(free)
+            places.fill(free, requests[begun:end], most[begun:end])
+            for b in free:
+                who[b], begun = begun, begun + 1
+            continue
+        if len(free) == len(who):
+            return
+        if begun == n and len(who) - len(free) <= crowd * len(who):          # nobody waits: rows leave
+            busy = [b for b, i in enumerate(who) if i >= 0]
+            places.keep(busy)
+            who, held = [who[b] for b in busy], [held[b] for b in busy]
+        places.reserve(max(held), look)
+        for _ in range(look):
+            places.advance()
 
 
 def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=None, progress='', **how):
     """n answers to each prompt -> Rollout of B = len(prompts) * n rows, a prompt's rows together.
 
-    prompts: lists of ids. stop: ids that end an answer. how: temperature, top_k, top_p, vocab as in pick.
+    prompts: lists of ids. max_new_tokens: a number, or a list of one for each of the B answers. stop: ids
+    that end an answer. how: temperature, top_k, top_p, vocab as in pick.
     which: each prompt's number in its problem set (default: its place in the list); with seed, step
     and the sample's number it fixes the answer. progress: label of a progress bar on a terminal.
     """
@@ -241,11 +351,6 @@ def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=N
         roll.resp_len[b], roll.stopped[b] = len(answer), stopped
     roll.ids = ids.to(roll.ids.device)
     return trim(roll)
-
-
-def compute_dtype(model):
-    """The dtype a model's forward runs in: FSDP may keep float32 parameters and compute in bfloat16."""
-    return getattr(model, 'compute_dtype', None) or model.embed.weight.dtype
 
 
 def trim(roll):

@@ -216,7 +216,6 @@ def shard(model, place):
     On one rank in float32 the model stays as it is; on one rank in bfloat16 a mesh of one gives the
     same float32 master weights. The head is a group of its own: an OPRD step never gathers it.
     """
-    model.compute_dtype = place.dtype
     if place.world == 1 and place.dtype == torch.float32:
         return model
     if not dist.is_initialized():
@@ -235,14 +234,15 @@ def shard(model, place):
 
 @contextmanager
 def gathered(model):
-    """Whole weights, in the dtype of forwards, on every rank while sampling: gathered once, not once
-    a token. Ranks may then stop at different lengths without waiting for each other."""
+    """-> model.plain() over whole weights, in the dtype of forwards, on every rank while sampling: gathered
+    once, not once a token, and no second float32 copy. Ranks may stop at different lengths without waiting
+    for each other, and no hook of FSDP runs, or is recorded, in a token's forward."""
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in groups:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     try:
-        yield
+        yield model.plain()
     finally:
         for m in groups:
             m.reshard()

@@ -64,7 +64,7 @@ config = dict(
     teacher_temperature=1.0,    # the teacher's
     opd_future=False,           # 'sampled': weigh a token with its answer's log-ratios from there on
     opd_baseline=False,         # 'sampled': subtract the exact KL there; less variance, same mean
-    head_rows=64,               # rows under the LM heads at once; changes memory, never the update
+    head_rows=0,                # rows under the LM heads at once; 0 = by the free memory (64 on a CPU)
 
     # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
     bridge='',                  # folder that bridge.py writes (stage 1) and distill.py reads; '' = Eq. (6)
@@ -96,6 +96,7 @@ config = dict(
     grad_clip=1.0,              # largest gradient norm; 0 = no clipping
     token_budget=32768,         # tokens of a micro-batch, padding included; changes memory, never the update
     checkpointing=False,        # recompute each block in the backward: less memory, a third more time
+    compile=False,              # torch.compile the blocks, for training forwards
 
     # evaluation and saving
     eval_every=50,              # steps between evaluations; 0 = only before and after
@@ -143,7 +144,7 @@ checks = dict(
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     loss_average=('sequence', 'token'), oprd_weight=(0, inf, list), opd_weight=(0, inf, list),
     opd=('sampled', 'full', 'topk', 'byte'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
-    opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=positive,
+    opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=(0, inf),
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,
     layer_map=('depth', 'cka', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
@@ -161,5 +162,5 @@ checks = dict(
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
-free = ('out_dir', 'device', 'dry_run', 'token_budget', 'head_rows', 'checkpointing', 'eval_rows',
-        'save_every', 'log_every', 'toy_dir')
+free = ('out_dir', 'device', 'dry_run', 'token_budget', 'head_rows', 'checkpointing', 'compile',
+        'eval_rows', 'save_every', 'log_every', 'toy_dir')

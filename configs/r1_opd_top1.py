@@ -6,4 +6,4 @@ The baseline "OPD top-1" of section 4.1 on the paper's pair: Eq. (3) at every re
 from configs.r1_1p5b import config
 
 config = config | dict(out_dir='out/r1_opd_top1', oprd_weight=0.0, opd_weight=1.0, opd='sampled',
-                       positions='all', head_rows=512)
+                       positions='all')

@@ -7,4 +7,4 @@ of p (log p - log q), not renormalised, as 4.1.1 describes it (Eq. 5 is opd_tail
 from configs.r1_1p5b import config
 
 config = config | dict(out_dir='out/r1_opd_top16', oprd_weight=0.0, opd_weight=1.0, opd='topk', opd_k=16,
-                       opd_tail='drop', positions='all', head_rows=512)
+                       opd_tail='drop', positions='all')

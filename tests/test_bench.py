@@ -1,5 +1,6 @@
 """The benchmark runs, and what it counts holds: never a time."""
 import json
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from conftest import argv
 
-from bench import liger_scheme
+from bench import TABLES, arguments, liger_scheme, main
 from configs import load_config
 from losses import opd_loss
 from runtime import ROOT
@@ -20,12 +21,58 @@ def bench(*args):
     return p.stdout
 
 
-def test_every_line_of_every_table():
-    for what, cases in (('head', 7), ('update', 5), ('rollout', 2)):
-        lines = bench(what, '--model', 'toy', '--rows', '3', '--tokens', '8', '--repeat', '2').splitlines()
-        rows = [json.loads(line) for line in lines[-cases:]]
-        assert len({r['case'] for r in rows}) == cases == len(lines) - 2 - cases
-        assert all(0 < r['low'] < 60 and r['peak_mb'] >= 0 and r['torch'] and r['machine'] for r in rows)
+def here(capsys, *args):
+    """bench.py in this process -> the JSON lines by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['bench.py', *args, '--device', 'cpu'])
+        main(arguments())
+    return {r['case']: r for r in map(json.loads, re.findall('^{.*', capsys.readouterr().out, re.MULTILINE))}
+
+
+SMALL = ['--model', 'toy', '--rows', '3', '--tokens', '8', '--batch', '2', '--context', '4', '--repeat', '2']
+
+
+@pytest.mark.parametrize('what', TABLES)
+def test_every_line_of_every_table(what, capsys):
+    """Counted, then timed."""
+    counts = here(capsys, what, *SMALL, '--count')
+    assert len(counts) == {'loss': 5, 'head': 7, 'update': 5, 'decode': 3, 'rollout': 7, 'step': 3}[what]
+    assert all(r['peak_mb'] > 0 and r['made_mb'] >= r['largest_mb'] > 0 for r in counts.values())
+    for name in counts:
+        r = here(capsys, what, *SMALL, '--case', name)[name]
+        assert 0 < r['low'] <= r['seconds'] <= r['high'] < 60 and r['torch'] and r['machine']
+        assert ('tok/s' in r) == (what not in ('loss', 'head')) and ('limit' in r) == (what == 'decode')
+
+
+def test_a_process_for_each_line():
+    lines = bench('loss', *SMALL).splitlines()
+    assert 'peak_mb' in lines[1] and [line.split('  ')[0] for line in lines[2:7]] == [
+        'fused', 'selected rows', 'stacked fp32', 'rows alone', 'rows alone, text']
+    assert all(json.loads(line)['seconds'] > 0 for line in lines[7:]) and len(lines) == 12
+
+
+def test_rollouts_of_all_kinds_write_the_same(capsys):
+    """Greedy: refilled, in batches, and transformers' generate; equal lengths and spread ones."""
+    for lengths in ('equal', 'spread'):
+        told = {here(capsys, 'rollout', *SMALL, '--case', f'{lengths}: {who}')[f'{lengths}: {who}']['answers']
+                for who in ('refilled', 'static batches', 'transformers')}
+        assert len(told) == 1
+
+
+def test_counts_of_the_loss_path(capsys):
+    """Beyond the teacher's rows themselves less than as much again; nothing has the vocabulary's length."""
+    got = here(capsys, 'loss', '--model', 'smollm2', '--rows', '40', '--tokens', '200', '--count')
+    assert got['fused']['peak/payload'] < 2 < got['selected rows']['peak/payload'] < got['stacked fp32']['peak/payload'] / 4
+    assert not any(r['V-axis'] or r['waits'] for r in got.values())
+
+
+def test_counts_of_an_update_and_a_token(capsys):
+    """One forward of the student and one of the teacher; with hidden states alone the one tensor of the
+    vocabulary's length is the embedding's gradient; a token is one forward and no wait."""
+    for name, r in here(capsys, 'update', '--model', 'toy', '--rows', '2', '--tokens', '8', '--count').items():
+        assert r['forwards'] == 2 and (r['V-axis'] == 1) == (name == 'OPRD')
+    got = here(capsys, 'decode', '--model', 'toy', '--batch', '2', '--context', '4', '--count')
+    assert (got['2 x 4']['forwards'], got['2 x 4']['waits']) == (1, 0) and got['2 x 4, transformers']['waits'] == 0
 
 
 def test_bridge_and_pair(toy_dir, tmp_path):

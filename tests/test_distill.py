@@ -125,6 +125,18 @@ def test_micro_batches_and_recomputation_leave_the_run_as_it_is(finished, toy_di
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
 
 
+def test_compiled_blocks_leave_the_run_as_it_is(finished, toy_dir, tmp_path, monkeypatch):
+    """Traced and differentiated by torch.compile, recomputed as well, over answers of other lengths in each
+    step; code is not generated (that takes minutes on a CPU)."""
+    compile, blocks = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: (
+        blocks.append(self), compile(self, backend='aot_eager', **how)))
+    main(load_config(argv(toy_dir, tmp_path, steps=7, compile=True, checkpointing=True)))
+    assert len(blocks) == 6                  # three of the student, three of the teacher
+    for a, b in zip(log_of(finished)[1:], log_of(tmp_path)[1:], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-3) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-2)
+
+
 def test_bfloat16_run_keeps_float32_master_weights(toy_dir, tmp_path):
     """One rank, bf16 forwards: the folder is bf16, the resume state float32, and small steps count."""
     main(load_config(argv(toy_dir, tmp_path / 'b', steps=2, dtype='bfloat16', lr=1e-5)))

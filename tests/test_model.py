@@ -10,7 +10,18 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from files import read_json, write_json
-from model import PRESETS, Cache, Model, ModelConfig, hf_config, load_model, read_config, save_model, snapshot
+from model import (
+    PRESETS,
+    Cache,
+    Linear,
+    Model,
+    ModelConfig,
+    hf_config,
+    load_model,
+    read_config,
+    save_model,
+    snapshot,
+)
 from rollout import naive, sample
 from runtime import ROOT, UserError
 
@@ -130,6 +141,43 @@ def test_cached_equals_uncached():
             for b in range(3):
                 want = model(ids[b:b + 1, :lengths[b] + t + 1])[0, -1]
                 assert (got[b] - want).abs().max() < 1e-5
+
+
+def test_a_prompt_in_pieces():
+    """Read by 9, or by 4, 4 and 1, into a cache: the same states and the same keys and values."""
+    model = tiny_model(family='qwen2')
+    ids = torch.randint(37, (3, 9), generator=torch.Generator().manual_seed(0))
+    whole, pieces = (Cache(model.config, 3, 12, 'cpu', torch.float32) for _ in range(2))
+    with torch.no_grad():
+        want = model.trunk(ids, whole)
+        got = torch.cat([model.trunk(part, pieces) for part in ids.split(4, 1)], 1)
+    assert (got - want).abs().max() < 1e-5 and pieces.read == whole.read == 9
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(pieces.kv, whole.kv, strict=True))
+    assert not any(kv[:, :, :, 9:].any() for kv in pieces.kv)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_few_rows_on_a_cpu(bias):
+    """(W x')' is x W'; with a gradient nothing changes."""
+    layer = Linear(20, 33, bias=bias)
+    for shape in [(3, 20), (1, 1, 20), (2, 20), (32, 1, 20), (4, 5, 20), (33, 20)]:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            fast = layer(x)
+        want = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        assert fast.shape == want.shape and (fast - want).abs().max() < 1e-5
+        assert torch.equal(layer(x), want) and fast.view(*shape[:-1], 11, 3).shape[-1] == 3
+
+
+def test_plain_shares_its_weights():
+    """Another Model, the same memory; the original may train on."""
+    for tied in (False, True):
+        model, ids = tiny_model(tied=tied), torch.tensor([[1, 2, 3]])
+        model.embed.register_forward_pre_hook(lambda m, args: pytest.fail('a hook came along'))
+        twin = model.plain()
+        assert twin(ids).shape == (1, 3, 37) and not any(p.requires_grad for p in twin.parameters())
+        assert all(p.requires_grad for p in model.parameters())
+        assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
 
 
 def test_padding_and_neighbours_do_not_matter():

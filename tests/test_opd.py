@@ -22,6 +22,7 @@ from losses import (
     overlap,
     position_weights,
     positions,
+    rows_at_once,
     spread,
     to_go,
     weight_at,
@@ -66,6 +67,19 @@ def by_hand(z_s, z_t, kind, direction, support='student', tail='drop', k=4):
         ps, qs = qs, ps
     weigh = [x / sum(ps) for x in ps] if tail == 'weights' else ps
     return sum(m * (a / b).log() for m, a, b in zip(weigh, ps, qs, strict=True))
+
+
+def test_rows_under_the_head_by_free_memory(monkeypatch):
+    """A quarter of what is free for four (C, V) tensors in fp32, what the allocator holds unused counted; a
+    power of two, within bounds. 64 on a CPU."""
+    for free, held, used, V, want in [(40e9, 10e9, 2e9, 151_936, 4096), (4e9, 0, 0, 151_936, 256), (3e9, 2e9, 1e9, 151_936, 256),
+                                      (1e7, 0, 0, 151_936, 16), (1e9, 5e8, 5e8, 50_000, 256)]:
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device, free=free: (int(free), 0))
+        monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device, held=held: int(held))
+        monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device, used=used: int(used))
+        got = rows_at_once(V, torch.device('cuda'))
+        assert got == want and (got == 16 or 4 * got * V * 4 <= (free + held - used) / 4)
+    assert rows_at_once(151_936, torch.device('cpu')) == 64
 
 
 @pytest.mark.parametrize('how', VARIANTS, ids=lambda how: '-'.join(map(str, how.values())))

@@ -66,7 +66,7 @@ def test_output_space_gradient_in_bfloat16(tmp_path, opd):
              25, 'bfloat16', False, opd)
     got = load_file(tmp_path / 'g.safetensors')
     want, sums, _ = gradient(student, teacher, 10**6, 0, 1, opd)
-    assert got.keys() - {'sums'} == want.keys() and torch.allclose(got.pop('sums'), sums, rtol=0.1)
+    assert got.keys() - {'sums'} == want.keys() and torch.allclose(got.pop('sums'), sums, rtol=0.1, atol=0.02)
     flat = [torch.cat([d[k].flatten() for k in want]) for d in (got, want)]
     assert all(g.dtype == torch.float32 for g in got.values()) and torch.cosine_similarity(*flat, dim=0) > 0.97
 

@@ -3,7 +3,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from rollout import distribution, naive, pick, sample, stream, stream_keys, uniform
+import rollout
+from measure import Waits
+from rollout import Places, Replay, distribution, naive, pick, sample, stream, stream_keys, uniform
 
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7, 8, 9], [3], [10, 11, 12, 13, 14], [4, 4, 4, 4]]
 HOW = dict(max_new_tokens=12, stop=[0, 2, 5], seed=3, step=7)
@@ -32,12 +34,14 @@ def test_places_are_refilled(rows, budget):
     whole = sample(model, PROMPTS, n, **HOW)
     requests = [(p, i, k) for i, p in enumerate(PROMPTS) for k in range(n)]
     calls = []
-    model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(tuple(args[0].shape)), with_kwargs=True)
+    model.embed.register_forward_pre_hook(lambda m, args: calls.append(tuple(args[0].shape)))
     got = list(stream(model, requests, rows=rows, budget=budget, **HOW))
     assert sorted(i for i, *_ in got) == list(range(len(requests)))
     assert all((ids, end) == (whole.answers()[i], bool(whole.stopped[i])) for i, ids, end in got)
     decoding = [B for B, T in calls if T == 1 and B > 0]
-    assert max(B for B, _ in calls) <= max(rows, 1 if budget == 1 else len(PROMPTS)) and len(decoding) <= whole.resp_len.sum()
+    pieces = n * sum(map(len, PROMPTS)) * (budget == 1)                  # of one token, so they look like decoding
+    assert max(B for B, _ in calls) <= max(rows, len(PROMPTS)) and len(decoding) <= whole.resp_len.sum() + pieces
+    assert max(B * T for B, T in calls if T > 1 or budget == 1) <= max(budget, rows)         # pieces of a prompt
     if rows == 4:                            # busy: fewer steps than in batches of four, one after the other
         batches = [int(whole.resp_len[i:i + 4].max()) for i in range(0, len(requests), 4)]
         assert len([1 for B, T in calls if T == 1]) < sum(batches)
@@ -55,6 +59,85 @@ def test_looking_now_and_then(rows, limit):
         want = naive(model, PROMPTS, 3, **how)
         got = {i: (ids, end) for i, ids, end in stream(model, requests, rows=rows, look=16, **how)}
         assert [got[i] for i in range(15)] == list(zip(want.answers(), want.stopped.tolist(), strict=True))
+
+
+def test_a_limit_for_each_request():
+    """A list of max_new_tokens: each answer is the beginning of the one it would have been."""
+    model, most = tiny_model(), [3, 12, 1, 7, 12]
+    whole = sample(model, PROMPTS, **HOW).answers()
+    got = sample(model, PROMPTS, **HOW | {'max_new_tokens': most})
+    assert got.answers() == [a[:n] for a, n in zip(whole, most, strict=True)]
+    assert same(got, naive(model, PROMPTS, **HOW | {'max_new_tokens': most}))
+
+
+@pytest.mark.parametrize('look', [1, 5])
+def test_a_cache_grows(look, monkeypatch):
+    """From hardly any room to the longest answer: the same answers, and at no time much more room than used."""
+    model, how = tiny_model(), HOW | dict(max_new_tokens=40, stop=[0])
+    want = sample(model, PROMPTS, 2, **how)
+    rooms, change = [], rollout.Cache.change
+    monkeypatch.setattr(rollout, 'ROOM', 2)
+    monkeypatch.setattr(rollout.Cache, 'change', lambda cache, new: (change(cache, new), rooms.append(cache.room)))
+    requests = [(p, i, k) for i, p in enumerate(PROMPTS) for k in range(2)]
+    got = {i: ids for i, ids, _ in stream(model, requests, rows=4, look=look, **how)}
+    assert [got[i] for i in range(10)] == want.answers() and len(set(rooms)) > 2
+    assert max(rooms) <= min(48, 1.5 * (want.length.max() + look))
+
+
+@pytest.mark.parametrize('how', [{}, {'temperature': 0.0}, {'top_k': 3, 'top_p': 0.9}])
+def test_a_step_can_be_a_cuda_graph(how):
+    """It looks at no value and its tensors stay where they are; that is all a recording needs."""
+    model = tiny_model().requires_grad_(False)
+    places = Places(model, 3, 8, 40, [0], 0, 0, 99, {'vocab': 30} | how)
+    places.fill([0, 1, 2], [(p, i, 0) for i, p in enumerate(PROMPTS[:3])], [12] * 3)
+    held = [t for t in [*vars(places).values(), *places.cache.kv, places.cache.length] if torch.is_tensor(t)]
+    before = [t.data_ptr() for t in held]
+    places.reserve(8, 20)
+    with torch.no_grad(), Waits() as waits:
+        for _ in range(20):
+            places.advance()
+    after = [t for t in [*vars(places).values(), *places.cache.kv, places.cache.length] if torch.is_tensor(t)]
+    assert waits.count == 0 and [t.data_ptr() for t in after] == before and len(before) > 10
+    assert (places.count.tolist(), places.done.all()) != ([1, 1, 1], False)
+    with Waits() as waits:
+        places.look()
+    assert waits.count == 1                  # and the watch does see one
+
+
+def test_the_host_looks_in_once_in_32_tokens():
+    """Waits for the device as a GPU run would have them, an answer's own retrieval included: at most one in
+    16 tokens."""
+    model, steps = tiny_model(context=300), []
+    model.embed.register_forward_pre_hook(lambda m, args: steps.append(1))
+    with Waits() as waits:
+        answers = list(stream(model, [(p, i, 0) for i, p in enumerate(PROMPTS)], rows=5, max_new_tokens=200, stop=[], look=32))
+    assert len(answers) == 5 and 200 <= len(steps) < 240 and 0 < waits.count <= len(steps) / 16
+
+
+def test_replay_runs_records_then_replays(monkeypatch):
+    """A recorded step does not run; every call is exactly one step, the first eagerly."""
+    did = []
+
+    class Graph:
+        def replay(self):
+            did.append('replayed')
+
+    class Recording:
+        def __init__(self, graph, pool):
+            self.pool = pool
+
+        def __enter__(self):
+            did.append('recording')
+
+        def __exit__(self, *_):
+            assert did.pop() == 'ran' and did[-1] == 'recording'             # recorded, not run
+
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
+    monkeypatch.setattr(torch.cuda, 'graph', Recording)
+    advance = Replay(lambda: did.append('ran'), None)
+    for _ in range(4):
+        advance()
+    assert did == ['ran', 'recording', 'replayed', 'replayed', 'replayed']
 
 
 def test_an_answer_does_not_depend_on_its_neighbours():
@@ -124,6 +207,23 @@ def test_sampled_frequencies_match_the_distribution(how):
     assert counts[want == 0].sum() == 0
     chi = ((counts - 40_000 * want) ** 2 / (40_000 * want))[want > 0].sum()
     assert chi < 40                                          # at most 10 degrees of freedom
+
+
+@pytest.mark.parametrize('how', [{}, {'temperature': 0.3}, {'top_k': 50}, {'top_p': 0.5}])
+@pytest.mark.parametrize('V', [4097, 5120, 50_000])
+def test_two_stages_invert_the_same_distribution(V, how):
+    """A block of 512, then a token of it, against one cumulative sum; both ends of [0, 1) and many between."""
+    g = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(6, V, generator=g)
+    logits[0, :V // 2], logits[1, V // 2:], logits[2, 600:] = -1e9, -1e9, -1e9           # blocks without mass
+    mass = distribution(logits, **how).double().cumsum(-1)
+    ends = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    for u in torch.cat([ends[:, None].expand(4, 6), torch.rand(30, 6, generator=g, dtype=torch.float64)]):
+        token = pick(logits, u, **how)
+        want = torch.searchsorted(mass, (u[:, None] * mass[:, -1:]).clamp(max=mass[:, -1:] * (1 - 1e-15)), right=True)
+        before, after = (mass.gather(-1, t[:, None]) for t in ((token - 1).clamp(min=0), token))
+        assert (token == want.squeeze(-1)).all() or ((before - 1e-12 < u[:, None] * mass[:, -1:]) & (u[:, None] * mass[:, -1:] < after + 1e-12)).all()
+        assert (distribution(logits, **how).gather(-1, token[:, None]) > 0).all()
 
 
 def test_no_draw_lands_on_a_forbidden_token():

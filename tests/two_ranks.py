@@ -27,8 +27,8 @@ def gradient(student, teacher, budget, rank, world, opd='none'):
     """Sample, weigh, accumulate -> {name: gradient}, sums, ids; prompts dealt to the ranks. opd: 'none';
     'probe', the output space looked at; or a kind of output-space term beside OPRD."""
     mine = list(range(3))[rank::world]
-    with gathered(student):
-        roll = sample(student, [PROMPTS[i] for i in mine], 2, which=mine, max_new_tokens=20, stop=[2], seed=1)
+    with gathered(student) as sampler:
+        roll = sample(sampler, [PROMPTS[i] for i in mine], 2, which=mine, max_new_tokens=20, stop=[2], seed=4)    # bf16 draws the same
     m = positions(roll, 'last_k', 9)
     w = position_weights(m, 'sequence', sequences=6, tokens=all_reduce(m.sum()))
     terms = dict(opd_weight=0.7, opd=partial(opd_loss, kind=opd, k=4, chunk=5)) if opd not in ('none', 'probe') else {}
