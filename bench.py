@@ -466,7 +466,7 @@ def main(args):
     place = start(args.device, args.dtype)
     if args.what == 'all':
         began = time.time()
-        more = [['update', '--rows', '2']] if place.device.type == 'cuda' else []        # Table 3: 2 x 16k too
+        more = [['update', '--rows', '2']] if place.device.type == 'cuda' else []        # Table 3's 2 x 16k
         for what in [*([t] for t in TABLES), *more]:
             subprocess.run([sys.executable, ROOT / 'bench.py', *what, *sys.argv[2:]], check=False)
             print(f'[{time.time() - began:.0f} s]\n', flush=True)
@@ -498,7 +498,7 @@ COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': 
 def sized(args, place):
     """Sizes that were not given."""
     cuda = place.device.type == 'cuda'
-    usual = dict(model='r1_1p5b' if cuda else 'smollm2', repeat=1, rows=4, tokens=224, batch=[16], context=[1])
+    usual = dict(model='r1_1p5b' if cuda else 'smollm2', repeat=1, rows=1, tokens=1, batch=[16], context=[1])
     for sizes, here in ((CPU, True), (GPU, cuda), (COUNT, args.count)):
         usual |= sizes.get(args.what, {}) if here else {}
     for key, value in usual.items():
