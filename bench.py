@@ -38,6 +38,7 @@ import tempfile
 import time
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -45,9 +46,18 @@ import kernels
 from data import load_problems, load_tokenizer
 from distill import accumulate, adamw
 from kernels.layer_loss import layer_rows_text
-from losses import layer_loss, opd_loss, opd_rows, oprd_loss, position_weights, positions, row_distance
+from losses import (
+    layer_loss,
+    opd_loss,
+    opd_rows,
+    oprd_loss,
+    position_weights,
+    positions,
+    row_distance,
+    rows_at_once,
+)
 from measure import MB, Case, counted, machine, measure
-from model import PRESETS, Model, hf_config, hf_tensors
+from model import PRESETS, Linear, Model, hf_config, hf_tensors
 from next_byte import ByteTable, byte_loss
 from rollout import Places, Rollout, naive, sample, stream
 from runtime import ROOT, UserError, gathered, run, shard, start, versions
@@ -172,6 +182,7 @@ def head_cases(args, place):
         peer = importlib.import_module('liger_kernel.ops.fused_linear_jsd').LigerFusedLinearJSDFunction
         loss = peer.apply(h, W, h_t, W_t, None, 1.0)                         # beta 1: reverse KL
         torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, (h, W))
+
     def next_byte(written, inside, both):
         loss, _ = byte_loss(h, W, both, W_t, y, w, None, written, inside, table_s=table, table_t=table,
                             chunk=args.chunk)
@@ -188,7 +199,8 @@ def head_cases(args, place):
              "Liger's scheme": scheme, 'whole logits': whole}
     peer = place.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
     cases |= {'Liger': liger} if peer else {}
-    ideal = 4 * c.V * (c.d + (args.chunk or 64))     # the head's gradient and one chunk of logits
+    chunk = args.chunk or rows_at_once(c.V, place.device)
+    ideal = 4 * c.V * (c.d + chunk)          # the head's gradient and one chunk of logits
     return {name: Case(call, payload=ideal) for name, call in cases.items()}
 
 
@@ -222,22 +234,49 @@ def update_cases(args, place):
     terms = {'OPRD': (1.0, 0.0, 'full'), 'OPD sampled': (0.0, 1.0, 'sampled'),
              'OPD top-16': (0.0, 1.0, 'topk'), 'OPD full KL': (0.0, 1.0, 'full'),
              'OPRD + top-16': (1.0, 1.0, 'topk')}
-    return {name: Case(partial(update, roll, oprd, opd, kind=kind), tokens=B * (P + T))
-            for name, (oprd, opd, kind) in terms.items()}
+    cases = {name: partial(update, roll, oprd, opd, kind=kind) for name, (oprd, opd, kind) in terms.items()}
+
+    @cache
+    def peers():
+        """transformers' student and teacher, AdamW, and the supervised rows with their weights."""
+        both = [transformers_model(random_model(student.config, place, seed), place) for seed in (0, 1)]
+        theirs = both[0].float().train().requires_grad_(True)
+        if args.checkpointing:
+            theirs.gradient_checkpointing_enable()
+        w = position_weights(positions(roll, 'last_k', 2000)).flatten()
+        at = w.nonzero().squeeze(-1)
+        return theirs, both[1], adamw(theirs, 1e-6, (0.9, 0.999), 0.0), at, w[at]
+
+    def transformers():
+        """The step as one would write it: all hidden states kept, Eq. (6) by autograd."""
+        theirs, teacher, opt, at, w = peers()
+        theirs, teacher = theirs.model, teacher.model                        # without the head
+        with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
+            with torch.no_grad():
+                h_t = [h.flatten(0, 1)[at] for h in teacher(ids, output_hidden_states=True).hidden_states[1:]]
+            h_s = [h.flatten(0, 1)[at] for h in theirs(ids, output_hidden_states=True).hidden_states[1:]]
+        oprd_loss(h_s, h_t, w).backward()
+        opt.step()
+        opt.zero_grad()
+    cases = {name: Case(call, tokens=B * (P + T)) for name, call in cases.items()}
+    if importlib.util.find_spec('transformers'):
+        cases['transformers, Eq. (6)'] = Case(transformers, tokens=B * (P + T), ready=peers)
+    return cases
 
 
 def step_cases(args, place):
     """A whole step at forced lengths: 1/rows, 2/rows ... of `tokens`, the same for every objective."""
     student, update = trainer(args, place)
-    prompts, most = prompts_of(args), [args.tokens * (i + 1) // args.rows for i in range(args.rows)]
+    prompts, most = prompts_of(args), [max(1, args.tokens * (i + 1) // args.rows) for i in range(args.rows)]
 
-    def step(*terms, **how):
+    def step(*terms, most=most, **how):
         with gathered(student) as sampler:
-            roll = sample(sampler, prompts, max_new_tokens=most, stop=[])
+            roll = sample(sampler, prompts, max_new_tokens=most, stop=[], look=32 * args.count)
         update(roll, *terms, **how)
     cases = {'OPRD': partial(step, 1.0, 0.0), 'OPD top-16': partial(step, 0.0, 1.0, kind='topk'),
              'OPD full KL': partial(step, 0.0, 1.0, kind='full')}
-    return {name: Case(call, tokens=sum(most)) for name, call in cases.items()}
+    short = {'most': [2] * args.rows}        # compiles the kernels
+    return {name: Case(call, tokens=sum(most), ready=partial(call, **short)) for name, call in cases.items()}
 
 
 # ---- decode, rollout -------------------------------------------------------------------------------
@@ -270,25 +309,27 @@ def decode_cases(args, place):
             for _ in range(steps):
                 p.advance()
 
+    def plainly(b, context):
+        """Without model.Linear's way of multiplying a few rows."""
+        with mock.patch.object(Linear, 'forward', torch.nn.Linear.forward):
+            ours(b, context)
+
     @cache
-    def peer(b, context, static):
-        """transformers' model and cache, the latter again as if read."""
-        peers = importlib.import_module('transformers')
-        if not static:
-            return theirs(), peers.DynamicCache()
-        kv = peers.StaticCache(config=theirs().config, max_cache_len=context + steps)
-        compiled = torch.compile(theirs().forward, mode='reduce-overhead', fullgraph=True)
-        return (compiled if place.device.type == 'cuda' else theirs()), kv
+    def compiled(b, context):
+        """transformers' static cache, and its model compiled for it on CUDA, as generate() does."""
+        peer = importlib.import_module('transformers')
+        kv = peer.StaticCache(config=theirs().config, max_cache_len=context + steps)
+        cuda = place.device.type == 'cuda'
+        return torch.compile(theirs().forward, mode='reduce-overhead') if cuda else theirs(), kv
 
     @torch.no_grad()
     def transformers(b, context, static):
-        forward, kv = peer(b, context, static)
+        forward, kv = compiled(b, context) if static else (
+            theirs(), importlib.import_module('transformers').DynamicCache())
         empty = torch.zeros(b, c.G, context, c.e, dtype=place.dtype, device=place.device)
         if static:
             kv.reset()
-        else:
-            kv.crop(0)
-        for l in range(c.L):
+        for l in range(c.L):                 # as if read
             kv.update(empty, empty, l)
         ids = torch.ones(b, 1, dtype=torch.long, device=place.device)
         for t in range(steps):
@@ -300,11 +341,14 @@ def decode_cases(args, place):
         for context in args.context:
             size = dict(steps=steps, tokens=b, reads=read_bytes(model, b, context))
             cases[f'{b} x {context}'] = Case(partial(ours, b, context), **size)
+            if place.device.type == 'cpu':
+                cases[f'{b} x {context}, nn.Linear'] = Case(partial(plainly, b, context), **size)
             if importlib.util.find_spec('transformers'):
-                # the static cache with the first context only: each shape takes a minute to compile
-                for static in (False, True)[:1 + (context == args.context[0])]:
+                # on CUDA the static cache for one shape only: each takes a minute to compile
+                first = place.device.type == 'cpu' or (b, context) == (args.batch[0], args.context[0])
+                for static in (False, True)[:1 + first]:
                     name = f'{b} x {context}, transformers' + ' static' * static
-                    cases[name] = Case(partial(transformers, b, context, static), **size)
+                    cases[name] = Case(partial(transformers, b, context, static), **size, ready=theirs)
     return cases
 
 
@@ -327,7 +371,7 @@ def rollout_cases(args, place):
                 for ids, n in zip(run(prompts[i:i + B], most[i:i + B]), most[i:i + B], strict=True)]
 
     def static(some, most):
-        return sample(model, some, max_new_tokens=max(most), **how).answers()
+        return sample(model, some, max_new_tokens=max(most), look=32 * args.count, **how).answers()
 
     def slow(some, most):
         return naive(model, some, max_new_tokens=max(most), **how).answers()
@@ -338,11 +382,13 @@ def rollout_cases(args, place):
                                 min_new_tokens=max(most), eos_token_id=None, pad_token_id=0, do_sample=False)
         return out[:, ids.shape[1]:].tolist()
 
-    cases, peers = {}, {'transformers': transformers} if importlib.util.find_spec('transformers') else {}
+    cases = {}
     for name, most in (('equal', [args.tokens] * len(prompts)), ('spread', spread)):
         cases[f'{name}: refilled'] = Case(partial(refilled, most), tokens=sum(most))
-        for who, run_batch in ({'static batches': static} | peers).items():
-            cases[f'{name}: {who}'] = Case(partial(batches, most, run_batch), tokens=sum(most))
+        cases[f'{name}: static batches'] = Case(partial(batches, most, static), tokens=sum(most))
+        if importlib.util.find_spec('transformers'):
+            peer = partial(batches, most, transformers)
+            cases[f'{name}: transformers'] = Case(peer, tokens=sum(most), ready=theirs)
     few = [min(8, args.tokens)] * len(prompts)
     return cases | {'8 tokens, naive': Case(partial(batches, few, slow), tokens=sum(few))}
 
@@ -489,7 +535,7 @@ CPU = {'loss': dict(model='r1_1p5b', rows=250, tokens=2048, repeat=3),
        'step': dict(rows=4, tokens=128), 'bridge': dict(rows=512), 'pair': dict(rows=2000, repeat=3)}
 GPU = {'loss': dict(rows=2000, tokens=16384), 'head': dict(repeat=3), 'update': dict(rows=1, tokens=16352),
        'decode': dict(batch=[1, 2, 16], context=[1024, 8192, 16352]),
-       'rollout': dict(rows=32, tokens=256, repeat=2), 'step': dict(rows=16, tokens=16352)}
+       'rollout': dict(rows=32, tokens=128, repeat=2), 'step': dict(rows=16, tokens=16352)}
 COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': dict(tokens=96),
          'decode': dict(batch=[1, 4], context=[64]), 'rollout': dict(rows=4, tokens=24, batch=[2]),
          'step': dict(rows=2, tokens=24)}

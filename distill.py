@@ -230,9 +230,9 @@ def prepare(cfg, place):
         setup.student.head.requires_grad_(False)       # Eq. (6) never reaches it
     setup.student.checkpointing = cfg['checkpointing']
     setup.student.reach = setup.teacher.reach = longest
-    if cfg['compile']:                               # before the shards are cut; lengths vary
+    if cfg['compile']:                               # before the shards are cut
         for block in [*setup.student.blocks, *setup.teacher.blocks]:
-            block.compile(dynamic=True)
+            block.compile()
     shard(setup.student, place)
     setup.opt = adamw(setup.student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
     return setup

@@ -331,13 +331,13 @@ def rows_at_once(V, device):
         return 64
     free = torch.cuda.mem_get_info(device)[0]            # and what the allocator keeps for itself
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(4096, max(16, 1 << (free // 4 // (16 * V)).bit_length() - 1))
+    return min(4096, max(16, 1 << max(1, free // 4 // (16 * V)).bit_length() - 1))
 
 
 def add_product(d_W, G, h, scale):
     """d_W (V, d) += scale G' h, with G (C, V) fp32 and h (C, d). Of bf16 rows on CUDA the factors are bf16
-    and the sum fp32, as in `log_probs`: fp32 factors would take ten times as long. A slice of the vocabulary
-    at a time, for there the product is a tensor of its own."""
+    and the sum fp32, as in `log_probs`: fp32 factors have no tensor cores. A slice of the vocabulary at a
+    time, for there the product is a tensor of its own."""
     if not (G.is_cuda and h.dtype == torch.bfloat16):
         d_W.addmm_(G.t(), h.to(d_W.dtype), alpha=scale)
         return

@@ -36,6 +36,7 @@ class Case:
     tokens: int = 0             # tokens of a step, for tokens a second
     reads: int = 0              # bytes that a step must read, for `limit`
     payload: int = 0            # bytes to which the peak is compared
+    ready: Callable | None = None    # what is made before, once, and is not measured
 
 
 # ---- seconds and memory ------------------------------------------------------------------------
@@ -72,6 +73,8 @@ def measure(case, repeat, device):
     """Run a case 1 + repeat times -> {peak_mb, seconds, low, high, ...}; the first run, unless it is the
     only one, warms up and is not timed."""
     cuda, times = device.type == 'cuda', []
+    if case.ready:
+        case.ready()
     if cuda:
         gc.collect()
         torch.cuda.empty_cache()
@@ -111,8 +114,8 @@ def copy_speed(device):
 # ---- counts ------------------------------------------------------------------------------------
 
 class Waits(TorchFunctionMode):
-    """Counts calls at which a host would wait for its GPU: values that become Python's, shapes that depend
-    on values."""
+    """Counts calls at which a host would wait for its GPU to have finished: values that become Python's,
+    shapes that depend on values. (Numbers on their way to the device are not counted.)"""
     NAMES = {'tolist', 'item', 'cpu', 'numpy', 'nonzero', 'unique', 'masked_select', 'equal', '__bool__',
              '__int__', '__float__', '__index__'}
 

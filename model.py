@@ -142,11 +142,10 @@ class Cache:
         """Every layer's (B, 2, G, T, e) becomes new(it); the old one goes before the next layer's turn."""
         for l, kv in enumerate(self.kv):
             self.kv[l] = new(kv)
-            del kv
 
     def grow(self, tokens):
         """Room for so many tokens a row, and half as many again, up to the limit: what has been written is
-        copied a few times in all, and one layer at most is there twice."""
+        copied a few times in all, and of one layer at most there are two."""
         T = min(self.limit, max(tokens, self.room * 3 // 2))
         self.change(lambda kv: F.pad(kv, (0, 0, 0, T - kv.shape[3])))
 
@@ -162,8 +161,8 @@ class Cache:
 
 
 class Linear(nn.Linear):
-    """nn.Linear. On a CPU a few rows without a gradient, a decode step, are computed as (W x')': the
-    weights as left factor, which the CPU's matrix library does up to twice as fast."""
+    """nn.Linear. On a CPU a few rows without a gradient, a decode step, are computed as (W x')': with the
+    weights as left factor the matrix library is faster (`bench.py decode`)."""
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() or not x.is_cpu or not 2 < rows <= 32:

@@ -173,18 +173,19 @@ ROOM = 1024                     # tokens beyond the longest prompt that a cache 
 
 class Replay:
     """A function of tensors that stay where they are, as one CUDA graph: the first call runs it, which
-    compiles its kernels, the second records it, and from then on a call is a single launch."""
-    def __init__(self, step, pool):
-        self.step, self.pool, self.graph, self.warm = step, pool, None, False
+    compiles its kernels, the second records it, and from then on a call is a single launch. It holds no
+    reference to the function: a cycle would keep the cache until Python's collector comes by."""
+    def __init__(self):
+        self.graph, self.warm = None, False
 
-    def __call__(self):
+    def __call__(self, step):
         if self.graph is None and self.warm:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):        # records, runs nothing
-                self.step()
+            with torch.cuda.graph(graph):    # records, runs nothing
+                step()
             self.graph = graph
         if self.graph is None:
-            self.step()
+            step()
             self.warm = True
         else:
             self.graph.replay()
@@ -208,12 +209,18 @@ class Places:
         self.ends = torch.zeros(c.V, dtype=torch.bool, device=device)
         self.ends[[t for t in stop if t < c.V]] = True
         self.every = torch.arange(B, device=device)
-        self.pool = torch.cuda.graph_pool_handle() if kernels.fused(model.embed.weight) else None
-        self.record()
+        self.moved()
 
-    def record(self):
-        """Tensors have moved: a graph of the old ones would read where they were."""
-        self.advance = Replay(self.step, self.pool) if self.pool else self.step
+    def moved(self):
+        """Tensors are elsewhere: a graph of the old ones would read where they were."""
+        self.replay = Replay() if kernels.fused(self.model.embed.weight) else None
+
+    def advance(self):
+        """`step`, replayed where there are graphs."""
+        if self.replay:
+            self.replay(self.step)
+        else:
+            self.step()
 
     def draw(self, at, logits):
         """The next token of the places `at` (n,), logits (n, V)."""
@@ -278,14 +285,14 @@ class Places:
         for name in ('ids', 'token', 'count', 'most', 'keys', 'done', 'stopped'):
             setattr(self, name, getattr(self, name)[rows])
         self.every = self.every[:len(rows)]
-        self.record()
+        self.moved()
 
     def reserve(self, held, tokens):
         """Room for so many more tokens, the longest row holding `held`."""
         self.cache.longest = held
         if held + tokens > self.cache.room and self.cache.room < self.cache.limit:
             self.cache.grow(held + tokens)
-            self.record()
+            self.moved()
 
 
 @torch.no_grad()
@@ -325,9 +332,10 @@ def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budge
         if begun == n and len(who) - len(free) <= crowd * len(who):          # nobody waits: rows leave
             busy = [b for b, i in enumerate(who) if i >= 0]
             places.keep(busy)
-            who, held = [who[b] for b in busy], [held[b] for b in busy]
-        places.reserve(max(held), look)
-        for _ in range(look):
+            who, held, count = ([x[b] for b in busy] for x in (who, held, count))
+        left = min(look, max(most[i] - count[b] for b, i in enumerate(who) if i >= 0))
+        places.reserve(max(held), left)
+        for _ in range(left):
             places.advance()
 
 

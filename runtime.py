@@ -239,14 +239,12 @@ def gathered(model):
     for each other, and no hook of FSDP runs, or is recorded, in a token's forward."""
     groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in groups:
-        m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     try:
         yield model.plain()
     finally:
         for m in groups:
             m.reshard()
-            m.set_reshard_after_forward(m is not model, recurse=False)   # FSDP's own default
 
 
 def full(t):

@@ -144,7 +144,7 @@ if triton:
 def decode_attention(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,
                      mask=None, S=None):
     """As decode_attention_text, at most float32; longest and mask are not needed here. S: a power of two;
-    if None, it makes two to four programs a multiprocessor, but no more than T has blocks."""
+    if None, it makes two to four programs a multiprocessor, but at most 64, and no more than T has blocks."""
     B, _, G, T, e = kv.shape
     H, R = qkv.shape[1] - 2 * G, cos.shape[-1]
     if kv.dtype == torch.float64 or kv.stride(-1) != 1:

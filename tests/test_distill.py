@@ -1,4 +1,5 @@
 """The loop: results, resume bit for bit, interruption, bad input."""
+import importlib
 import json
 import math
 import os
@@ -125,16 +126,20 @@ def test_micro_batches_and_recomputation_leave_the_run_as_it_is(finished, toy_di
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
 
 
-def test_compiled_blocks_leave_the_run_as_it_is(finished, toy_dir, tmp_path, monkeypatch):
-    """Traced and differentiated by torch.compile, recomputed as well, over answers of other lengths in each
-    step; code is not generated (that takes minutes on a CPU)."""
+def test_compiled_blocks_leave_the_run_as_it_is(toy_dir, tmp_path, monkeypatch):
+    """Traced and differentiated by torch.compile, recomputed as well and under FSDP, without a break; code is
+    not generated (that takes minutes on a CPU)."""
+    how = dict(steps=3, dtype='bfloat16', eval_n=1)
+    main(load_config(argv(toy_dir, tmp_path / 'plain', **how)))
     compile, blocks = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: (
         blocks.append(self), compile(self, backend='aot_eager', **how)))
-    main(load_config(argv(toy_dir, tmp_path, steps=7, compile=True, checkpointing=True)))
-    assert len(blocks) == 6                  # three of the student, three of the teacher
-    for a, b in zip(log_of(finished)[1:], log_of(tmp_path)[1:], strict=True):
-        assert a['loss'] == pytest.approx(b['loss'], rel=1e-3) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-2)
+    counters = importlib.import_module('torch._dynamo.utils').counters
+    counters.clear()
+    main(load_config(argv(toy_dir, tmp_path / 'compiled', compile=True, checkpointing=True, **how)))
+    assert len(blocks) == 6 and not counters['graph_break'] and counters['stats']['unique_graphs'] >= 2
+    for a, b in zip(log_of(tmp_path / 'plain')[1:], log_of(tmp_path / 'compiled')[1:], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=0.02)
 
 
 def test_bfloat16_run_keeps_float32_master_weights(toy_dir, tmp_path):

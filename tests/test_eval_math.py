@@ -179,7 +179,11 @@ def test_killed_ten_times_and_resumed(evaluated, toy_dir, tmp_path):
         folder = tmp_path / 'out/eval' / evaluated[0].name
 
         def lines(folder=folder):
-            return sum(f.read_bytes().count(b'\n') for f in folder.glob('samples*.jsonl')) if folder.exists() else 0
+            while True:
+                try:
+                    return sum(f.read_bytes().count(b'\n') for f in folder.glob('samples*.jsonl'))
+                except FileNotFoundError:    # renamed between the two
+                    pass
         began, enough = time.time(), lines() + rng.randrange(1, 8)
         while p.poll() is None and lines() < enough and time.time() - began < 60:
             time.sleep(0.002)

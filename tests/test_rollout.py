@@ -1,4 +1,7 @@
 """The sampler: cached equals naive, no answer depends on its neighbours, the distribution is exact."""
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -114,6 +117,18 @@ def test_the_host_looks_in_once_in_32_tokens():
     assert len(answers) == 5 and 200 <= len(steps) < 240 and 0 < waits.count <= len(steps) / 16
 
 
+def test_the_cache_goes_with_the_rollout(monkeypatch):
+    """Its memory is the update's next: nothing may keep it until Python's collector comes by."""
+    caches, init = [], rollout.Cache.__init__
+    monkeypatch.setattr(rollout.Cache, '__init__', lambda self, *a, **k: (caches.append(weakref.ref(self)), init(self, *a, **k))[1])
+    gc.disable()
+    try:
+        sample(tiny_model(), PROMPTS, **HOW)
+        assert caches and not any(ref() for ref in caches)
+    finally:
+        gc.enable()
+
+
 def test_replay_runs_records_then_replays(monkeypatch):
     """A recorded step does not run; every call is exactly one step, the first eagerly."""
     did = []
@@ -123,8 +138,8 @@ def test_replay_runs_records_then_replays(monkeypatch):
             did.append('replayed')
 
     class Recording:
-        def __init__(self, graph, pool):
-            self.pool = pool
+        def __init__(self, graph):
+            pass
 
         def __enter__(self):
             did.append('recording')
@@ -134,9 +149,9 @@ def test_replay_runs_records_then_replays(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
     monkeypatch.setattr(torch.cuda, 'graph', Recording)
-    advance = Replay(lambda: did.append('ran'), None)
+    replay = Replay()
     for _ in range(4):
-        advance()
+        replay(lambda: did.append('ran'))
     assert did == ['ran', 'recording', 'replayed', 'replayed', 'replayed']
 
 
