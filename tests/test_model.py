@@ -160,7 +160,7 @@ def test_a_prompt_in_pieces():
 def test_few_rows_on_a_cpu(bias):
     """(W x')' is x W'; with a gradient nothing changes."""
     layer = Linear(20, 33, bias=bias)
-    for shape in [(3, 20), (1, 1, 20), (2, 20), (32, 1, 20), (4, 5, 20), (33, 20)]:
+    for shape in [(3, 20), (1, 1, 20), (2, 20), (32, 1, 20), (4, 5, 20), (6, 20), (33, 20)]:
         x = torch.randn(shape)
         with torch.no_grad():
             fast = layer(x)
