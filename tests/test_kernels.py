@@ -19,6 +19,8 @@ def test_every_kernel_equals_its_text():
     pytest.importorskip('triton')
     p = subprocess.run([sys.executable, ROOT / 'tests/kernel_cases.py'], capture_output=True, text=True,
                        env=os.environ | {'TRITON_INTERPRET': '1', 'PYTHONPATH': str(ROOT)})
+    if 'only 0-dimensional arrays can be converted' in p.stderr:
+        pytest.skip("this Triton's interpreter does not know numpy 2.4: loop bounds that are tensors; Triton 3.9 does")
     assert p.returncode == 0, p.stderr
     assert int(p.stdout) == 140
 
