@@ -30,17 +30,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import toy
 from configs import load_config
-from data import check_ids, load_problems, load_tokenizer, prompt_order
-from figures import bridges
-from files import digest, open_safetensors, whole, write_json, write_safetensors
+from cross_tokenizer.pairing import read_rollout
+from formats.huggingface import load_model, read_config
+from formats.problems import load_problems, prompt_order
+from formats.tokenizer import check_ids, load_tokenizer
 from losses import positions
-from model import load_model, read_config
-from preflight import match_layers
 from rollout import Rollout, micro_batches, sample
-from runtime import UserError, all_gather, all_reduce, barrier, print0, run, start
-from teacher import read_rollout
+from studies import toy
+from studies.figures import bridges
+from support.files import digest, open_safetensors, whole, write_json, write_safetensors
+from support.preflight import match_layers
+from support.runtime import UserError, all_gather, all_reduce, barrier, print0, run, start
 
 RANKS = [2**i for i in range(13)]
 COSINES = ('cos', 'before', 'shuffled', 'mean_only')

@@ -30,19 +30,19 @@ from functools import partial
 
 import torch
 
-import figures
-import toy
 from bridge import load_bridge, made_for
 from configs import default, free, load_config
-from data import load_problems, load_tokenizer, prompt_order
+from cross_tokenizer.next_byte import ByteTable, byte_loss
+from cross_tokenizer.pairing import read_rollout
 from eval_math import evaluate, exam_problems, table
-from files import Log, open_run, read_json, resume, save, write_json
-from grader import grade
+from formats.huggingface import load_model, read_config, save_model, snapshot
+from formats.problems import load_problems, prompt_order
+from formats.tokenizer import load_tokenizer
+from grading.grader import grade
 from losses import (
     bridge_loss,
     ever,
     layer_loss,
-    opd_loss,
     position_weights,
     positions,
     row_distance,
@@ -50,11 +50,13 @@ from losses import (
     through,
     weight_at,
 )
-from model import load_model, read_config, save_model, snapshot
-from next_byte import ByteTable, byte_loss
-from preflight import preflight
+from output_losses import opd_loss
 from rollout import micro_batches, sample
-from runtime import (
+from studies import figures, toy
+from support.files import Log, open_run, read_json, resume, save, write_json
+from support.optimizer import adamw, learning_rate
+from support.preflight import preflight
+from support.runtime import (
     Clock,
     UserError,
     all_gather,
@@ -69,36 +71,7 @@ from runtime import (
     start,
     versions,
 )
-from teacher import hidden_rows, read_rollout
-
-# ---- the schedule ------------------------------------------------------------------------------
-
-def learning_rate(step, steps, peak, warmup, schedule, min_lr):
-    """Rate of a step 1..steps: linear rise to the peak over warmup * steps, then the schedule towards
-    min_lr * peak, reached when the last step is done (a step at rate 0 would be a rollout for nothing)."""
-    rise = round(warmup * steps)
-    if step <= rise:
-        return peak * step / rise
-    x = (step - rise - 1) / (steps - rise)                                   # [0, 1)
-    fall = {'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x, 'constant': 1.0}[schedule]
-    return peak * (min_lr + (1 - min_lr) * fall)
-
-
-# ---- the optimizer ----------------------------------------------------------------------------
-
-def adamw(model, lr, betas, weight_decay):
-    """AdamW with its state allocated now: a run that does not fit fails before the first rollout,
-    not at its second step. Decay on matrices only."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    fused = params[0].device.type != 'mps'
-    opt = torch.optim.AdamW([{'params': [p for p in params if p.ndim >= 2], 'weight_decay': weight_decay},
-                             {'params': [p for p in params if p.ndim < 2], 'weight_decay': 0.0}],
-                            lr=lr, betas=betas, fused=fused)
-    for p in params:
-        opt.state[p] = {'step': torch.zeros((), device=p.device if fused else 'cpu'),
-                        'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
-    return opt
-
+from teacher import hidden_rows
 
 # ---- one step's gradient ----------------------------------------------------------------------
 

@@ -27,14 +27,15 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-import toy
 from configs import default, load_config
-from data import check_ids, load_problems, load_tokenizer
-from files import digest, remove, whole, write_json
-from grader import equal, extract, grade
-from model import load_model, snapshot
+from formats.huggingface import load_model, snapshot
+from formats.problems import load_problems
+from formats.tokenizer import check_ids, load_tokenizer
+from grading.grader import equal, extract, grade
 from rollout import stream
-from runtime import UserError, all_gather, barrier, print0, run, start
+from studies import toy
+from support.files import digest, remove, whole, write_json
+from support.runtime import UserError, all_gather, barrier, print0, run, start
 
 __all__ = ['grade', 'evaluate']
 

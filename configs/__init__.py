@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.default import checks, free
 from configs.default import config as default
-from runtime import ROOT, UserError
+from support.runtime import ROOT, UserError
 
 __all__ = ['load_config', 'checks', 'default', 'free']
 

@@ -6,12 +6,13 @@ os.environ['OMP_NUM_THREADS'] = '1'      # for the processes that tests start
 import pytest
 import torch
 
-import toy
 from configs import load_config
 from model import Model, ModelConfig, init_weights
-from runtime import start
+from studies import toy
+from support.runtime import ROOT, start
 
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs ignore Ctrl-C
+os.environ['PYTHONPATH'] = str(ROOT)     # so that tests can start `python -m studies.toy` from any folder
 torch.set_num_threads(1)                 # small tensors; two busy cores with two threads each crawl
 
 TINY = dict(toy_ops=2, toy_layers=3, toy_width=24, toy_heads=2, toy_batch=16, toy_student_steps=30,

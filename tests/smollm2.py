@@ -15,8 +15,9 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from files import whole, write_json
-from model import Model, ModelConfig, save_model
+from formats.huggingface import save_model
+from model import Model, ModelConfig
+from support.files import whole, write_json
 
 OURS = {'attn_output': 'attn.out', 'attn_norm': 'norm1', 'ffn_norm': 'norm2', 'ffn_down': 'mlp.down'}
 

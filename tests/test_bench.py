@@ -8,15 +8,14 @@ import pytest
 import torch
 from conftest import argv
 
-from bench import TABLES, arguments, liger_scheme, main
 from configs import load_config
-from losses import opd_loss
-from runtime import ROOT
-from toy import folder_of
+from output_losses import opd_loss
+from studies.bench import TABLES, arguments, liger_scheme, main
+from studies.toy import folder_of
 
 
 def bench(*args):
-    p = subprocess.run([sys.executable, ROOT / 'bench.py', *args, '--device', 'cpu'], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'studies.bench', *args, '--device', 'cpu'], capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
     return p.stdout
 

@@ -16,11 +16,13 @@ import bridge
 import distill
 from bridge import Bridge, Moments, cosines, energy, main, predicted, principal, ridge
 from configs import load_config
-from files import read_json
-from losses import bridge_loss, opd_loss, opd_rows, position_weights, positions
-from runtime import ROOT, UserError, run
-from teacher import Reading, hidden_rows
-from toy import folder_of
+from cross_tokenizer.pairing import Reading
+from losses import bridge_loss, position_weights, positions
+from output_losses import opd_loss, opd_rows
+from studies.toy import folder_of
+from support.files import read_json
+from support.runtime import ROOT, UserError, run
+from teacher import hidden_rows
 
 N, D_S, D_T = 300, 5, 7
 

@@ -2,7 +2,7 @@
 import pytest
 
 from configs import check, checks, default, free, load_config
-from runtime import ROOT, UserError
+from support.runtime import ROOT, UserError
 
 
 def test_command_line_forms(tmp_path, monkeypatch):

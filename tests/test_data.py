@@ -5,9 +5,10 @@ import pytest
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data import load_problems, load_tokenizer, prompt_order
-from files import write_json
-from runtime import UserError
+from formats.problems import load_problems, prompt_order
+from formats.tokenizer import load_tokenizer
+from support.files import write_json
+from support.runtime import UserError
 
 TEXTS = ['3+7=0;\\boxed{0}', 'naïve café', '数学 ∑x²', '🙂👩‍👩‍👧', 'a\n\t b  ', '\u0000\u202e']
 

@@ -14,15 +14,19 @@ import torch
 from conftest import argv
 from safetensors.torch import load_file
 
-import data
 import distill
-import toy
 from configs import load_config
-from distill import learning_rate, main
-from files import read_json, write_json
-from model import PRESETS, hf_config, load_model
-from runtime import ROOT, Clock, run, start
-from toy import folder_of, write_tokenizer
+from distill import main
+from formats import huggingface, problems, tokenizer
+from formats.huggingface import hf_config, load_model
+from formats.problems import load_problems, prompt_order
+from formats.tokenizer import load_tokenizer
+from model import PRESETS
+from studies import toy
+from studies.toy import folder_of, write_tokenizer
+from support.files import read_json, write_json
+from support.optimizer import learning_rate
+from support.runtime import ROOT, Clock, run, start
 
 
 def log_of(out):
@@ -156,10 +160,8 @@ def test_bfloat16_run_keeps_float32_master_weights(toy_dir, tmp_path):
 
 def test_a_student_from_the_hub_keeps_its_tokenizer(toy_dir, tmp_path, monkeypatch):
     """A hub id is no folder: what goes along with the weights must come from its snapshot."""
-    import model
-    monkeypatch.setattr(model, 'snapshot', lambda name, **_: folder if name == 'me/student' else Path(name))
-    monkeypatch.setattr(data, 'snapshot', model.snapshot)
-    monkeypatch.setattr(distill, 'snapshot', model.snapshot)
+    for module in (huggingface, tokenizer, problems, distill):
+        monkeypatch.setattr(module, 'snapshot', lambda name, **_: folder if name == 'me/student' else Path(name))
     folder = folder_of(load_config(argv(toy_dir, 'x'))) / 'student'
     main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, student='me/student', eval_data='')))
     assert {f.name for f in (tmp_path / 'r/last').iterdir()} == {f.name for f in folder.iterdir()}
@@ -249,9 +251,9 @@ def test_what_a_probe_logs_is_what_the_models_say(toy_dir, tmp_path):
     row = log_of(tmp_path / 'r')[1]
     cfg = load_config(argv(toy_dir, 'x', steps=1))
     folder = folder_of(cfg)
-    student, teacher, tok = load_model(folder / 'student'), load_model(folder / 'teacher'), data.load_tokenizer(folder / 'student')
-    train = data.load_problems(folder / 'train.jsonl', tok)
-    order = data.prompt_order(len(train), 3, 1, 0)
+    student, teacher, tok = load_model(folder / 'student'), load_model(folder / 'teacher'), load_tokenizer(folder / 'student')
+    train = load_problems(folder / 'train.jsonl', tok)
+    order = prompt_order(len(train), 3, 1, 0)
     roll = distill.sample(student, [train[i].ids for i in order], 2, max_new_tokens=20, stop=tok.stop_ids, vocab=tok.size, step=1)
     m = distill.positions(roll, 'all')
     w = distill.position_weights(m)[m]

@@ -12,8 +12,6 @@ import pytest
 from conftest import argv
 
 import eval_math
-import toy
-from data import load_problems, load_tokenizer
 from eval_math import (
     answers,
     bootstrap,
@@ -27,8 +25,11 @@ from eval_math import (
     settings,
     table,
 )
-from model import load_model
-from runtime import ROOT, UserError, run
+from formats.huggingface import load_model
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer
+from studies import toy
+from support.runtime import ROOT, UserError, run
 
 # ---- metrics -------------------------------------------------------------------------------------
 

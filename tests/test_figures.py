@@ -8,8 +8,8 @@ import pytest
 from conftest import argv
 from matplotlib import pyplot as plt
 
-from figures import bridges, comparison_figure, comparison_table, curve, main
-from runtime import ROOT, UserError
+from studies.figures import bridges, comparison_figure, comparison_table, curve, main
+from support.runtime import UserError
 
 
 def write_log(folder, shift=0.0, evaluate=True):
@@ -99,7 +99,7 @@ def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
     study.write_text(f"seeds = [0, 1]\nruns = {{'OPRD': {args}, 'OPD, full': {[*args, 'oprd_weight=0', 'opd_weight=1', 'opd=full']}}}\n")
 
     def figures():
-        return subprocess.run([sys.executable, ROOT / 'figures.py', '--run', 'tiny_study.py'], cwd=tmp_path,
+        return subprocess.run([sys.executable, '-m', 'studies.figures', '--run', 'tiny_study.py'], cwd=tmp_path,
                               capture_output=True, text=True)
     p = figures()
     assert p.returncode == 0, p.stderr
@@ -151,7 +151,7 @@ def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):
                      "runs = {'bridge': [*args, 'bridge={ridge}'], 'random': [*args, 'bridge={rnd}']}\n")
     out = tmp_path / 'out/tiny_bridges'
     for _ in range(2):
-        p = subprocess.run([sys.executable, ROOT / 'figures.py', '--run', study], cwd=tmp_path, capture_output=True, text=True)
+        p = subprocess.run([sys.executable, '-m', 'studies.figures', '--run', study], cwd=tmp_path, capture_output=True, text=True)
         assert p.returncode == 0, p.stderr
         made = (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns
     assert made == (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns and not (out / 'curves.png').exists()
@@ -162,7 +162,7 @@ def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):
 
 def test_script_and_its_errors(tmp_path):
     write_log(tmp_path / 'a')
-    p = subprocess.run([sys.executable, ROOT / 'figures.py', 'a'], cwd=tmp_path, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'studies.figures', 'a'], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0 and (tmp_path / 'a/curve.png').exists()
     for folders, says in (([], 'no run folder'), ([str(tmp_path / 'none')], 'no such file')):
         with pytest.raises(UserError, match=says):

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from files import Log, digest, open_run, read_json, whole, write_json, write_safetensors
-from runtime import ROOT, UserError
+from support.files import Log, digest, open_run, read_json, whole, write_json, write_safetensors
+from support.runtime import ROOT, UserError
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):

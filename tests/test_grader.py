@@ -8,9 +8,10 @@ import time
 import pytest
 from grader_corpus import PAIRS, variants
 
-from data import load_problems, load_tokenizer
-from grader import LIMIT, boxed, equal, extract, grade
-from runtime import ROOT
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer
+from grading.grader import LIMIT, boxed, equal, extract, grade
+from support.runtime import ROOT
 
 SHARED = ROOT.parent / 'shared'
 
@@ -165,7 +166,7 @@ def test_nothing_of_python_is_called():
     """An audit hook sees no import, no file, no process and no code object while hostile text is graded."""
     code = '''
 import sys
-from grader import grade
+from grading.grader import grade
 from test_grader import ROUTES, LARGE
 grade("\\\\boxed{1/2}", "0.5")
 seen = []

@@ -12,7 +12,7 @@ import losses
 from kernels.bridge_loss import bridge_back_text, bridge_rows_text
 from kernels.decode_attention import decode_attention_text
 from model import rotate
-from runtime import ROOT
+from support.runtime import ROOT
 
 
 def test_every_kernel_equals_its_text():

@@ -9,21 +9,11 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from files import read_json, write_json
-from model import (
-    PRESETS,
-    Cache,
-    Linear,
-    Model,
-    ModelConfig,
-    hf_config,
-    load_model,
-    read_config,
-    save_model,
-    snapshot,
-)
+from formats.huggingface import hf_config, load_model, read_config, save_model, snapshot
+from model import PRESETS, Cache, Linear, Model, ModelConfig
 from rollout import naive, sample
-from runtime import ROOT, UserError
+from support.files import read_json, write_json
+from support.runtime import ROOT, UserError
 
 transformers = pytest.importorskip('transformers')
 

@@ -4,8 +4,8 @@ import random
 import pytest
 import torch
 
-from losses import opd_rows
-from next_byte import ELSE, END, FLOOR, ByteTable, byte_loss, byte_rows
+from cross_tokenizer.next_byte import ELSE, END, FLOOR, ByteTable, byte_loss, byte_rows
+from output_losses import opd_rows
 
 D = torch.float64
 

@@ -10,23 +10,8 @@ from conftest import tiny_model
 from test_losses import Shapes, rollout
 
 from distill import accumulate
-from losses import (
-    by_drift,
-    divergence,
-    ever,
-    layer_loss,
-    likeliest,
-    opd_loss,
-    opd_rows,
-    oprd_loss,
-    overlap,
-    position_weights,
-    positions,
-    rows_at_once,
-    spread,
-    to_go,
-    weight_at,
-)
+from losses import by_drift, ever, layer_loss, oprd_loss, position_weights, positions, spread, weight_at
+from output_losses import divergence, likeliest, opd_loss, opd_rows, overlap, rows_at_once, to_go
 from rollout import Rollout
 from teacher import hidden_rows
 

@@ -6,10 +6,10 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data import load_tokenizer
-from files import write_json
-from runtime import UserError
-from teacher import normalised, pair_text, readable
+from cross_tokenizer.pairing import normalised, pair_text, readable
+from formats.tokenizer import load_tokenizer
+from support.files import write_json
+from support.runtime import UserError
 
 TEXTS = ['the cat sat on the mat', 'café ∑x² 数学题：求最大值。', '🙂👩‍👩‍👧🇫🇷', 'def f(x):\n    return x**2\n', '\\frac{a}{b} = \\sqrt{2}',
          '3+7=0;0*4=0;', ' \t\r\n', 'e\u0301a\u0323\u0301', '\u0000\u202e\u2028', '<eos>', '<think>hm</think>', 'ß ﬁ Ǆ', '1234567890']

@@ -12,8 +12,8 @@ from two_ranks import gradient
 
 from configs import load_config
 from distill import main
-from model import load_model, save_model
-from runtime import ROOT
+from formats.huggingface import load_model, save_model
+from support.runtime import ROOT
 
 
 def torchrun(*args, code=0):

@@ -16,13 +16,14 @@ from conftest import tiny_model
 from test_pairing import brute_force
 
 from configs import load_config
-from data import TIKTOKEN, load_problems, load_tokenizer
+from cross_tokenizer.pairing import pair_text
 from distill import main
-from files import write_json
-from model import load_model, save_model
+from formats.huggingface import load_model, save_model
+from formats.problems import load_problems
+from formats.tokenizer import TIKTOKEN, load_tokenizer
 from rollout import sample
-from runtime import ROOT, UserError
-from teacher import pair_text
+from support.files import write_json
+from support.runtime import ROOT, UserError
 
 transformers = pytest.importorskip('transformers')
 SHARED = ROOT.parent / 'shared'

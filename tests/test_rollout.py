@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_model
 
 import rollout
-from measure import Waits
 from rollout import Places, Replay, distribution, naive, pick, sample, stream, stream_keys, uniform
+from studies.measure import Waits
 
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7, 8, 9], [3], [10, 11, 12, 13, 14], [4, 4, 4, 4]]
 HOW = dict(max_new_tokens=12, stop=[0, 2, 5], seed=3, step=7)

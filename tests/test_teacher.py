@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
-from data import load_tokenizer
-from model import read_config
-from preflight import check_pair, match_layers
-from runtime import UserError
+from formats.huggingface import read_config
+from formats.tokenizer import load_tokenizer
+from support.preflight import check_pair, match_layers
+from support.runtime import UserError
 
 
 @pytest.fixture

@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import TINY, argv
 
-import toy
 from configs import load_config
-from data import load_problems, load_tokenizer
-from files import read_json
-from grader import grade
-from model import load_model
-from runtime import ROOT, UserError, start
-from teacher import pair_text
+from cross_tokenizer.pairing import pair_text
+from formats.huggingface import load_model
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer
+from grading.grader import grade
+from studies import toy
+from support.files import read_json
+from support.runtime import UserError, start
 
 
 def test_worked_answers_are_right():
@@ -125,7 +126,7 @@ def test_an_unlike_teacher_begins_on_its_own(tmp_path):
 
 def test_two_runs_at_once_make_the_folder_once(tmp_path):
     """The second waits for the first; neither sees half a folder."""
-    args = [sys.executable, ROOT / 'toy.py', *argv(tmp_path, 'x')]
+    args = [sys.executable, '-m', 'studies.toy', *argv(tmp_path, 'x')]
     two = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out = [p.communicate()[0] for p in two]
     assert [p.returncode for p in two] == [0, 0] and sum('making student' in o for o in out) == 1

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 import distill
 from configs import load_config
-from losses import opd_loss, position_weights, positions, spread
-from model import load_model
+from formats.huggingface import load_model
+from losses import position_weights, positions, spread
+from output_losses import opd_loss
 from rollout import sample
-from runtime import all_reduce, full, gathered, run, shard, start
+from support.runtime import all_reduce, full, gathered, run, shard, start
 
 PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 

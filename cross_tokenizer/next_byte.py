@@ -24,7 +24,7 @@ from functools import lru_cache
 
 import torch
 
-from losses import NOTHING, add_product, divergence, dot, log_probs, rows_at_once
+from output_losses import NOTHING, add_product, divergence, dot, log_probs, rows_at_once
 
 END, ELSE, E = 256, 257, 258    # outcomes: the end of the answer; anything that no byte or end stands for
 FLOOR = 1e-8                    # least probability of an outcome to the teacher: log 0 would be no loss

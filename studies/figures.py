@@ -1,10 +1,10 @@
 """
 Run folders -> figures and tables. Reads log.jsonl and nothing else.
 
-    python figures.py out/toy                     out/toy/curve.png
-    python figures.py out/a out/b out/c           three runs in one figure, in the first one's folder
-    python figures.py out/toy_bridge_stage1       a bridge, or several: out/toy_bridge_stage1/bridge.png
-    python figures.py --run toy_comparison        every run of configs/toy_comparison.py, one a core, then
+    python -m studies.figures out/toy             out/toy/curve.png
+    python -m studies.figures out/a out/b out/c   three runs in one figure, in the first one's folder
+    python -m studies.figures out/toy_bridge_stage1       a bridge, or several: out/toy_bridge_stage1/bridge.png
+    python -m studies.figures --run toy_comparison  every run of configs/toy_comparison.py, one a core, then
                                                   table.md and curves.png in out/toy_comparison
 
 Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's
@@ -25,8 +25,8 @@ from statistics import fmean, median
 import torch
 from tqdm import tqdm
 
-from files import Log, read_json, whole
-from runtime import ROOT, UserError, run
+from support.files import Log, read_json, whole
+from support.runtime import ROOT, UserError, run
 
 # ---- one figure of a few runs -----------------------------------------------------------------
 
@@ -243,7 +243,7 @@ def main(args):
     if args[:1] == ['--run'] and len(args) == 2:
         return compare(args[1])
     if not args or args[0].startswith('-'):
-        raise UserError('no run folder given; python figures.py out/toy, or --run toy_comparison')
+        raise UserError('no run folder given; python -m studies.figures out/toy, or --run toy_comparison')
     if all((Path(folder) / 'bridge.json').exists() for folder in args):
         file = Path(args[0]) / 'bridge.png'
         bridges(args, file)

@@ -14,7 +14,7 @@ symbols long, with ids in another order: the same text, other ids. All of it is 
 the layouts that real runs use (two Hugging Face folders, two .jsonl files), so nothing downstream knows
 that it is a toy.
 
-    python toy.py configs/toy.py        make the folder, show it, stop
+    python -m studies.toy configs/toy.py  make the folder, show it, stop
 """
 import json
 import random
@@ -30,10 +30,12 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch.optim import lr_scheduler
 
 from configs import load_config
-from data import load_problems, load_tokenizer
-from files import digest, locked, read_json, whole, write_json
-from model import PRESETS, Model, init_weights, load_model, save_model
-from runtime import UserError, barrier, print0, run, start
+from formats.huggingface import load_model, save_model
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer
+from model import PRESETS, Model, init_weights
+from support.files import digest, locked, read_json, whole, write_json
+from support.runtime import UserError, barrier, print0, run, start
 
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>']
 LETTERS = [*'0123456789+-*=;', '\\boxed{', '}']      # the box is one token, as a digit is
@@ -218,7 +220,7 @@ def prepare(cfg, place):
 
 def main(cfg):
     if not wanted(cfg):
-        raise UserError("nothing is 'toy' in this config; python toy.py configs/toy.py")
+        raise UserError("nothing is 'toy' in this config; python -m studies.toy configs/toy.py")
     cfg = prepare(cfg, start(cfg['device'], cfg['dtype']))
     tok = load_tokenizer(cfg['student'])
     for row in problems(3, cfg['toy_ops'], cfg['seed'], held_out=True):

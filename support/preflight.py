@@ -6,10 +6,10 @@ models and the run into memory? `--dry-run` shows all of it and stops. Nothing h
 """
 import torch
 
-from data import check_ids
+from formats.huggingface import read_config
+from formats.tokenizer import check_ids
 from losses import ever, layer_pairs, layer_set, weight_at
-from model import read_config
-from runtime import UserError, print0
+from support.runtime import UserError, print0
 
 GiB = 2**30
 

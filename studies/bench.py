@@ -1,18 +1,18 @@
 """
 Speed and memory, ours beside its peers, on random weights at true shapes. Downloads nothing.
 
-    python bench.py loss                          Eq. (6) alone: fused, and two ways under autograd
-    python bench.py head                          losses under the LM head
-    python bench.py update                        one update at equal lengths: OPRD, OPD, both
-    python bench.py decode                        a token for every row, by rows and context
-    python bench.py rollout                       answers of equal and of very different lengths
-    python bench.py step                          a whole step: rollout, teacher, student, AdamW
-    python bench.py bridge                        the toy's bridge in closed form beside 20 epochs of AdamW:
+    python -m studies.bench loss                  Eq. (6) alone: fused, and two ways under autograd
+    python -m studies.bench head                  losses under the LM head
+    python -m studies.bench update                one update at equal lengths: OPRD, OPD, both
+    python -m studies.bench decode                a token for every row, by rows and context
+    python -m studies.bench rollout               answers of equal and of very different lengths
+    python -m studies.bench step                  a whole step: rollout, teacher, student, AdamW
+    python -m studies.bench bridge                the toy's bridge in closed form beside 20 epochs of AdamW:
                                                   model forwards, seconds, held-out cosine at every rank
-    python bench.py pair --tokenizers A B --data problems.parquet
+    python -m studies.bench pair --tokenizers A B --data problems.parquet
                                                   text pairing: bytes a second, share of exact positions
-    python bench.py all                           the first six, one after the other, sizes of this machine
-    python bench.py ... --device cpu --count      no seconds: bytes, tensors of vocabulary size, forwards,
+    python -m studies.bench all                   the first six, one after the other, sizes of this machine
+    python -m studies.bench ... --device cpu --count      no seconds: bytes, tensors of vocabulary size, forwards,
                                                   waits for the device; the same numbers on every machine
 
 A table's lines are also printed as JSON, with machine, versions and dtype. Peak is what a case needs beyond
@@ -43,25 +43,20 @@ from unittest import mock
 import torch
 
 import kernels
-from data import load_problems, load_tokenizer
-from distill import accumulate, adamw
+from cross_tokenizer.next_byte import ByteTable, byte_loss
+from cross_tokenizer.pairing import pair_text
+from distill import accumulate
+from formats.huggingface import hf_config, hf_tensors
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer
 from kernels.layer_loss import layer_rows_text
-from losses import (
-    layer_loss,
-    opd_loss,
-    opd_rows,
-    oprd_loss,
-    position_weights,
-    positions,
-    row_distance,
-    rows_at_once,
-)
-from measure import MB, Case, counted, machine, measure
-from model import PRESETS, Linear, Model, hf_config, hf_tensors
-from next_byte import ByteTable, byte_loss
+from losses import layer_loss, oprd_loss, position_weights, positions, row_distance
+from model import PRESETS, Linear, Model
+from output_losses import opd_loss, opd_rows, rows_at_once
 from rollout import Places, Rollout, naive, sample, stream
-from runtime import ROOT, UserError, gathered, run, shard, start, versions
-from teacher import pair_text
+from studies.measure import MB, Case, counted, machine, measure
+from support.optimizer import adamw
+from support.runtime import ROOT, UserError, gathered, run, shard, start, versions
 
 # ---- models of a shape -----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from runtime import UserError, barrier, full
+from support.runtime import UserError, barrier, full
 
 
 @contextmanager
