@@ -35,8 +35,9 @@ from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import check_ids, load_tokenizer
-from losses import positions
-from rollout import Rollout, micro_batches, sample
+from rollout import Rollout, sample
+from rows import micro_batches
+from rows import position_mask as positions
 from studies import toy
 from studies.figures import bridges
 from support.files import digest, open_safetensors, whole, write_json, write_safetensors

@@ -8,54 +8,51 @@ One step, read downward (the same numbers stand in the loop):
     4. teacher:  its hidden states at exactly those rows, for the matched layers
     5. student:  one forward; each matched layer hands its rows to the loss there and then; backward
     6. update:   clip, AdamW, log
-The loss is Eq. (7): oprd_weight * Eq. (6), hidden states, + opd_weight * one of Eqs. (3)-(5), output space.
-With opd_weight=0 neither model's LM head runs after the rollout, and nothing of size rows x vocabulary
-is ever made (but for a few rows every diagnose_every steps). Weights are normalised over the global
-batch before any micro-batch runs, so the update does not depend on token_budget or the number of ranks.
+
+The loss is Eq. (7): oprd_weight * Eq. (6), hidden states, + opd_weight * one of Eqs. (3)-(5), output
+space. Between unlike models (`bridge=`, made by bridge.py) Eq. (15) stands in Eq. (6)'s place. With
+opd_weight=0 neither model's LM head runs after the rollout, and nothing of size rows x vocabulary is
+ever made (but for a few rows every diagnose_every steps). The weights of the rows are normalised over
+the global batch before any micro-batch runs, so the update does not depend on token_budget or on the
+number of ranks.
 
     python distill.py configs/toy.py                              CPU, or one GPU
     torchrun --nproc_per_node=8 distill.py configs/toy.py         eight GPUs (FSDP2), or 8 CPU ranks
     python distill.py configs/toy.py lr=1e-3 out_dir=out/lr1e-3   any key of configs/default.py
 
-Run again with the same folder, it resumes; Ctrl-C finishes the step, saves and stops (torchrun kills
+Run again with the same folder, it resumes. Ctrl-C finishes the step, saves and stops (torchrun kills
 its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600).
-Between unlike models (`bridge=`, made by bridge.py) Eq. (15) stands in Eq. (6)'s place.
-Simpler than usual: one loop, no trainer. What it does not know yet: several teachers, a teacher sharded
-over ranks.
+Simpler than usual: one loop, no trainer. What it does not know yet: several teachers, a teacher
+sharded over ranks. The algorithm without everything that makes it fast: minimal.py.
+
+Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank of a bridge.
 """
 import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from bridge import load_bridge, made_for
 from configs import default, free, load_config
-from cross_tokenizer.next_byte import ByteTable, byte_loss
+from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import evaluate, exam_problems, table
 from formats.huggingface import load_model, read_config, save_model, snapshot
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from grading.grader import grade
-from losses import (
-    bridge_loss,
-    ever,
-    layer_loss,
-    position_weights,
-    positions,
-    row_distance,
-    spread,
-    through,
-    weight_at,
-)
-from output_losses import opd_loss
-from rollout import micro_batches, sample
+from losses import BridgeTerm, HiddenTerm
+from output_losses import OutputTerm, make_objective
+from rollout import sample
+from rows import cut_rollout, diagnostic_mask, position_mask, position_weights
 from studies import figures, toy
 from support.files import Log, open_run, read_json, resume, save, write_json
-from support.optimizer import adamw, learning_rate
+from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
+from support.report import first_step_notes, step_line, summary
 from support.runtime import (
     Clock,
     UserError,
@@ -73,99 +70,204 @@ from support.runtime import (
 )
 from teacher import hidden_rows
 
+# ---- what is minimised -----------------------------------------------------------------------
+
+@dataclass
+class Objective:
+    """Eq. (7). Its terms are made once, before the loop; None: a term that these models do not
+    allow."""
+    layer_map: dict             # {student layer: teacher layer} of the hidden-state term
+    hidden: object              # losses.HiddenTerm, Eq. (6), or losses.BridgeTerm, Eq. (15)
+    output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
+    bridge: object = None       # bridge.Bridge
+
+    def only(self, hidden, output):
+        """The objective with those of its terms for which the flag is set."""
+        return Objective(self.layer_map if hidden else {}, self.hidden if hidden else None,
+                         self.output if output else None, self.bridge)
+
+    def student_layers(self, L):
+        """The student layers whose states the terms look at, ascending."""
+        layers = set(self.layer_map)
+        if self.output is not None:
+            layers.add(L)
+        return sorted(layers)
+
+    def teacher_rows(self, teacher, rows):
+        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K, d)}."""
+        wanted = {}
+        for l in self.layer_map:
+            wanted[l] = rows.teacher_at + rows.offset
+        if self.output is not None:
+            wanted['head'] = self.output.teacher_positions(rows)
+        return hidden_rows(teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
+
+
+def make_objective_terms(cfg, layer_map, bridge, teacher, output):
+    """The config's choices -> Objective. output: an objective of output_losses or next_byte, or
+    None."""
+    hidden = None
+    if layer_map and bridge is not None:
+        hidden = BridgeTerm(bridge, cfg['bridge_normalise'])
+    elif layer_map:
+        drift = cfg['positions'] == 'drift'
+        hidden = HiddenTerm(cfg['rep_loss'], drift, teacher.embed.weight.device)
+        if not hidden.fused:
+            print0(f"  note: rep_loss={cfg['rep_loss']!r} has no kernel (or another formula than its "
+                   'kernel): it trains with its gradient by autograd, more slowly')
+    if output is not None:
+        output = OutputTerm(output, teacher)
+    return Objective(layer_map, hidden, output, bridge)
+
+
+def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
+    """One of Eqs. (3)-(5) or the next-byte KL, as the config says. None: the config asks to compare
+    token by token, but the vocabularies differ."""
+    heads = dict(temperature=cfg['student_temperature'], teacher_temperature=cfg['teacher_temperature'],
+                 chunk=cfg['head_rows'])
+    if cfg['opd'] == 'byte':
+        student_table = ByteTable(tok.pieces, stop, tok.size, device)
+        teacher_table = ByteTable(tok_t.pieces, tok_t.stop_ids, tok_t.size, device)
+        return NextByte(student_table, teacher_table, direction=cfg['kl_direction'], **heads)
+    if not same_ids:
+        return None
+    return make_objective(cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], tail=cfg['opd_tail'],
+                          direction=cfg['kl_direction'], future=cfg['opd_future'],
+                          baseline=cfg['opd_baseline'], vocab=tok.size, **heads)
+
+
 # ---- one step's gradient ----------------------------------------------------------------------
 
-def accumulate(student, teacher, roll, w, phi, kind, budget, factor=1.0, *, oprd_weight=1.0,
-               opd_weight=0.0, opd=opd_loss, probe=None, drift=False, reading=None, bridge=None,
-               normalise=True, lap=lambda phase: None):
-    """Steps 4 and 5: add the gradient of factor * Eq. (7) over a rollout to the student's .grad.
+class LayerPart(NamedTuple):
+    """What one layer of the student contributes to a step: scalars, and statistics (5,); None =
+    nothing."""
+    hidden: torch.Tensor | None = None       # its share of Eq. (6) or (15)
+    cosine: torch.Tensor | None = None       # weighted mean cosine to the teacher
+    output: torch.Tensor | None = None       # the output-space term
+    statistics: torch.Tensor | None = None   # see output_losses.head_statistics
 
-    w: weights (B, T) from position_weights. phi: {student layer: teacher layer}. kind: rep_loss.
-    budget: tokens of a micro-batch.
-    opd: losses.opd_loss with its choices made. probe: mask (B, T) of positions where the cosines or
-    output distributions that the objective leaves out are looked at, without a gradient; None = not now.
-    reading: teacher.Reading, if the teacher reads other ids; w is 0 where it has no state. bridge: a
-    Bridge, for Eq. (15) in Eq. (6)'s place. normalise: its projections.
-    -> sums [Eq. (6), opd; w, KL, two entropies, overlap; w, cos of each layer], this rank's share; the
-    sum over ranks is what it would be on one rank in one micro-batch. The two w's: of the rows seen.
+
+def layer_losses(l, h, objective, student, rows, teacher_rows):
+    """Called as the states h (B, T, d) of student layer l pass -> h, LayerPart.
+
+    A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
+    not needed any more: no second copy of L x K x d numbers is ever made.
     """
-    L, learn, none = student.config.L, opd_weight > 0, torch.zeros((), device=w.device)
+    output = statistics = hidden = cosine = None
+    if l == student.config.L and objective.output is not None:
+        h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
+        output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
+    if l in objective.layer_map:
+        h, hidden, cosine = objective.hidden(l, h, teacher_rows[l], rows)
+    return h, LayerPart(hidden, cosine, output, statistics)
 
-    def micro_batch(rows, share):
-        """-> Eq. (6) or (15), the output-space term, its stats (5,), [w, cos of each layer]; or 0."""
-        T = int(roll.length[rows].max())
-        ids, m = roll.ids[rows, :T], share * w[rows, :T].flatten()
-        at = m.nonzero().squeeze(-1)                                         # (K,) flat positions
-        m, y, answer = m[at], ids.flatten()[at + 1], at // T                 # (K,) weight, next token, row
-        none_inside = ids, at, torch.zeros_like(at).bool(), None
-        ids_t, at_t, inside, written = reading.part(rows, T, at) if reading else none_inside
-        # a term sees all K rows; what has no term is looked at in a few of them, or not in this step
-        few = None if probe is None else probe[rows, :T].flatten()[at].nonzero().squeeze(-1)
-        here = slice(None) if oprd_weight > 0 else few                       # for the layers
-        there = None if opd is None else slice(None) if learn else few       # for the LM heads
-        wanted = {} if here is None else {l: at_t[here] for l in phi}
-        if there is not None:
-            wanted['head'] = at_t[there]
-            if written is not None:          # and the state before the teacher's last token
-                written = written if learn else [written[i] for i in few.tolist()]
-                back = torch.tensor([bool(word) for word in written], device=at.device) & ~inside[there]
-                wanted['head'] = torch.cat([at_t[there], at_t[there] - back.long()])
 
-        # 4. teacher: {l or 'head': (K, d)}, or (K, r) through a bridge
-        h_t = hidden_rows(teacher, ids_t, wanted, phi, bridge)
+def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale=1.0,
+               lap=lambda phase: None):
+    """Steps 4 and 5: add the gradient of scale * Eq. (7) over a rollout to the student's .grad.
+
+    micro_batches: the rollout's Rows (rows.cut_rollout). oprd_weight, opd_weight: of this step; a
+    term of weight 0 does not run. lap: called with the phase that has just ended.
+    -> {name: this rank's sum}; summed over ranks they are what they would be on one rank in one
+    micro-batch: 'loss/oprd', 'loss/opd', 'layer_loss' and 'layer_cosine' (one number for each layer
+    of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
+    """
+    objective = objective.only(oprd_weight > 0, opd_weight > 0)
+    layers = objective.student_layers(student.config.L)
+    sums = {}
+    for rows in micro_batches:
+        # 4. The teacher reads the answers. Of each matched layer the supervised rows alone are kept.
+        teacher_rows = objective.teacher_rows(teacher, rows)
         lap('teacher')
 
-        # 5. student: every layer's loss as it passes, its gradient formed in h_t's memory
-        def tap(l, h):
-            rep, cos, out, stats = none, None, none, none.repeat(5)
-            if l == L and 'head' in h_t:
-                term = partial(opd, h_t=h_t['head'], W_t=teacher.head.weight, y=y[there], w=m[there],
-                               answer=answer[there], **({} if learn else {'kind': None}))
-                if written is not None:      # another vocabulary: the next byte, given these
-                    term = partial(term, written=written, inside=inside[there])
-                with torch.set_grad_enabled(learn):
-                    out, stats = student.head(h.flatten(0, 1)[at[there]], term)
-            if l in h_t and oprd_weight > 0 and bridge:
-                h, rep, cos = bridge_loss(h, h_t[l], at, m, bridge.P_s[l], bridge.b_s[l], inside, normalise)
-            elif l in h_t and oprd_weight > 0:
-                h, rep, cos = layer_loss(h, h_t[l], at, m, kind, answer if drift else None)
-            elif l in h_t:
-                s = h.detach().flatten(0, 1)[at[few]].float()
-                s = through(s, bridge.P_s[l], bridge.b_s[l], inside[few]) if bridge else s
-                cos = (m[few] * (1 - row_distance(s, h_t[l].float(), 'cosine'))).sum()
-            return h, (rep, cos, out, stats)
-        read = sorted({L if l == 'head' else l for l in wanted})
-        reps, cos, outs, stats = zip(*student.hidden(ids, read, tap=tap), strict=True)
-        cos = [c for c in cos if c is not None] or [none] * len(phi)
-        seen = none if here is None else m[here].sum()
-        return sum(reps) / max(1, len(phi)), sum(outs), sum(stats), torch.stack([seen, *cos])
+        # 5. The student reads them once. The loss of each layer is taken as the layer passes.
+        tap = partial(layer_losses, objective=objective, student=student, rows=rows,
+                      teacher_rows=teacher_rows)
+        parts = student.hidden(rows.ids, layers, tap=tap)
+        layer_loss = [part.hidden for part in parts if part.hidden is not None]
+        hidden_loss = sum(layer_loss) / max(1, len(layer_loss))
+        output_loss = sum(part.output for part in parts if part.output is not None)
 
-    groups = [(rows, 1.0) for rows in micro_batches(roll.length.tolist(), budget)]
-    most = int(all_reduce(torch.tensor(len(groups), device=w.device), 'max'))
-    groups += [([0], 0.0)] * (most - len(groups))    # FSDP: as many forwards on every rank, of no weight
-    sums = torch.zeros(8 + len(phi), device=w.device)
-    for rows, share in groups:
-        rep, out, stats, cos = micro_batch(rows, share)
-        ((oprd_weight * rep + opd_weight * out) * factor).backward()
+        # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
+        ((oprd_weight * hidden_loss + opd_weight * output_loss) * scale).backward()
         lap('student')
-        sums += torch.cat([torch.stack([rep.detach(), out.detach()]), stats, cos])
+        add_to(sums, parts, rows)
+        add_losses(sums, hidden_loss, output_loss)
     return sums
 
 
-# ---- the loop ---------------------------------------------------------------------------------
+def add_losses(sums, hidden_loss, output_loss):
+    """Add the two terms of a micro-batch to a step's sums; a term that did not run is the number 0."""
+    for name, loss in (('loss/oprd', hidden_loss), ('loss/opd', output_loss)):
+        if torch.is_tensor(loss):
+            sums[name] = sums.get(name, 0.0) + loss.detach()
+
+
+def add_to(sums, parts, rows):
+    """Add what the layers of a micro-batch said to a step's sums."""
+    new = {'weight': rows.weights.sum()}
+    cosines = [part.cosine for part in parts if part.cosine is not None]
+    losses = [part.hidden.detach() for part in parts if part.hidden is not None]
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    if cosines:
+        new['layer_cosine'] = torch.stack(cosines)
+    if losses:
+        new['layer_loss'] = torch.stack(losses)
+    if statistics:
+        new['statistics'] = statistics[0]
+    for name, value in new.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+# ---- what the objective leaves out ------------------------------------------------------------------
+
+def layer_diagnosis(l, h, objective, student, rows, teacher_rows):
+    """`layer_losses` without losses: the cosine of layer l, or the statistics of the output space."""
+    cosine = statistics = None
+    flat = h.flatten(0, 1)                                                   # (B * T, d)
+    if l == student.config.L and objective.output is not None:
+        statistics = objective.output.statistics(student.head, flat[rows.at], teacher_rows['head'], rows)
+    if l in objective.layer_map:
+        h_s = flat[rows.at + rows.offset].float()
+        row_cosine = objective.hidden.cosine(l, h_s, teacher_rows[l].float(), rows.inside)   # (K,)
+        cosine = (rows.weights * row_cosine).sum()
+    return h, LayerPart(cosine=cosine, statistics=statistics)
+
+
+@torch.no_grad()
+def diagnose(student, teacher, micro_batches, objective):
+    """Look at the terms of an objective without training on them: one forward of both models, no
+    gradient.
+
+    -> {name: this rank's sum} as from `accumulate`: 'weight', 'layer_cosine', 'statistics'.
+    """
+    layers = objective.student_layers(student.config.L)
+    sums = {}
+    for rows in micro_batches:
+        teacher_rows = objective.teacher_rows(teacher, rows)
+        look = partial(layer_diagnosis, objective=objective, student=student, rows=rows,
+                       teacher_rows=teacher_rows)
+        parts = student.hidden(rows.ids, layers, tap=look)
+        add_to(sums, parts, rows)
+    return sums
+
+
+# ---- before the loop ---------------------------------------------------------------------------
 
 @dataclass
 class Setup:
-    """What a run needs besides its config. student, teacher and opt are None in a dry run."""
+    """What a run needs besides its config. student, teacher, objective and opt are None in a dry
+    run."""
     tok: object                 # tokenizers
     tok_t: object
     train: list                 # problems
     held_out: list
-    phi: dict                   # {student layer: teacher layer}
+    layer_map: dict             # {student layer: teacher layer}
     stop: list                  # ids that end an answer
     bridge: object              # Bridge, or None
     student: object = None
     teacher: object = None
+    objective: object = None
     opt: object = None
 
     @property
@@ -175,55 +277,51 @@ class Setup:
 
 
 def prepare(cfg, place):
-    """Tokenizers, problems, checks, bridge, models, optimizer -> Setup."""
-    tok, tok_t = (load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
-                  for side in ('student', 'teacher'))
+    """Tokenizers, problems, checks, bridge, models, objective, optimizer -> Setup."""
+    tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
+    tok_t = load_tokenizer(cfg['teacher'], enable_thinking=cfg['enable_thinking'])
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
     held_out = []
     if cfg['eval_data']:
         held_out = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    phi, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
+    layer_map, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
     bridge = None
     if cfg['bridge']:
-        shapes = (read_config(cfg[side]) for side in ('student', 'teacher'))
+        shapes = [read_config(cfg[side]) for side in ('student', 'teacher')]
         about = made_for(cfg, *shapes, tok, tok_t)
-        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(phi), about, place.device)
-        phi = bridge.phi
-        print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {phi}')
-    setup = Setup(tok, tok_t, train, held_out, phi, stop, bridge)
-    if cfg['dry_run']:
-        return setup
-    if place.local == 0:                             # from a hub: once per machine
-        for side in ('student', 'teacher'):
-            snapshot(cfg[side], weights=True)
-    barrier()
-    setup.teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
-    setup.student = load_model(cfg['student'], torch.float32, place.device)
-    if not setup.student.config.tied and not ever(cfg['opd_weight']):
-        setup.student.head.requires_grad_(False)       # Eq. (6) never reaches it
-    setup.student.checkpointing = cfg['checkpointing']
-    setup.student.reach = setup.teacher.reach = longest
-    if cfg['compile']:                               # before the shards are cut
-        for block in [*setup.student.blocks, *setup.teacher.blocks]:
-            block.compile()
-    shard(setup.student, place)
-    setup.opt = adamw(setup.student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['weight_decay'])
+        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(layer_map), about, place.device)
+        layer_map = bridge.phi
+        print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {layer_map}')
+    setup = Setup(tok, tok_t, train, held_out, layer_map, stop, bridge)
+    if not cfg['dry_run']:
+        load_models(cfg, setup, place, longest)
     return setup
 
 
-def output_term(cfg, tok, tok_t, stop, device):
-    """One of Eqs. (3)-(5), or the next-byte KL, with the config's choices made; None where two vocabularies
-    cannot be compared token by token."""
-    heads = dict(direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
-                 teacher_temperature=cfg['teacher_temperature'], chunk=cfg['head_rows'])
-    if cfg['opd'] == 'byte':
-        table_s, table_t = (ByteTable(t.pieces, ends, t.size, device)
-                            for t, ends in ((tok, stop), (tok_t, tok_t.stop_ids)))
-        return partial(byte_loss, table_s=table_s, table_t=table_t, **heads)
-    if tok.words != tok_t.words:
-        return None
-    return partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], vocab=tok.size,
-                   tail=cfg['opd_tail'], future=cfg['opd_future'], baseline=cfg['opd_baseline'], **heads)
+def load_models(cfg, setup, place, longest):
+    """Fill in a Setup's student, teacher, objective and optimizer. longest: tokens of the longest
+    sequence."""
+    if place.local == 0:                     # from a hub: once per machine
+        for side in ('student', 'teacher'):
+            snapshot(cfg[side], weights=True)
+    barrier()
+    teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
+    student = load_model(cfg['student'], torch.float32, place.device)
+    if not student.config.tied and not ever_positive(cfg['opd_weight']):
+        student.head.requires_grad_(False)   # Eq. (6) never reaches it
+    student.checkpointing = cfg['checkpointing']
+    student.reach = longest
+    teacher.reach = longest
+    if cfg['compile']:                       # before the weights are cut into shards
+        for block in [*student.blocks, *teacher.blocks]:
+            block.compile()
+    shard(student, place)
+
+    output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, place.device)
+    setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output)
+    setup.opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'], cfg['weight_decay'])
+    setup.student = student
+    setup.teacher = teacher
 
 
 def open_log(out, asked, place, student, opt):
@@ -244,12 +342,12 @@ def open_log(out, asked, place, student, opt):
     return log, done, elapsed
 
 
-def examine(cfg, setup, place, name, side='student'):
+def evaluate_model(cfg, setup, place, name, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
     tok, problems, stop = setup.tok, setup.held_out, setup.stop
     if not problems:
         return {}
-    if side == 'teacher' and not setup.same_ids:       # its own prompts and stop tokens
+    if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
         tok, stop = setup.tok_t, setup.tok_t.stop_ids
         problems = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     with gathered(getattr(setup, side)) as model:
@@ -260,10 +358,179 @@ def examine(cfg, setup, place, name, side='student'):
                         progress='' if place.rank else f'evaluate {name}')
 
 
+# ---- the loop ----------------------------------------------------------------------------------
+
+def train(cfg, setup, place, out, log, done, began):
+    """Steps done + 1 .. steps, each a line of the log. began: when the run began, less the time it
+    stood still."""
+    student, teacher, opt = setup.student, setup.teacher, setup.opt
+    steps = cfg['steps']
+    clock = Clock(place.device)
+    with interruptible() as caught:
+        for step in range(done + 1, steps + 1):
+            clock.start()
+            # 1. prompts: a function of (step, seed); each slot of the step goes to one rank
+            order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
+            slots = range(place.rank, cfg['prompts_per_step'], place.world)
+            problems = [setup.train[order[slot]] for slot in slots]
+
+            # 2. rollout: an answer is a function of (weights, seed, step, slot, sample) alone
+            roll = sample_answers(cfg, setup, place, problems, slots, step, clock)
+            clock.lap('sample')
+            clock.update_begins()
+
+            # 3. rows: which positions, with weights that sum to 1 over all ranks
+            reading, mask = supervised_positions(cfg, setup, roll, problems)
+            tokens = all_reduce(mask.sum())
+            weights = position_weights(mask, cfg['loss_average'], cfg['prompts_per_step'] * cfg['n'], tokens)
+            micro_batches = partial(cut_rollout, roll, budget=cfg['token_budget'], reading=reading,
+                                    offset=cfg['position_offset'])
+
+            # 4, 5. teacher and student (times world: FSDP averages over ranks what already sums to 1)
+            oprd_weight = weight_at(step, steps, cfg['oprd_weight'])
+            opd_weight = weight_at(step, steps, cfg['opd_weight'])
+            looked = {}
+            if is_diagnosed(step, steps, cfg['diagnose_every']):
+                share = cfg['diagnose_rows'] / max(1, int(tokens))
+                some_weights = weights * diagnostic_mask(roll, mask, step, share)
+                left_out = setup.objective.only(oprd_weight == 0, opd_weight == 0)
+                looked = diagnose(student, teacher, micro_batches(weights=some_weights), left_out)
+            sums = accumulate(student, teacher, micro_batches(weights=weights), setup.objective, oprd_weight,
+                              opd_weight, scale=place.world, lap=clock.lap)
+
+            # 6. update
+            params = [p for p in student.parameters() if p.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg['grad_clip'] or math.inf)
+            lr = learning_rate(step, steps, cfg['lr'], cfg['warmup'], cfg['schedule'], cfg['min_lr'])
+            for group in opt.param_groups:
+                group['lr'] = lr
+            opt.step()
+            opt.zero_grad()
+            clock.lap('update')
+
+            row = {'step': step, **objective_metrics(sums, looked, oprd_weight, opd_weight),
+                   **rollout_metrics(roll, setup.tok, problems, reading),
+                   'lr': lr, 'grad_norm': float(full(norm)), **clock.stop()}
+            if is_diagnosed(step, steps, cfg['diagnose_every']):
+                row['adam/below_eps'] = share_below_eps(opt)
+            finish_step(cfg, setup, place, row, log, out, began, clock)
+            halt = torch.tensor(float(bool(caught)), device=place.device)
+            halt = bool(all_reduce(halt, 'max'))
+            if step % cfg['save_every'] == 0 or step == steps or halt:
+                write_model = partial(write_student, cfg, student, place)
+                save(out, step, time.time() - began, student, opt, write_model, place.rank)
+            if halt and step < steps:
+                print0(f'stopped after step {step}; the same command goes on from there')
+                raise KeyboardInterrupt
+
+
+def is_diagnosed(step, steps, every):
+    """Is this a step in which what the objective leaves out is looked at? The first and the last
+    always are."""
+    return step in (1, steps) or bool(every and step % every == 0)
+
+
+def sample_answers(cfg, setup, place, problems, slots, step, clock):
+    """Step 2: the student's answers to this rank's problems -> Rollout."""
+    with gathered(setup.student) as sampler:
+        return sample(sampler, [problem.ids for problem in problems], cfg['n'], which=slots, step=step,
+                      temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
+                      max_new_tokens=cfg['max_new_tokens'], stop=setup.stop, vocab=setup.tok.size,
+                      seed=cfg['seed'], progress='rollout' if place.rank == 0 and clock.cuda else '')
+
+
+def supervised_positions(cfg, setup, roll, problems):
+    """Step 3: what a teacher of another vocabulary reads (or None), and the mask of supervised
+    positions (B, T)."""
+    size = {'last_k': cfg['last_k'], 'first_k': cfg['first_k'],
+            'last_frac': cfg['last_frac'], 'first_frac': cfg['first_frac']}.get(cfg['positions'], 0)
+    mask = position_mask(roll, cfg['positions'], size)
+    if setup.same_ids:
+        return None, mask
+    prompts_t = [setup.tok_t.chat(problem.question) for problem in problems]
+    reading = read_rollout(roll, prompts_t, setup.tok, setup.tok_t, setup.teacher.config.context,
+                           cfg['pair'], cfg['teacher_ids'])
+    return reading, mask & (reading.at >= 0)         # -1: the teacher has no state there
+
+
+def finish_step(cfg, setup, place, row, log, out, began, clock):
+    """Check, evaluate, log and print a step."""
+    step, steps = row['step'], cfg['steps']
+    if not math.isfinite(row['loss'] + row['grad_norm']):
+        raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                        'nothing of this step is saved; lower lr=')
+    if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
+        row |= evaluate_model(cfg, setup, place, f'step {step}')
+    log.write(row | {'elapsed': time.time() - began}, place.rank)
+    if step == 1:
+        for line in first_step_notes(row, list(setup.layer_map), cfg['adam_eps']):
+            print0(line)
+    if step % cfg['log_every'] == 0 or step == steps:
+        print0(step_line(row, steps, clock.eta(steps - step)))
+
+
+def write_student(cfg, student, place, folder, weights):
+    """A Hugging Face folder of the student in the dtype of forwards, its tokenizer beside it."""
+    weights = {name: weight.to(place.dtype) for name, weight in weights.items()}
+    save_model(student, folder, snapshot(cfg['student']), weights)
+
+
+def objective_metrics(sums, looked, oprd_weight, opd_weight):
+    """A step's sums, from `accumulate` and `diagnose` -> the numbers to log, over all ranks. What
+    this step did not look at is not there. Entropies and KL in nats."""
+    sums = {name: all_reduce(value).tolist() for name, value in sums.items()}
+    looked = {name: all_reduce(value).tolist() for name, value in looked.items()}
+    row = {'loss': oprd_weight * sums.get('loss/oprd', 0.0) + opd_weight * sums.get('loss/opd', 0.0)}
+    for name in ('loss/oprd', 'loss/opd'):
+        if name in sums:
+            row[name] = sums[name]
+    if 'layer_loss' in sums:
+        row['loss/layer'] = sums['layer_loss']
+
+    # Each of these comes from the step's own rows if its term runs, else from the rows that were
+    # looked at.
+    for part in (sums, looked):
+        if 'layer_cosine' in part and part['weight']:
+            cosines = [cosine / part['weight'] for cosine in part['layer_cosine']]
+            row['rep/cos'] = sum(cosines) / len(cosines)
+            row['rep/cos_layer'] = cosines
+        if 'statistics' in part and part['statistics'][0]:
+            weight, kl, entropy_s, entropy_t, common = part['statistics']
+            row['opd/kl'] = kl / weight
+            row['entropy/student'] = entropy_s / weight
+            row['entropy/teacher'] = entropy_t / weight
+            if common:                       # the next byte has none
+                row['opd/overlap16'] = common / weight
+    return row
+
+
+def rollout_metrics(roll, tok, problems, reading):
+    """Lengths, finished share and accuracy of a step's answers, over all ranks."""
+    verdicts = []
+    for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True):
+        if problems[i].answer is not None:
+            verdicts.append(grade(tok.decode(ids), problems[i].answer))
+    written = int(roll.resp_len.sum())
+    exact = reading.align * written if reading else 0.0
+    counts = [written, int(roll.stopped.sum()), len(roll.ids), sum(verdicts), len(verdicts), exact]
+    counts = torch.tensor(counts, dtype=torch.float32, device=roll.ids.device)
+    tokens, stopped, answers, right, graded, exact = all_reduce(counts).tolist()
+    row = {'len/mean': tokens / answers, 'finish': stopped / answers, 'tokens': tokens}
+    if reading:
+        row['align'] = exact / tokens
+    if graded:
+        row['acc/rollout'] = 100 * right / graded
+    return row
+
+
+# ---- the script ---------------------------------------------------------------------------------
+
 def main(cfg):
-    began, place = time.time(), start(cfg['device'], cfg['dtype'])
-    print0('config:', ' '.join(f'{k}={v!r}' for k, v in cfg.items() if v != default[k]))
-    print0('on:', ' '.join(f'{k}={v}' for k, v in versions(place).items()), f'dtype={str(place.dtype)[6:]}')
+    began = time.time()
+    place = start(cfg['device'], cfg['dtype'])
+    print0('config:', ' '.join(f'{key}={value!r}' for key, value in cfg.items() if value != default[key]))
+    print0('on:', ' '.join(f'{key}={value}' for key, value in versions(place).items()),
+           f'dtype={str(place.dtype)[6:]}')
     for key in ('student', 'teacher', 'data'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
@@ -281,12 +548,16 @@ def main(cfg):
     setup = prepare(cfg, place)
     if cfg['dry_run']:
         return
+
     log, done, elapsed = open_log(out, asked, place, setup.student, setup.opt)
     began -= elapsed                                 # seconds spent by earlier runs of this folder
     if not log.rows:
-        row = {'step': 0, **{side: examine(cfg, setup, place, side, side) for side in ('student', 'teacher')}}
+        row = {'step': 0}
+        for side in ('student', 'teacher'):
+            row[side] = evaluate_model(cfg, setup, place, side, side)
         log.write(row | {'elapsed': time.time() - began}, place.rank)
-        print0('\n'.join(table({k: row[k] for k in ('student', 'teacher')} if setup.held_out else {})))
+        scores = {side: row[side] for side in ('student', 'teacher')} if setup.held_out else {}
+        print0('\n'.join(table(scores)))
     train(cfg, setup, place, out, log, done, began)
     if place.rank == 0:
         results = summary(log.rows)
@@ -296,137 +567,13 @@ def main(cfg):
         print0(f"{out}: {results['seconds']:.0f} s in all; model in last/, figure in curve.png")
 
 
-def train(cfg, setup, place, out, log, done, began):
-    """The loop: steps done + 1 .. steps, each a line of the log."""
-    student, teacher, opt, tok, tok_t = setup.student, setup.teacher, setup.opt, setup.tok, setup.tok_t
-    rank, world, steps = place.rank, place.world, cfg['steps']
-    source = snapshot(cfg['student'])                # its tokenizer goes along with every checkpoint
-    draw = dict(temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
-                max_new_tokens=cfg['max_new_tokens'], stop=setup.stop, vocab=tok.size, seed=cfg['seed'])
-    sequences = cfg['prompts_per_step'] * cfg['n']
-    opd = output_term(cfg, tok, tok_t, setup.stop, place.device)
-
-    def write_model(folder, weights):
-        save_model(student, folder, source, {k: w.to(place.dtype) for k, w in weights.items()})
-
-    clock = Clock(place.device)
-    with interruptible() as caught:
-        for step in range(done + 1, steps + 1):
-            clock.start()
-            # 1. prompts: a function of (step, seed); each slot of the step goes to one rank
-            order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
-            slots = range(rank, cfg['prompts_per_step'], world)
-            mine = [setup.train[order[i]] for i in slots]
-
-            # 2. rollout: every answer is a function of (weights, seed, step, slot, sample) alone
-            with gathered(student) as sampler:
-                roll = sample(sampler, [p.ids for p in mine], cfg['n'], which=slots, step=step,
-                              progress='rollout' if rank == 0 and clock.cuda else '', **draw)
-            clock.lap('sample')
-            clock.update_begins()
-
-            # 3. rows: mask m (B, T) -> weights (B, T), which sum to 1 over all ranks
-            m = positions(roll, cfg['positions'], cfg.get(cfg['positions'], 0))
-            reading = None
-            if not setup.same_ids:             # the teacher reads the same text in its own tokens
-                reading = read_rollout(roll, [tok_t.chat(p.question) for p in mine], tok, tok_t,
-                                       teacher.config.context, cfg['pair'], cfg['teacher_ids'])
-                m &= reading.at >= 0
-            tokens = all_reduce(m.sum())
-            w = position_weights(m, cfg['loss_average'], sequences, tokens)
-            looking = step in (1, steps) or (cfg['diagnose_every'] and step % cfg['diagnose_every'] == 0)
-            probe = spread(roll, m, step, cfg['diagnose_rows'] / max(1, int(tokens))) if looking else None
-
-            # 4, 5. teacher, student (times world: FSDP averages over ranks what w already sums to 1)
-            mu = {f'{term}_weight': weight_at(step, steps, cfg[f'{term}_weight']) for term in ('oprd', 'opd')}
-            sums = accumulate(student, teacher, roll, w, setup.phi, cfg['rep_loss'], cfg['token_budget'],
-                              world, opd=opd, probe=probe, drift=cfg['positions'] == 'drift',
-                              reading=reading, bridge=setup.bridge, normalise=cfg['bridge_normalise'],
-                              lap=clock.lap, **mu)
-
-            # 6. update
-            params = [p for p in student.parameters() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg['grad_clip'] or math.inf)
-            lr = learning_rate(step, steps, cfg['lr'], cfg['warmup'], cfg['schedule'], cfg['min_lr'])
-            for group in opt.param_groups:
-                group['lr'] = lr
-            opt.step()
-            opt.zero_grad()
-            clock.lap('update')
-
-            row = {'step': step, **step_metrics(roll, sums, tok, mine, reading, **mu),
-                   'lr': lr, 'grad_norm': float(full(norm)), **clock.stop()}
-            if not math.isfinite(row['loss'] + row['grad_norm']):
-                raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
-                                'nothing of this step is saved; lower lr=')
-            if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
-                row |= examine(cfg, setup, place, f'step {step}')
-            log.write(row | {'elapsed': time.time() - began}, rank)
-            if step % cfg['log_every'] == 0 or step == steps:
-                print0(step_line(row, steps, clock.eta(steps - step)))
-            halt = bool(all_reduce(torch.tensor(float(bool(caught)), device=place.device), 'max'))
-            if step % cfg['save_every'] == 0 or step == steps or halt:
-                save(out, step, time.time() - began, student, opt, write_model, rank)
-            if halt and step < steps:
-                print0(f'stopped after step {step}; the same command goes on from there')
-                raise KeyboardInterrupt
-
-
-def step_metrics(roll, sums, tok, problems, reading, oprd_weight, opd_weight):
-    """A step's weighted sums and its rollout -> the numbers to log, over all ranks. What this step did
-    not look at is not there. Entropies and KL in nats."""
-    answers = [(ids, problems[i].answer) for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True)]
-    verdicts = [grade(tok.decode(ids), answer) for ids, answer in answers if answer is not None]
-    written = int(roll.resp_len.sum())
-    counts = [written, int(roll.stopped.sum()), sum(verdicts), len(verdicts), len(answers),
-              reading.align * written if reading else 0]
-    total = all_reduce(torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)])).tolist()
-    rep, out, in_heads, kl, entropy_s, entropy_t, common, in_layers, *cos = total[:-6]
-    tokens, stopped, right, graded, rows, exact = total[-6:]
-    row = {'loss': oprd_weight * rep + opd_weight * out}
-    row |= {'loss/oprd': rep} if oprd_weight else {}
-    row |= {'loss/opd': out} if opd_weight else {}
-    if in_layers and cos:
-        cos = [c / in_layers for c in cos]
-        row |= {'rep/cos': sum(cos) / len(cos), 'rep/cos_layer': cos}
-    if in_heads:
-        row |= {'opd/overlap16': common / in_heads} if common else {}        # bytes have none
-        row |= {'opd/kl': kl / in_heads, 'entropy/student': entropy_s / in_heads,
-                'entropy/teacher': entropy_t / in_heads}
-    row |= {'len/mean': tokens / rows, 'finish': stopped / rows, 'tokens': tokens}
-    row |= {'align': exact / tokens} if reading else {}
-    return row | ({'acc/rollout': 100 * right / graded} if graded else {})
-
-
-def step_line(row, steps, eta):
-    """One fixed-width line, most wanted first."""
-    train = sum(row[f'time/{phase}'] for phase in ('teacher', 'student', 'update'))
-    speed = row['tokens'] / (row['time/sample'] + train)
-    line = f"step {row['step']:04d}/{steps:04d} | loss {row['loss']:.4f} | "
-    line += f"cos {row['rep/cos']:.3f} | " if 'loss/opd' not in row else f"kl {row['opd/kl']:.4f} | "
-    line += (f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}% "
-             + (f"acc {row['acc/rollout']:.0f}% | " if 'acc/rollout' in row else '| ') +
-             f"sample {row['time/sample']:.1f}s train {train:.1f}s | {speed / 1000:.1f}k tok/s | ")
-    if 'mem/peak' in row:
-        line += f"mem {row['mem/peak']:.1f}G | "
-    eta = f'{eta / 3600:.1f}h' if eta > 3600 else f'{eta / 60:.1f}m' if eta > 60 else f'{eta:.0f}s'
-    exam = ' '.join(f'{k} {v:.1f}' for k, v in row.items() if '@' in k)
-    return line + f'eta {eta}' + (f' | {exam}' if exam else '')
-
-
-def summary(rows):
-    """log.jsonl's rows -> results.json."""
-    first, last, cos = rows[0], rows[-1], [r['rep/cos'] for r in rows if 'rep/cos' in r]
-    return {'student': first['student'], 'teacher': first['teacher'],
-            'distilled': {k: last[k] for k in first['student']}, 'steps': last['step'],
-            'seconds': last['elapsed'], 'rep_cos': [cos[0], cos[-1]] if cos else []}
-
-
 def show(results):
     """results.json -> the lines of the result table."""
-    rows = {k: results[k] for k in ('student', 'teacher', 'distilled') if results[k]}
-    cos = results['rep_cos']
-    return table(rows) + (['rep cosine {:.3f} -> {:.3f}'.format(*cos)] if cos else [])
+    rows = {side: results[side] for side in ('student', 'teacher', 'distilled') if results[side]}
+    lines = table(rows)
+    if results['rep_cos']:
+        lines.append('rep cosine {:.3f} -> {:.3f}'.format(*results['rep_cos']))
+    return lines
 
 
 if __name__ == '__main__':

@@ -1,26 +1,63 @@
 """
-The output-space objectives, Eqs. (3)-(5): written down for autograd, and under the LM head a chunk of
-rows at a time.
+The output-space objectives, Eqs. (3)-(5): compare the next-token distributions of student and teacher.
+
+Each objective is here twice. `opd_rows` is the readable form, on logits, for autograd: it is the
+definition. The classes Sampled, TopK and FullKL compute the same under the LM head, a chunk of rows
+at a time, and form the gradient as they go. Memory then grows with the chunk, and not with tokens x
+vocabulary. Tests hold the two equal.
+
+    Eq. (3)   Sampled   the log-ratio at the sampled token, as a reward
+    Eq. (4)   FullKL    the exact KL over the vocabulary
+    Eq. (5)   TopK      over a set S of k tokens; the tail decides what is done about the tokens left out
+
+    HeadLoss    the loop over chunks, for any of them and for cross_tokenizer/next_byte.py
+    OutputTerm  an objective as the training loop uses it
+
+With student = teacher every objective has gradient 0 (a reward's is 0 because every reward is).
+
+Letters: K supervised positions, C of them in a chunk, d width, V vocabulary, S a set of k tokens; p
+student,
+         q teacher; D the divergence of a row.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+KINDS = ('sampled', 'full', 'topk')
+SUPPORTS = ('student', 'teacher', 'union')
+TAILS = ('reward', 'renorm', 'bucket')
+DIRECTIONS = ('reverse', 'forward')
+LOG_ZERO = -1e4                 # stands for log 0: its exp is 0, and differences stay finite
+OVERLAP = 16                    # tokens compared for the logged overlap (Figure 10)
 
-def divergence(logp, logq, tail='renorm', direction='reverse'):
-    """KL of each row over a set of outcomes, log-probabilities (K, k) and (K, k) -> (K,).
 
-    direction: 'reverse' is KL(p || q), 'forward' KL(q || p). tail, what is done about outcomes left out:
-    'renorm'  both are renormalised on what is there: Eq. (5). Identically 0 at k = 1.
-    'weights' only the weights are, not the log-ratios (the authors' code).
-    'drop'    nothing: sum of p (log p - log q), section 4.1.1; can be negative.
-    'bucket'  nothing either: `on_support` has added the rest as one more outcome.
+# ---- the definitions, for autograd --------------------------------------------------------------
+
+def divergence(logp, logq, tail='bucket', direction='reverse'):
+    """KL of each row over a set of outcomes: log-probabilities (K, k) and (K, k) -> (K,).
+
+    direction: 'reverse' is KL(p || q), 'forward' KL(q || p).
+    tail: what is done about the outcomes that are not in the set. 'renorm'  p and q are both
+    renormalised on the set: Eq. (5). Identically 0 at k = 1. 'bucket'  they are one more outcome,
+    which `on_support` has added: the set is complete. 'reward'  each token of the set earns log p -
+    log q, weighed by p renormalised on the set. Only log p of the
+              tokens has a gradient (score function), the weighted log-ratios are constants: the
+              authors' code. Differentiating the sum directly would also raise or lower the mass of
+              the set, which is not 0 at student = teacher.
     """
+    assert tail in TAILS and direction in DIRECTIONS, (tail, direction)
+    if tail == 'reward':
+        assert direction == 'reverse', 'a reward is a reverse KL'
+        reward = (logp.log_softmax(-1).exp() * (logp - logq)).detach()       # (K, k)
+        score = logp - logp.detach()         # 0, with the gradient of log p
+        return (reward * (1 + score)).sum(-1)
     if tail == 'renorm':
-        logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
+        logp = logp.log_softmax(-1)
+        logq = logq.log_softmax(-1)
     if direction == 'forward':
         logp, logq = logq, logp
-    weights = logp.log_softmax(-1) if tail == 'weights' else logp
-    return (weights.exp() * (logp - logq)).sum(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
 
 
 def likeliest(logp, k):
@@ -28,203 +65,393 @@ def likeliest(logp, k):
     return logp.topk(min(k, logp.shape[-1])).indices
 
 
-def on_support(logp, logq, top_s, top_t, which='student', tail='renorm'):
-    """Both models' log-probabilities (K, V) on the support S -> S (K, k or 2k), logp and logq there.
+def on_support(logp, logq, top_s, top_t, support='student', tail='renorm'):
+    """Both models' log-probabilities (K, V) on the set S -> S (K, k or 2k), log p and log q there.
 
-    S: the 'student's likeliest tokens top_s (K, k), the 'teacher's top_t, or their 'union', where a token
-    that is in both counts at its first place; the second has no mass and no gradient. tail='bucket'
-    adds a last column to both: all the mass outside S, summed over the tokens there (1 minus the mass
-    inside would be rounding where the models are sure of themselves).
+    support: S is the 'student's likeliest tokens top_s (K, k), the 'teacher's top_t, or their
+    'union'. A token that is in both counts once, at its first place; at the second it has no mass
+    and no gradient. tail='bucket' adds a last column to both: all the mass outside S, summed over
+    the tokens there (1 minus the mass inside would be a rounding error where the models are sure of
+    themselves).
     """
-    S = {'student': top_s, 'teacher': top_t, 'union': torch.cat([top_s, top_t], -1)}[which]
-    both = [x.gather(-1, S) for x in (logp, logq)]
-    if which == 'union':
-        twice = F.pad((top_t[:, :, None] == top_s[:, None, :]).any(-1), (top_s.shape[-1], 0))
-        both = [x.masked_fill(twice, NOTHING) for x in both]
+    assert support in SUPPORTS and tail in TAILS, (support, tail)
+    S = {'student': top_s, 'teacher': top_t, 'union': torch.cat([top_s, top_t], -1)}[support]
+    logp_S = logp.gather(-1, S)
+    logq_S = logq.gather(-1, S)
+    if support == 'union':
+        repeated = (top_t[:, :, None] == top_s[:, None, :]).any(-1)          # (K, k)
+        repeated = F.pad(repeated, (top_s.shape[-1], 0))                     # (K, 2k): never at a first place
+        logp_S = logp_S.masked_fill(repeated, LOG_ZERO)
+        logq_S = logq_S.masked_fill(repeated, LOG_ZERO)
     if tail == 'bucket':
-        rest = [x.scatter(-1, S, NOTHING).logsumexp(-1, keepdim=True) for x in (logp, logq)]
-        both = [torch.cat(pair, -1) for pair in zip(both, rest, strict=True)]
-    return S, *both
+        rest_p = logp.scatter(-1, S, LOG_ZERO).logsumexp(-1, keepdim=True)   # (K, 1)
+        rest_q = logq.scatter(-1, S, LOG_ZERO).logsumexp(-1, keepdim=True)
+        logp_S = torch.cat([logp_S, rest_p], -1)
+        logq_S = torch.cat([logq_S, rest_q], -1)
+    return S, logp_S, logq_S
 
 
-NOTHING = -1e4                  # log of no mass at all: exp gives 0, and differences stay finite
-
-
-def opd_rows(z_s, z_t, y, kind='full', k=16, support='student', tail='renorm', direction='reverse'):
+def opd_rows(z_s, z_t, next_token, kind='full', k=16, support='student', tail='reward', direction='reverse'):
     """Eqs. (3)-(5) written down, for autograd: logits (K, V) of student and teacher -> (K,).
 
-    'full': Eq. (4).  'topk': Eq. (5) on `support`.  'sampled': Eq. (3) at the token y (K,). That one
-    is a reward: its gradient is (log p - log q), detached, times grad log p. (Back-propagating
-    log p - log q itself would have the gradient of log p alone: nothing of the teacher's.)
+    kind: 'full' is Eq. (4), 'topk' Eq. (5), 'sampled' Eq. (3) at next_token (K,). The last is a
+    reward: its gradient is (log p - log q), a constant, times grad log p. (Differentiating log p -
+    log q itself would give the gradient of log p alone, with nothing of the teacher in it.)
     """
-    logp, logq = z_s.log_softmax(-1), z_t.detach().log_softmax(-1)
+    assert kind in KINDS, kind
+    logp = z_s.log_softmax(-1)
+    logq = z_t.detach().log_softmax(-1)
     if kind == 'full':
-        return divergence(logp, logq, 'drop', direction)
+        return divergence(logp, logq, 'bucket', direction)
     if kind == 'topk':
-        _, p_S, q_S = on_support(logp, logq, likeliest(logp, k), likeliest(logq, k), support, tail)
-        return divergence(p_S, q_S, tail, direction)
-    assert kind == 'sampled' and direction == 'reverse', f'{kind} {direction}'
-    logp_y, logq_y = (x.gather(-1, y[:, None]).squeeze(-1) for x in (logp, logq))
-    ratio = (logp_y - logq_y).detach()
-    return ratio * (1 + logp_y - logp_y.detach())        # the ratio, with the reward's gradient
+        top_s = likeliest(logp, k)
+        top_t = likeliest(logq, k)
+        _, logp_S, logq_S = on_support(logp, logq, top_s, top_t, support, tail)
+        return divergence(logp_S, logq_S, tail, direction)
+    assert direction == 'reverse', 'the sampled token estimates the reverse KL'
+    logp_y = logp.gather(-1, next_token[:, None]).squeeze(-1)                # (K,)
+    logq_y = logq.gather(-1, next_token[:, None]).squeeze(-1)
+    reward = (logp_y - logq_y).detach()
+    score = logp_y - logp_y.detach()         # 0, with the gradient of log p
+    return reward * (1 + score)
 
+
+# ---- small parts --------------------------------------------------------------------------------
 
 def overlap(top_s, top_t):
     """Share of the likeliest tokens (K, 16) that two models have in common (Figure 10) -> (K,)."""
     return (top_s[:, :, None] == top_t[:, None, :]).any(-1).float().mean(-1)
 
 
-def to_go(x, answer):
-    """Sum of x from each row to the last one of its answer; answer (K,) ascending -> (K,)."""
-    ahead = F.pad(x.flip(0).cumsum(0).flip(0), (0, 1))                       # (K + 1,)
-    return ahead[:-1] - ahead[torch.searchsorted(answer, answer, right=True)]
+def sum_to_end(x, answer):
+    """Sum of x (K,) from each row to the last row of its answer; answer (K,) ascending -> (K,)."""
+    to_end = F.pad(x.flip(0).cumsum(0).flip(0), (0, 1))                      # (K + 1,)
+    next_answer = torch.searchsorted(answer, answer, right=True)             # first row of the next one
+    return to_end[:-1] - to_end[next_answer]
 
 
-def dot(a, b):
-    """Row by row, (K, V) and (K, V) -> (K,), without a third (K, V)."""
+def row_dot(a, b):
+    """Dot products of the rows of (K, V) and (K, V) -> (K,), without a third (K, V)."""
     return torch.einsum('kv,kv->k', a, b)
 
 
 def log_probs(h, W, temperature):
-    """Rows (C, d) under a head (V, d) -> log-probabilities (C, V) in fp32. On CUDA the product of bf16
-    factors is kept in fp32 too: two models near each other differ by less than bf16 can say."""
+    """Rows (C, d) under a head (V, d) -> log-probabilities (C, V) in float32.
+
+    On CUDA the product of bf16 factors stays in float32: two models near each other differ by less
+    than bf16 can say.
+    """
     if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
-        z = torch.mm(h, W.t(), out_dtype=torch.float32)
+        logits = torch.mm(h, W.t(), out_dtype=torch.float32)
     else:
-        z = h @ W.t()
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-    z.div_(temperature)
-    return z.sub_(z.logsumexp(-1, keepdim=True))
-
-
-def rows_at_once(V, device):
-    """How many rows a head loss takes at once, if nobody says: on CUDA as many, a power of two, as fill a
-    quarter of the free memory with four (C, V) fp32 tensors, at most 4096; elsewhere 64."""
-    if device.type != 'cuda':
-        return 64
-    free = torch.cuda.mem_get_info(device)[0]            # and what the allocator keeps for itself
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(4096, max(16, 1 << max(1, free // 4 // (16 * V)).bit_length() - 1))
+        logits = h @ W.t()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits.div_(temperature)
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 def add_product(d_W, G, h, scale):
-    """d_W (V, d) += scale G' h, with G (C, V) fp32 and h (C, d). Of bf16 rows on CUDA the factors are bf16
-    and the sum fp32, as in `log_probs`: fp32 factors have no tensor cores. A slice of the vocabulary at a
-    time, for there the product is a tensor of its own."""
+    """d_W (V, d) += scale G' h, with G (C, V) in float32 and h (C, d).
+
+    For bf16 rows on CUDA the factors are bf16 and the sum is float32, as in `log_probs`: float32
+    factors have no tensor cores. The product is a tensor of its own there, so it is made for a
+    slice of the vocabulary at a time.
+    """
     if not (G.is_cuda and h.dtype == torch.bfloat16):
         d_W.addmm_(G.t(), h.to(d_W.dtype), alpha=scale)
         return
-    for part, g in zip(d_W.split(1 << 15), G.split(1 << 15, dim=1), strict=True):
-        part.add_(torch.mm(g.t().to(h.dtype), h, out_dtype=torch.float32), alpha=scale)
+    for d_W_slice, G_slice in zip(d_W.split(1 << 15), G.split(1 << 15, dim=1), strict=True):
+        product = torch.mm(G_slice.t().to(h.dtype), h, out_dtype=torch.float32)
+        d_W_slice.add_(product, alpha=scale)
+
+
+def rows_at_once(V, device):
+    """How many rows a head loss takes at once, if the config does not say.
+
+    On CUDA: as many, a power of two, as fill a quarter of the free memory with four (C, V) tensors
+    of float32, at most 4096. Elsewhere 64.
+    """
+    if device.type != 'cuda':
+        return 64
+    free, _ = torch.cuda.mem_get_info(device)
+    kept_by_allocator = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    rows = max(1, (free + kept_by_allocator) // 4 // (16 * V))
+    power_of_two = 1 << (rows.bit_length() - 1)
+    return min(4096, max(16, power_of_two))
+
+
+# ---- the loop over chunks -----------------------------------------------------------------------
+
+@dataclass
+class HeadRows:
+    """What an objective sees of K rows, besides the student's states. A chunk is a slice of all of
+    them."""
+    teacher_h: torch.Tensor     # (K, d_t) the teacher's states (next_byte.py: two of them per row, (2K, d_t))
+    teacher_W: torch.Tensor     # (V_t, d_t) the teacher's head
+    next_token: torch.Tensor    # (K,)
+    weights: torch.Tensor       # (K,)
+    answer: torch.Tensor        # (K,) ascending
+    inside: torch.Tensor        # (K,) see rows.Rows
+    written: list | None        # [K] see rows.Rows
 
 
 class HeadLoss(torch.autograd.Function):
-    """Eqs. (3)-(5) of rows under the LM head, a chunk of rows at a time, gradient formed as it goes: three
-    (C, V) tensors live at once, four for forward KL, beside the head's own gradient."""
+    """sum_t w_t D_t of rows under the student's LM head, a chunk of rows at a time, with its
+    gradient formed now.
+
+    What lives beside the head's own gradient is one chunk: three or four (C, V) tensors.
+    """
     @staticmethod
-    def forward(ctx, h, W, h_t, W_t, y, w, answer, how):
+    def forward(ctx, h, W, objective, batch):
         dtype = torch.promote_types(h.dtype, torch.float32)
-        kind, v = how['kind'], how['vocab'] or W.shape[0]
-        chunk = how['chunk'] or rows_at_once(v, h.device)
-        w = w.to(dtype)
-        d_h = torch.empty_like(h) if kind else None
-        d_W = torch.zeros_like(W, dtype=dtype) if kind and ctx.needs_input_grad[1] else None
-        D, ratio = w.new_zeros(len(h)), w.new_zeros(len(h))                  # (K,)
-        stats = w.new_zeros(4, len(h))       # KL, entropy of p, entropy of q, overlap
-        for at in reversed(range(0, len(h), chunk)):     # backwards: what is to come is known (to_go)
-            rows = slice(at, at + chunk)
-            logp = log_probs(h[rows], W[:v], how['temperature'])             # (C, V)
-            logq = log_probs(h_t[rows], W_t[:v], how['teacher_temperature'])
-            top_s, top_t = (likeliest(x, max(how['k'], 16)) for x in (logp, logq))
-            S = logp_S = logq_S = None
-            if kind == 'topk':
-                S, logp_S, logq_S = on_support(logp, logq, top_s[:, :how['k']], top_t[:, :how['k']],
-                                               how['support'], how['tail'])
-            H_t = -dot(logq.exp(), logq)
-            f = logq.neg_().add_(logp)                                       # log p - log q, in logq's memory
-            p = logp.exp()
-            KL, H_s = dot(p, f), -dot(p, logp)
-            stats[:, rows] = torch.stack([KL, H_s, H_t, overlap(top_s[:, :16], top_t[:, :16]).to(dtype)])
-            if not kind:
-                continue
-            if kind == 'full':
-                D[rows], G = full_gradient(logp, p, f, KL, how['direction'])
-                G.mul_(w[rows, None])
-            else:
-                if kind == 'topk':
-                    D[rows], g, p_S, rest = topk_gradient(logp_S, logq_S, how['tail'], how['direction'])
-                    g, rest = g * w[rows, None], rest * w[rows, None]
-                else:
-                    S, rest = y[rows, None], 0.0
-                    p_S, D[rows] = p.gather(-1, S), f.gather(-1, S).squeeze(-1)
-                    ratio[rows] = w[rows] * D[rows]
-                    g = (to_go(ratio, answer) if how['future'] else ratio)[rows, None]
-                    if how['baseline']:
-                        g = g - w[rows, None] * KL[:, None]
-                G = spread_gradient(p, S, g, p_S, rest)
-            d_h[rows] = (G.to(W.dtype) @ W[:v]).div_(how['temperature'])
+        weights = batch.weights.to(dtype)
+        V = objective.vocab or W.shape[0]
+        chunk = objective.chunk or rows_at_once(max(V, objective.teacher_size(batch)), h.device)
+        value = weights.new_zeros(len(h))                                    # (K,)
+        statistics = weights.new_zeros(4, len(h))
+        d_h = torch.empty_like(h)
+        d_W = None
+        if ctx.needs_input_grad[1]:
+            d_W = torch.zeros_like(W, dtype=dtype)
+
+        # From the last chunk to the first: `Sampled` may need the sum over the rest of an answer.
+        for start in reversed(range(0, len(h), chunk)):
+            rows = slice(start, start + chunk)
+            logp = log_probs(h[rows], W[:V], objective.temperature)          # (C, V)
+            value[rows], G, statistics[:, rows] = objective.loss_and_gradient(logp, batch, rows)
+            # G (C, V) is the gradient of sum_t w_t D_t with respect to the logits. The chain rule
+            # goes on from there to the states and to the head.
+            d_h[rows] = (G.to(W.dtype) @ W[:V]).div_(objective.temperature)
             if d_W is not None:
-                add_product(d_W[:v], G, h[rows], 1 / how['temperature'])
-            del logp, f, p, G
+                add_product(d_W[:V], G, h[rows], 1 / objective.temperature)
+            del logp, G                      # before the next chunk's are made
+
         ctx.grads = d_h, d_W
         ctx.set_materialize_grads(False)
-        stats = torch.cat([w.sum()[None], stats @ w])
-        ctx.mark_non_differentiable(stats)
-        return (w * D).sum(), stats
+        sums = torch.cat([weights.sum()[None], statistics @ weights])        # (5,)
+        ctx.mark_non_differentiable(sums)
+        return (weights * value).sum(), sums
 
     @staticmethod
-    def backward(ctx, g_loss, _):
+    def backward(ctx, grad_loss, _):
         d_h, d_W = ctx.grads
-        del ctx.grads                        # scaled in place: a second backward would be wrong
-        return d_h.mul_(g_loss), d_W if d_W is None else d_W.mul_(g_loss), *[None] * 6
+        del ctx.grads                        # they are scaled in place: a second backward would be wrong
+        d_h.mul_(grad_loss)
+        if d_W is not None:
+            d_W.mul_(grad_loss)
+        return d_h, d_W, None, None
 
 
-def full_gradient(logp, p, f, KL, direction):
-    """Eq. (4) and its gradient with respect to the logits, f = log p - log q (C, V) -> D (C,), and in p's
-    memory (C, V): p (f - KL), or the other way round p - q."""
-    if direction == 'reverse':
-        return KL, p.mul_(f.sub_(KL[:, None]))
-    q = (logp - f).exp_()                                                    # (C, V)
-    return -dot(q, f), p.sub_(q)
+@torch.no_grad()
+def head_statistics(h, W, objective, batch):
+    """The second result of HeadLoss, without loss and gradient: for the diagnosis of a step that
+    trains something else.
+    -> (5,): the sum of the weights; weighted sums of KL, entropy of p, entropy of q (nats), top-16
+    overlap."""
+    weights = batch.weights.to(torch.promote_types(h.dtype, torch.float32))
+    V = objective.vocab or W.shape[0]
+    chunk = objective.chunk or rows_at_once(max(V, objective.teacher_size(batch)), h.device)
+    statistics = weights.new_zeros(4, len(h))
+    for start in range(0, len(h), chunk):
+        rows = slice(start, start + chunk)
+        logp = log_probs(h[rows], W[:V], objective.temperature)              # (C, V)
+        statistics[:, rows] = objective.statistics(logp, batch, rows)
+    return torch.cat([weights.sum()[None], statistics @ weights])
 
 
-def topk_gradient(logp_S, logq_S, tail, direction):
-    """Eq. (5) and kin on (C, k): small enough for autograd -> D (C,), g = dD/dlog p on S, p on S, and for
-    'bucket' the rest's dD/dlog r over its mass r, (C, 1)."""
-    with torch.enable_grad():
-        leaf = logp_S.detach().requires_grad_()
-        D = divergence(leaf, logq_S, tail, direction)
-        g, = torch.autograd.grad(D.sum(), leaf)
-    p_S, rest = logp_S.exp(), torch.zeros_like(g[:, :1])
-    if tail == 'bucket':
-        g, p_S, rest = g[:, :-1], p_S[:, :-1], (g / p_S.clamp(min=1e-37))[:, -1:]
-    return D.detach(), g, p_S, rest
+class OutputTerm:
+    """An output-space objective as a term of the training loss: made once, called for each
+    micro-batch."""
+    def __init__(self, objective, teacher):
+        self.objective = objective
+        self.teacher = teacher
+
+    def teacher_positions(self, rows):
+        """Which states of the teacher's last layer the objective needs: flat positions in
+        rows.teacher_ids."""
+        return self.objective.teacher_positions(rows)
+
+    def head_rows(self, teacher_h, rows):
+        """The teacher's states (K, d_t) and Rows -> HeadRows."""
+        return HeadRows(teacher_h, self.teacher.head.weight, rows.next_token, rows.weights, rows.answer,
+                        rows.inside, rows.written)
+
+    def __call__(self, student_head, h, teacher_h, rows):
+        """Student states (K, d) at rows.at -> (loss, statistics (5,)); see HeadLoss.
+
+        The call goes through the head module: FSDP gathers the head's weight for it.
+        """
+        batch = self.head_rows(teacher_h, rows)
+        return student_head(h, lambda h, W: HeadLoss.apply(h, W, self.objective, batch))
+
+    def statistics(self, student_head, h, teacher_h, rows):
+        """The statistics (5,) alone, without a gradient."""
+        batch = self.head_rows(teacher_h, rows)
+        return student_head(h, lambda h, W: head_statistics(h, W, self.objective, batch))
 
 
-def spread_gradient(p, S, g, p_S, rest):
-    """g = dD/dlog p on S, and `rest` times p outside, through the softmax: g - p sum(g) -> (C, V), in p's
-    memory. A token that is twice in S has g and p_S of 0 at one of its places."""
+# ---- Eqs. (3)-(5) on a chunk ----------------------------------------------------------------------
+
+@dataclass
+class Comparison:
+    """Student and teacher on a chunk of C rows."""
+    p: torch.Tensor             # (C, V)
+    log_ratio: torch.Tensor     # (C, V) log p - log q
+    KL: torch.Tensor            # (C,) exact
+    statistics: torch.Tensor    # (4, C) KL, entropy of p, entropy of q, overlap
+
+
+def compare(logp, logq, top_s=None, top_t=None):
+    """Log-probabilities (C, V) and (C, V) -> Comparison. logq is *overwritten* (three (C, V)
+    tensors live, not four).
+    top_s, top_t: the likeliest tokens of both (C, 16 or more), if they are known."""
+    if top_s is None:
+        top_s = likeliest(logp, OVERLAP)
+        top_t = likeliest(logq, OVERLAP)
+    entropy_q = -row_dot(logq.exp(), logq)
+    log_ratio = logq.neg_().add_(logp)       # in logq's memory
+    p = logp.exp()
+    KL = row_dot(p, log_ratio)
+    entropy_p = -row_dot(p, logp)
+    common = overlap(top_s[:, :OVERLAP], top_t[:, :OVERLAP]).to(KL.dtype)
+    return Comparison(p, log_ratio, KL, torch.stack([KL, entropy_p, entropy_q, common]))
+
+
+def support_gradient(p, S, g, p_S, rest):
+    """The gradient of a function of log p on S with respect to the logits -> (C, V), in p's memory.
+
+    g (C, k) = dD/dlog p on S, p_S (C, k) the probabilities there, rest (C, 1): outside S, dD/dlog p
+    is rest * p. Through the softmax the gradient is g - p sum(g). A token that is twice in S has g
+    and p_S of 0 at one place.
+    """
     outside = p.scatter_(-1, S, 0.0)
     total = g.sum(-1, keepdim=True) + rest * outside.sum(-1, keepdim=True)
     return outside.mul_(rest - total).scatter_add_(-1, S, g - p_S * total)
 
 
-def opd_loss(h, W, h_t, W_t, y, w, answer=None, *, kind='full', k=16, support='student', tail='renorm',
-             direction='reverse', temperature=1.0, teacher_temperature=1.0, future=False, baseline=False,
-             vocab=None, chunk=0):
-    """sum_t w_t (opd_rows at t), without logits of more than `chunk` rows -> (loss, stats).
+@dataclass
+class Vocabulary:
+    """What the three objectives share: both models' distributions over one vocabulary.
 
-    h (K, d), W (V, d): student rows and head. h_t (K, d_t), W_t (V_t, d_t): the teacher's. y (K,): the
-    sampled tokens. w (K,): weights. vocab: ids from here on are padding; the softmax leaves them out,
-    as the sampler does. kind=None: stats alone, no gradient. chunk: rows at once, 0: by the free memory.
-    stats (5,): sum of w, then w-weighted sums of the exact KL(p || q), both entropies in nats, overlap.
-    'sampled' only: future=True weighs grad log p(y_t) with the sum of the ratios from t to the end of
-    its answer (row numbers `answer`, ascending), the gradient of the whole trajectory's KL: unbiased,
-    and noisier; without it each token answers for itself alone. baseline=True subtracts the exact KL
-    at t, the ratio's mean: less variance, the same expectation.
+    vocab: ids from here on are padding of the embedding that no token stands for; the softmax
+    leaves them out, as the sampler does. None: there is no padding. chunk: rows at once; 0 = by the
+    free memory.
     """
-    return HeadLoss.apply(h, W, h_t, W_t, y, w, answer, dict(
-        kind=kind, k=k, support=support, tail=tail, direction=direction, temperature=temperature, vocab=vocab,
-        teacher_temperature=teacher_temperature, future=future, baseline=baseline, chunk=chunk))
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    vocab: int | None = None
+    chunk: int = 0
+
+    def teacher_size(self, batch):
+        """Length of the teacher's axis of tokens, for `rows_at_once`."""
+        return self.vocab or batch.teacher_W.shape[0]
+
+    def teacher_positions(self, rows):
+        """The teacher's state at each supervised position."""
+        return rows.teacher_at
+
+    def teacher_log_probs(self, batch, rows):
+        """log q (C, V) of a chunk."""
+        return log_probs(batch.teacher_h[rows], batch.teacher_W[:self.vocab], self.teacher_temperature)
+
+    def statistics(self, logp, batch, rows):
+        """KL, both entropies in nats and the overlap of a chunk (4, C)."""
+        return compare(logp, self.teacher_log_probs(batch, rows)).statistics
 
 
+@dataclass
+class FullKL(Vocabulary):
+    """Eq. (4): the KL over the whole vocabulary."""
+    direction: str = 'reverse'
+
+    def loss_and_gradient(self, logp, batch, rows):
+        """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
+        (4, C)."""
+        both = compare(logp, self.teacher_log_probs(batch, rows))
+        if self.direction == 'reverse':
+            D = both.KL
+            G = both.p.mul_(both.log_ratio.sub_(both.KL[:, None]))           # p (log p - log q - KL)
+        else:
+            assert self.direction == 'forward', self.direction
+            q = (logp - both.log_ratio).exp_()                               # a fourth (C, V)
+            D = -row_dot(q, both.log_ratio)
+            G = both.p.sub_(q)                                               # p - q
+        return D, G.mul_(batch.weights[rows, None]), both.statistics
+
+
+@dataclass
+class TopK(Vocabulary):
+    """Eq. (5) and its relatives on a set S of k tokens; `divergence` says what the tails mean."""
+    k: int = 16
+    support: str = 'student'
+    tail: str = 'reward'
+    direction: str = 'reverse'
+
+    def loss_and_gradient(self, logp, batch, rows):
+        """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
+        (4, C)."""
+        logq = self.teacher_log_probs(batch, rows)
+        top_s = likeliest(logp, max(self.k, OVERLAP))
+        top_t = likeliest(logq, max(self.k, OVERLAP))
+        S, logp_S, logq_S = on_support(logp, logq, top_s[:, :self.k], top_t[:, :self.k],
+                                       self.support, self.tail)
+
+        # On S the numbers are few enough for autograd: g = dD/dlog p.
+        with torch.enable_grad():
+            leaf = logp_S.detach().requires_grad_()
+            D = divergence(leaf, logq_S, self.tail, self.direction)
+            g, = torch.autograd.grad(D.sum(), leaf)                          # (C, k)
+        p_S = logp_S.exp()
+        rest = torch.zeros_like(g[:, :1])
+        if self.tail == 'bucket':
+            rest = (g / p_S.clamp(min=1e-37))[:, -1:]    # dD/dlog r over r, the mass outside
+            g = g[:, :-1]
+            p_S = p_S[:, :-1]
+
+        both = compare(logp, logq, top_s, top_t)
+        weights = batch.weights[rows, None]
+        G = support_gradient(both.p, S, g * weights, p_S, rest * weights)
+        return D.detach(), G, both.statistics
+
+
+@dataclass
+class Sampled(Vocabulary):
+    """Eq. (3): the log-ratio at the sampled token, a reward for that token.
+
+    future: a token answers for the log-ratios of its whole answer from there on. That is the
+    gradient of the KL of trajectories: unbiased, and noisier. Without it each token answers for
+    itself alone, as in the paper.
+    baseline: subtract the exact KL at the position, which is the log-ratio's mean: less variance,
+    the same mean.
+    """
+    future: bool = False
+    baseline: bool = False
+
+    def loss_and_gradient(self, logp, batch, rows):
+        """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
+        (4, C)."""
+        both = compare(logp, self.teacher_log_probs(batch, rows))
+        weights = batch.weights[rows]
+        S = batch.next_token[rows, None]                                     # (C, 1)
+        D = both.log_ratio.gather(-1, S).squeeze(-1)                         # (C,)
+        reward = weights * D
+        if self.future:
+            # Rows come from the last to the first, so the log-ratios of the rest of the answer are
+            # known.
+            self.ratios = torch.cat([reward, self.ratios]) if rows.stop < len(batch.weights) else reward
+            reward = sum_to_end(self.ratios, batch.answer[rows.start:])[:len(D)]
+        if self.baseline:
+            reward = reward - weights * both.KL
+        G = support_gradient(both.p, S, reward[:, None], both.p.gather(-1, S), 0.0)
+        return D, G, both.statistics
+
+
+def make_objective(kind, *, k=16, support='student', tail='reward', direction='reverse', future=False,
+                   baseline=False, **heads):
+    """Sampled, FullKL or TopK by name. heads: the fields of Vocabulary."""
+    assert kind in KINDS, kind
+    if kind == 'full':
+        return FullKL(direction=direction, **heads)
+    if kind == 'topk':
+        return TopK(k=k, support=support, tail=tail, direction=direction, **heads)
+    return Sampled(future=future, baseline=baseline, **heads)

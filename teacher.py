@@ -1,30 +1,47 @@
 """
-The frozen teacher's side: what does it say of a rollout?
+The frozen teacher's side of a step: its hidden states at the supervised rows of a rollout.
 
-A teacher with the student's vocabulary reads the student's ids. One with another vocabulary reads the
-same *text*: `pair_text` cuts the answer's bytes into the teacher's tokens and says, for each position of
-the student, which teacher state has read as much. (The published code feeds such a teacher the
-student's ids, which mean other strings to it: gibberish.)
+The teacher reads the student's answers in one forward. Of each matched layer the supervised rows
+alone are kept, layer by layer as the forward passes: K x d numbers instead of B x T x d, and
+through a bridge K x r.
 
-Letters: B rows, T tokens, K supervised positions, L layers, d width, n tokens of an answer.
+A teacher with another vocabulary reads the same text in its own tokens: cross_tokenizer/pairing.py.
+
+Letters: B answers, T tokens, K supervised positions, d width, r rank of a bridge.
 """
+from functools import partial
 
 import torch
 
 
 @torch.no_grad()
-def hidden_rows(teacher, ids, wanted, phi, bridge=None):
-    """Teacher states that correspond to a student's -> {layer: (K, d)}, each a tensor of its own
-    (layer_loss overwrites it).
+def hidden_rows(teacher, ids, wanted, layer_map, bridge=None):
+    """The teacher's states for each of the student's layers -> {student layer or 'head': (K, d)}.
 
-    ids: (B, T). wanted: {student layer, or 'head' for the last: flat positions (K,) of ids}. phi: {student
-    layer: teacher layer}. Only those rows are kept, layer by layer; with a bridge only their projections
-    (K, r), but for the 'head'.
+    ids (B, T): what the teacher reads. wanted: {student layer: flat positions (K,) of ids}; the key
+    'head' asks for the teacher's last layer. layer_map: {student layer: teacher layer}. bridge:
+    project the rows of every key but 'head' to (K, r). Each result is a tensor of its own, also
+    where two student layers share a teacher layer: layer_loss overwrites it.
     """
-    phi = {l: teacher.config.L if l == 'head' else phi[l] for l in wanted}
+    teacher_layers = {}
+    for key in wanted:
+        teacher_layers[key] = teacher.config.L if key == 'head' else layer_map[key]
 
-    def keep(t, h):
-        rows = {l: h.flatten(0, 1)[at] for l, at in wanted.items() if phi[l] == t}
-        return h, {l: x if bridge is None or l == 'head' else bridge.teacher(l, x) for l, x in rows.items()}
-    rows = teacher.hidden(ids, sorted(set(phi.values())), tap=keep)
-    return {l: h for some in rows for l, h in some.items()}
+    keep = partial(keep_rows, wanted=wanted, teacher_layers=teacher_layers, bridge=bridge)
+    rows = {}
+    for rows_of_layer in teacher.hidden(ids, sorted(set(teacher_layers.values())), tap=keep):
+        rows |= rows_of_layer
+    return rows
+
+
+def keep_rows(t, h, wanted, teacher_layers, bridge):
+    """Called with the states h (B, T, d) of teacher layer t -> h, and the rows of all keys that
+    want this layer."""
+    rows = {}
+    for key, at in wanted.items():
+        if teacher_layers[key] != t:
+            continue
+        rows[key] = h.flatten(0, 1)[at]                                      # (K, d)
+        if bridge is not None and key != 'head':
+            rows[key] = bridge.teacher(key, rows[key])                       # (K, r)
+    return h, rows

@@ -39,16 +39,20 @@ config = dict(
     opd_weight=0.0,             # of the output-space term; 0 = LM heads are looked at now and then only
 
     # Eq. (6), hidden states
-    rep_loss='mse',             # 'mse' (the paper), 'nmse' (both sides L2-normalised: the authors' code),
-                                # 'cosine' (1 - cos = d/2 times nmse)
-    layers='all',               # student layers to match: 'all', 'last', 'even', 'odd', or a list
-                                # such as [1,14,28]; layer L is the final-normed state
+    rep_loss='mse',             # a distance in losses.py: 'mse' (the paper), 'nmse' (both sides are
+                                # L2-normalised: the authors' code; off at their commit 6a2026f),
+                                # 'cosine' (1 - cos = d/2 times nmse: the scale-free form to use with AdamW)
+    layers='all',               # student layers to match: 'all', 'last', 'even', 'odd', or a list such as
+                                # [1,14,28], counted from 1; layer L is the final-normed state. The authors
+                                # count blocks from 0: their 'even' is our 'odd'
     positions='last_k',         # response positions of both terms: 'all', 'last', the name of one of the next
                                 # four, or 'drift' (all; Eq. 6 weighs each by its own share of the distance)
     last_k=2000,                # the last k positions (the paper)
     first_k=2000,               # the first k positions
     last_frac=0.3,              # this last share of each answer, at least one position
     first_frac=0.3,             # this first share of each answer, at least one position
+    position_offset=0,          # hidden states are compared 0: where the model predicts y_t (the paper), or
+                                # 1: one column later, where it has read y_t (the authors' code)
     loss_average='sequence',    # 'sequence': mean over each answer, then over answers (Eq. 6);
                                 # 'token': mean over all supervised tokens (the authors' code)
 
@@ -57,8 +61,9 @@ config = dict(
                                 # any two tokenizers
     opd_k=16,                   # tokens in the support S of 'topk'
     opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
-    opd_tail='renorm',          # mass outside S: 'renorm' (5), 'bucket' (one more outcome), 'drop' (4.1.1),
-                                # 'weights' (p is renormalised, log p - log q is not: the authors' code)
+    opd_tail='reward',          # 'reward': a token of S earns p (renormalised on S) * (log p - log q)
+                                # (4.1.1, the authors' code); 'renorm': KL of p and q renormalised on S (5);
+                                # 'bucket': KL with all tokens outside S as one more outcome
     kl_direction='reverse',     # 'reverse' KL(p || q) (the paper), 'forward' KL(q || p)
     student_temperature=1.0,    # the student's in the loss, and in the logged KL; the sampler has its own
     teacher_temperature=1.0,    # the teacher's
@@ -93,6 +98,7 @@ config = dict(
     min_lr=0.0,                 # where the schedule ends, as a share of lr
     beta1=0.9,                  # AdamW
     beta2=0.999,
+    adam_eps=1e-8,              # added to the root mean square of a gradient; gradients of nmse lie below it
     weight_decay=0.01,          # on matrices only, never on norms and biases
     grad_clip=1.0,              # largest gradient norm; 0 = no clipping
     token_budget=32768,         # tokens of a micro-batch, padding included; changes memory, never the update
@@ -140,19 +146,21 @@ checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
     max_prompt_tokens=(0, inf), prompts_per_step=positive, n=positive, max_new_tokens=positive,
     temperature=(0, inf), top_k=(0, inf), top_p=(1e-6, 1),
-    rep_loss=('mse', 'nmse', 'cosine'), layers=('all', 'last', 'even', 'odd', list),
+    layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
-    loss_average=('sequence', 'token'), oprd_weight=(0, inf, list), opd_weight=(0, inf, list),
+    position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, inf, list),
+    opd_weight=(0, inf, list),
     opd=('sampled', 'full', 'topk', 'byte'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
-    opd_tail=('renorm', 'bucket', 'drop', 'weights'), kl_direction=('reverse', 'forward'), head_rows=(0, inf),
+    opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=(0, inf),
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=(0, inf), diagnose_rows=positive,
     layer_map=('depth', 'cka', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
     bridge_rank=(0, inf), bridge_prompts=(2, inf), bridge_held_out=(1e-6, 0.9), bridge_ridge=(0, 1e3),
     bridge_fit=('ridge', 'adamw', 'random', 'shuffled'), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
-    beta1=(0, 0.9999), beta2=(0, 0.99999), weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
+    beta1=(0, 0.9999), beta2=(0, 0.99999), adam_eps=(0, 1),
+    weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
     eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),
     eval_top_p=(1e-6, 1), eval_max_new_tokens=(0, inf), eval_rows=positive,
     save_every=positive, log_every=positive,

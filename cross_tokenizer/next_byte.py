@@ -1,30 +1,45 @@
 """
-Output-space distillation across tokenizers: KL between two models' distributions of the next *byte*.
+Output-space distillation between two different tokenizers: compare distributions over the next BYTE.
 
-Two vocabularies share no tokens, but both spell bytes. Outcomes are the 256 bytes, the end of the answer, and
-anything else. The student's probability of a byte is the sum over its tokens that begin with it.
+Two vocabularies share no tokens, but both spell bytes. The outcomes are the 256 bytes, the end of
+the answer, and anything else (END, ELSE). The student's probability of a byte is the sum over its
+tokens that begin with it.
 
-What the teacher thinks comes next must not depend on what the student then wrote, or a slip justifies
-itself: where a teacher token is cut off, the text has already told it what follows. So one state before the
-teacher's last token w (whole, or as far as it is written) is asked as well:
+The teacher's is computed likewise, but the student may stand in the middle of a teacher token.
+Example: the teacher has the token `7=`, and the text so far is `7`. Two teacher states can say what
+follows:
 
-    P(c) = [ sum of q(tokens that begin with w and go on with c)  +  q(w) * q'(c) ] / all of that
+    the state before `7`: it knows how likely `7`, `7=` and `72` were, so it can say how likely `=`
+    is after `7` the state after a lone token `7`: in its training `=` never followed here, because
+    `7=` is one token
 
-with q there and q', the distribution after w, here. Inside a token (class 1) no state has read w; then q(w)
-is the probability of anything but the bytes that go on, and the student's outcomes are put together likewise.
+We ask the first, and condition on the bytes w that are already written. If we asked the second only
+when the student happened to cut there, the student's own mistake would make itself look right: on
+the toy the accuracy fell to 0. With q the distribution before w, and q' the distribution after the
+token w:
 
-Simpler than usual: only the last token is looked at; the same text in other tokens is not. Where the
-teacher's tokens neither go on from w nor end there (text it would never spell so) inside a token, the
-position has no loss. The vocabulary is sorted once, so what begins alike lies together.
+    P(c) = [ sum of q(tokens that begin with w and go on with byte c)  +  q(w) * q'(c) ] / the same
+    summed over c
 
-Letters: C rows of a chunk, K rows, d width, V vocabulary, E = 258 outcomes; p student, q teacher.
+Inside a teacher token no state has read w, so q' is unknown. There q(w) goes to ELSE, with every
+byte that no teacher token continues with, and the student's outcomes are put together in the same
+way.
+
+If no teacher token continues what is written inside a token, the teacher would never spell the text
+this way, and the position has no loss. Simpler than possible: only the teacher's last token is
+looked at, and not the other ways to cut the text into tokens before it.
+
+Letters: C rows of a chunk, K rows, d width, V vocabulary, E = 258 outcomes; p student, q teacher
+(tokens); P student,
+         Q teacher (outcomes).
 """
 from bisect import bisect_left
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from output_losses import NOTHING, add_product, divergence, dot, log_probs, rows_at_once
+from output_losses import LOG_ZERO, divergence, log_probs, row_dot
 
 END, ELSE, E = 256, 257, 258    # outcomes: the end of the answer; anything that no byte or end stands for
 FLOOR = 1e-8                    # least probability of an outcome to the teacher: log 0 would be no loss
@@ -33,145 +48,185 @@ FLOOR = 1e-8                    # least probability of an outcome to the teacher
 class ByteTable:
     """Which outcome each token of a vocabulary stands for, after any bytes already written.
 
-    pieces: the bytes of each id. stops: ids that end an answer. count: rows of the model's head.
+    pieces: the bytes of each id. stops: the ids that end an answer. count: rows of the model's head.
+    The vocabulary is sorted by bytes once, so that all tokens that begin alike lie together.
     """
     def __init__(self, pieces, stops, count, device='cpu'):
         self.device = device
         self.sorted = sorted((word, i) for i, word in enumerate(pieces[:count]) if word and i not in stops)
-        self.first = torch.full((count,), ELSE)
+        first_byte = torch.full((count,), ELSE)
         for word, i in self.sorted:
-            self.first[i] = word[0]
-        self.first[list(stops)] = END
-        self.first = self.first.to(device)
+            first_byte[i] = word[0]
+        first_byte[list(stops)] = END
+        self.first = first_byte.to(device)                                   # (V,) outcome of each token
         self.after = lru_cache(1 << 16)(self.after)
 
     def after(self, written):
-        """Tokens that begin with the bytes `written`: ids of those that go on (n,), their next bytes (n,),
-        ids of those that end there (m,)."""
-        going, ending = [], []
-        for word, i in self.sorted[bisect_left(self.sorted, (written,)):] if written else ():
+        """Tokens that begin with the bytes `written` -> ids of those that go on (n,), the byte each
+        goes on with (n,), ids of those that end there (m,)."""
+        going_on = []
+        next_bytes = []
+        ending = []
+        first = bisect_left(self.sorted, (written,)) if written else len(self.sorted)
+        for word, i in self.sorted[first:]:
             if not word.startswith(written):
                 break
             if len(word) > len(written):
-                going.append((i, word[len(written)]))
+                going_on.append(i)
+                next_bytes.append(word[len(written)])
             else:
                 ending.append(i)
-        ids, nexts = zip(*going, strict=True) if going else ((), ())
-        return tuple(torch.tensor(x, dtype=torch.long, device=self.device) for x in (ids, nexts, ending))
+        return tuple(torch.tensor(ids, dtype=torch.long, device=self.device)
+                     for ids in (going_on, next_bytes, ending))
 
-    def firsts(self, p):
-        """Probabilities of tokens (C, V) -> of outcomes (C, E), nothing being written."""
+    def first_outcomes(self, p):
+        """Probabilities of tokens (C, V) -> of outcomes (C, E), where nothing of the next token is
+        written."""
         return p.new_zeros(len(p), E).index_add(1, self.first, p)
 
     def outcomes(self, before, after, written, inside):
-        """The teacher's outcomes: its tokens' probabilities before the last token (C, V) and after it (C, V),
-        the bytes of it that are written, class -> Q (C, E), which sums to 1, or to 0 where nothing is known;
-        told (C, E): the outcomes that a row tells apart, the others being ELSE."""
-        parts = [self.after(w) for w in written]
+        """The teacher's distribution over outcomes, given the bytes of its last token that are written.
 
-        def cat(k):
-            """Rows and values of the k-th part of all rows."""
-            sizes = torch.tensor([len(part[k]) for part in parts], device=self.device)
-            return torch.arange(len(parts), device=self.device).repeat_interleave(sizes), torch.cat(
-                [part[k] for part in parts])
-        (row, ids), (_, nexts), (at, ending) = cat(0), cat(1), cat(2)
-        on = before.new_zeros(len(before), E).index_put_((row, nexts), before[row, ids], accumulate=True)
-        ends = before.new_zeros(len(before)).index_put_((at,), before[at, ending], accumulate=True)[:, None]
-        told = torch.zeros_like(on, dtype=torch.bool).index_put_((row, nexts), torch.ones_like(row).bool())
-        here = torch.where(on.sum(-1, keepdim=True) > 0, on + ends * self.firsts(after), self.firsts(after))
-        on[:, ELSE] = torch.where(told.any(-1), ends[:, 0], 0.0)
+        before, after (C, V): token probabilities at the state before its last token, and at the
+        state after it.
+        written: [C] bytes. inside (C,): the student stands inside that token.
+        -> Q (C, E), whose rows sum to 1, or to 0 where nothing is known; told (C, E): the outcomes
+        that a row tells apart, the others being part of ELSE.
+        """
+        parts = [self.after(word) for word in written]
+        row, ids = self.with_rows([going_on for going_on, _, _ in parts])
+        _, next_bytes = self.with_rows([next_bytes for _, next_bytes, _ in parts])
+        ending_row, ending = self.with_rows([ending for _, _, ending in parts])
+
+        # q of the tokens that go on, by the byte they go on with; and q(w).
+        goes_on = before.new_zeros(len(before), E)                           # (C, E)
+        goes_on.index_put_((row, next_bytes), before[row, ids], accumulate=True)
+        ends_here = before.new_zeros(len(before))                            # (C,)
+        ends_here.index_put_((ending_row,), before[ending_row, ending], accumulate=True)
+        ends_here = ends_here[:, None]
+        told = torch.zeros_like(goes_on, dtype=torch.bool)
+        told.index_put_((row, next_bytes), torch.ones_like(row).bool())
+
+        # Outside a token: the formula of the header. Where no token goes on from w, it is q' alone.
+        first = self.first_outcomes(after)
+        outside = torch.where(goes_on.sum(-1, keepdim=True) > 0, goes_on + ends_here * first, first)
+
+        # Inside a token: q(w) is the probability of anything but the bytes that go on.
+        goes_on[:, ELSE] = torch.where(told.any(-1), ends_here[:, 0], 0.0)
         told[:, ELSE] = True
         inside = inside[:, None]
-        Q = torch.where(inside, on, here)
+        Q = torch.where(inside, goes_on, outside)
         return Q / Q.sum(-1, keepdim=True).clamp(min=1e-37), told | ~inside
 
+    def with_rows(self, tensors):
+        """One tensor per row -> the row of every entry, and all entries one after the other."""
+        sizes = torch.tensor([len(entries) for entries in tensors], device=self.device)
+        rows = torch.arange(len(tensors), device=self.device).repeat_interleave(sizes)
+        return rows, torch.cat(tensors)
 
-def together(P, told):
-    """Outcomes (C, E) with those that are not told apart put into ELSE."""
+
+def merge_untold(P, told):
+    """Outcomes (C, E), with those that are not told apart put together into ELSE."""
     kept = P * told
     rest = torch.zeros_like(kept)
     rest[:, ELSE] = (P - kept).sum(-1)
     return kept + rest
 
 
+def outcome_logs(P, Q):
+    """Outcomes (C, E) -> log P, log Q. The teacher's are not below log FLOOR. Outcomes that no
+    token of the student stands for are left out on both sides."""
+    impossible = P <= 0
+    logP = P.clamp(min=1e-37).log().masked_fill(impossible, LOG_ZERO)
+    logQ = Q.clamp(min=FLOOR).log().masked_fill(impossible, LOG_ZERO)
+    return logP, logQ
+
+
 def byte_rows(p, Q, told, first, direction='reverse'):
-    """KL over the next byte, written down for autograd: student's token probabilities p (K, V), the
-    teacher's outcomes Q (K, E) and which are told apart, the student's table `first` (V,) -> (K,)."""
-    P = together(p.new_zeros(len(p), E).index_add(1, first, p), told)
-    return divergence(*logs(P, Q), 'renorm', direction)
+    """KL over the next byte written down, for autograd: the student's token probabilities p (K, V),
+    the teacher's outcomes Q (K, E) and which of them are told apart, the student's table `first`
+    (V,) -> (K,)."""
+    P = merge_untold(p.new_zeros(len(p), E).index_add(1, first, p), told)
+    return divergence(*outcome_logs(P, Q), 'renorm', direction)
 
 
-def logs(P, Q):
-    """Logs of both, the teacher's not below FLOOR; outcomes that no token of the student stands for are
-    left out on both sides."""
-    never = P <= 0
-    return (P.clamp(min=1e-37).log().masked_fill(never, NOTHING),
-            Q.clamp(min=FLOOR).log().masked_fill(never, NOTHING))
+@dataclass
+class NextByte:
+    """KL over the next byte as an objective under the LM head (output_losses.HeadLoss); tables:
+    ByteTables."""
+    student_table: ByteTable
+    teacher_table: ByteTable
+    direction: str = 'reverse'
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    chunk: int = 0
 
+    @property
+    def vocab(self):
+        """Rows of the student's head that stand for tokens."""
+        return len(self.student_table.first)
 
-class ByteLoss(torch.autograd.Function):
-    """KL over the next byte under both heads, a chunk of rows at a time, gradient formed as it goes."""
-    @staticmethod
-    def forward(ctx, h, W, h_t, W_t, w, written, inside, how):
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        table_s, table_t, chunk, learn = how['table_s'], how['table_t'], how['chunk'], how['learn']
-        V, w = len(table_s.first), w.to(dtype)
-        d_h = torch.empty_like(h) if learn else None
-        d_W = torch.zeros_like(W, dtype=dtype) if learn and ctx.needs_input_grad[1] else None
-        stats = w.new_zeros(4, len(h))       # KL, entropy of P, entropy of Q, -
-        for at in range(0, len(h), chunk):
-            rows = slice(at, at + chunk)
-            after, before = (log_probs(x[rows], W_t[:len(table_t.first)], how['teacher_temperature']).exp_()
-                             for x in h_t.split(len(h)))                     # (C, V_t)
-            Q, told = table_t.outcomes(before, after, written[rows], inside[rows])       # (C, E)
-            del after, before
-            p = log_probs(h[rows], W[:V], how['temperature']).exp_()         # (C, V)
-            P = together(table_s.firsts(p), told)
-            there = Q.sum(-1) > 0
-            logP, logQ = logs(P, Q)
-            with torch.enable_grad():        # (C, E): small enough for autograd
-                leaf = logP.requires_grad_()
-                D = divergence(leaf, logQ, 'renorm', how['direction']) * there
-                g, = torch.autograd.grad(D.sum(), leaf)
-            logP, logQ = (x.detach().log_softmax(-1) for x in (leaf, logQ))
-            entropies = -dot(logP.exp(), logP), -dot(logQ.exp(), logQ)
-            stats[:3, rows] = torch.stack([D.detach(), *entropies]) * there
-            if not learn:
-                continue
-            # each token of an outcome has its share of dD/dlog P: p_v / P times it
-            share = g / P.clamp(min=1e-37)
-            share = torch.where(told, share, share[:, ELSE:])                # (C, E)
-            G = p.mul_(share[:, table_s.first].sub_(g.sum(-1, keepdim=True))).mul_(w[rows, None])
-            d_h[rows] = (G.to(W.dtype) @ W[:V]).div_(how['temperature'])
-            if d_W is not None:
-                add_product(d_W[:V], G, h[rows], 1 / how['temperature'])
-        ctx.grads = d_h, d_W
-        ctx.set_materialize_grads(False)
-        stats = torch.cat([w.sum()[None], stats @ w])
-        ctx.mark_non_differentiable(stats)
-        return stats[1].clone(), stats
+    def teacher_size(self, batch):
+        """Length of the teacher's axis of tokens, for `rows_at_once`: there are two distributions
+        of it."""
+        return 2 * batch.teacher_W.shape[0]
 
-    @staticmethod
-    def backward(ctx, g_loss, _):
-        d_h, d_W = ctx.grads
-        del ctx.grads                        # scaled in place: a second backward would be wrong
-        return d_h.mul_(g_loss), d_W if d_W is None else d_W.mul_(g_loss), *[None] * 6
+    def teacher_positions(self, rows):
+        """The teacher's state at each position, then the state before its last token: (2K,). Where
+        the student is inside a token, and where no token is written, both are the same state."""
+        at = rows.teacher_at
+        if rows.written is None:             # one vocabulary: nothing is ever half written
+            return torch.cat([at, at])
+        has_token = torch.tensor([bool(word) for word in rows.written], device=at.device) & ~rows.inside
+        return torch.cat([at, at - has_token.long()])
 
+    def compare(self, logp, batch, rows):
+        """log p (C, V) of a chunk, *overwritten* -> p (C, V); P, Q, told (C, E)."""
+        K = len(batch.weights)
+        W_t = batch.teacher_W[:len(self.teacher_table.first)]
+        written = [b''] * K if batch.written is None else batch.written
+        after_h, before_h = batch.teacher_h.split(K)
+        after = log_probs(after_h[rows], W_t, self.teacher_temperature).exp_()               # (C, V_t)
+        before = log_probs(before_h[rows], W_t, self.teacher_temperature).exp_()
+        Q, told = self.teacher_table.outcomes(before, after, written[rows], batch.inside[rows])
+        p = logp.exp_()
+        P = merge_untold(self.student_table.first_outcomes(p), told)
+        return p, P, Q, told
 
-def byte_loss(h, W, h_t, W_t, y, w, answer=None, written=None, inside=None, *, table_s, table_t,
-              direction='reverse', temperature=1.0, teacher_temperature=1.0, chunk=0, kind='byte'):
-    """sum_t w_t KL(P_t || Q_t) over the next byte -> (loss, stats (5,)); called as losses.opd_loss is.
+    def entropies(self, D, logP, logQ, known):
+        """Statistics of a chunk (4, C): the KL, both entropies over the outcomes in nats, and 0."""
+        logP = logP.log_softmax(-1)
+        logQ = logQ.log_softmax(-1)
+        entropy_p = -row_dot(logP.exp(), logP)
+        entropy_q = -row_dot(logQ.exp(), logQ)
+        return torch.stack([D, entropy_p, entropy_q, torch.zeros_like(D)]) * known
 
-    h (K, d), W (V, d), W_t (V_t, d_t): rows and heads. h_t (2K, d_t): the teacher's floor states, then those
-    before its last token. written: for each row the bytes of that token which are written. inside (K,):
-    class 1, not all of them are. Or h_t (K, d_t), where both write the same tokens. w (K,): weights. table_s,
-    table_t: ByteTables. kind=None: stats alone. y and answer are not looked at.
-    stats: sum of w, then w-weighted sums of the KL, both entropies over the outcomes (nats), and 0.
-    """
-    if written is None:
-        h_t, written = torch.cat([h_t, h_t]), [b''] * len(h)
-        inside = torch.zeros(len(h), dtype=torch.bool, device=h.device)
-    return ByteLoss.apply(h, W, h_t, W_t, w, written, inside, dict(
-        table_s=table_s, table_t=table_t, direction=direction, temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        chunk=chunk or rows_at_once(max(W.shape[0], 2 * W_t.shape[0]), h.device), learn=kind is not None))
+    def statistics(self, logp, batch, rows):
+        """Statistics of a chunk without a gradient; see `entropies`."""
+        _, P, Q, _ = self.compare(logp, batch, rows)
+        known = Q.sum(-1) > 0
+        logP, logQ = outcome_logs(P, Q)
+        D = divergence(logP, logQ, 'renorm', self.direction) * known
+        return self.entropies(D, logP, logQ, known)
+
+    def loss_and_gradient(self, logp, batch, rows):
+        """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
+        (4, C)."""
+        p, P, Q, told = self.compare(logp, batch, rows)
+        known = Q.sum(-1) > 0
+        logP, logQ = outcome_logs(P, Q)
+
+        # (C, E) is small enough for autograd: g = dD/dlog P.
+        with torch.enable_grad():
+            leaf = logP.requires_grad_()
+            D = divergence(leaf, logQ, 'renorm', self.direction) * known
+            g, = torch.autograd.grad(D.sum(), leaf)
+        D = D.detach()
+        statistics = self.entropies(D, leaf.detach(), logQ, known)
+
+        # Each token has its share of its outcome: p_v / P times dD/dlog P. Then through the softmax.
+        share = g / P.clamp(min=1e-37)
+        share = torch.where(told, share, share[:, ELSE:])                    # (C, E)
+        centred = share[:, self.student_table.first].sub_(g.sum(-1, keepdim=True))           # (C, V)
+        G = p.mul_(centred).mul_(batch.weights[rows, None])
+        return D, G, statistics

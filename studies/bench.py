@@ -12,7 +12,7 @@ Speed and memory, ours beside its peers, on random weights at true shapes. Downl
     python -m studies.bench pair --tokenizers A B --data problems.parquet
                                                   text pairing: bytes a second, share of exact positions
     python -m studies.bench all                   the first six, one after the other, sizes of this machine
-    python -m studies.bench ... --device cpu --count      no seconds: bytes, tensors of vocabulary size, forwards,
+    python -m studies.bench ... --device cpu --count  no seconds: bytes, tensors of vocabulary size, forwards,
                                                   waits for the device; the same numbers on every machine
 
 A table's lines are also printed as JSON, with machine, versions and dtype. Peak is what a case needs beyond

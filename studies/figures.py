@@ -3,7 +3,7 @@ Run folders -> figures and tables. Reads log.jsonl and nothing else.
 
     python -m studies.figures out/toy             out/toy/curve.png
     python -m studies.figures out/a out/b out/c   three runs in one figure, in the first one's folder
-    python -m studies.figures out/toy_bridge_stage1       a bridge, or several: out/toy_bridge_stage1/bridge.png
+    python -m studies.figures out/toy_bridge_stage1   a bridge, or several: out/toy_bridge_stage1/bridge.png
     python -m studies.figures --run toy_comparison  every run of configs/toy_comparison.py, one a core, then
                                                   table.md and curves.png in out/toy_comparison
 

@@ -8,7 +8,8 @@ import torch
 
 from formats.huggingface import read_config
 from formats.tokenizer import check_ids
-from losses import ever, layer_pairs, layer_set, weight_at
+from losses import DISTANCES, layer_pairs, layer_set
+from support.optimizer import ever_positive, weight_at
 from support.runtime import UserError, print0
 
 GiB = 2**30
@@ -18,12 +19,12 @@ def preflight(cfg, place, tok, tok_t, train, held_out):
     """Look before the leap: the pair, the lengths, the memory; a line each, or a UserError.
     -> (phi {student layer: teacher layer}, stop ids, longest sequence)."""
     student, teacher = read_config(cfg['student']), read_config(cfg['teacher'])
-    hidden, bridge = ever(cfg['oprd_weight']), bool(cfg['bridge'])
+    hidden, bridge = ever_positive(cfg['oprd_weight']), bool(cfg['bridge'])
     byte = cfg['opd'] == 'byte' and not hidden
     lines = check_pair(student, teacher, tok, tok_t, train[0].question, hidden, bridge or byte)
     vanilla = student.d == teacher.d and tok.words == tok_t.words
     phi = match_layers(cfg, student.L, teacher.L) if bridge or vanilla else {}
-    if tok.words != tok_t.words and ever(cfg['opd_weight']) and cfg['opd'] != 'byte':
+    if tok.words != tok_t.words and ever_positive(cfg['opd_weight']) and cfg['opd'] != 'byte':
         raise UserError(f"opd={cfg['opd']!r} compares token by token, but the tokenizers differ; use "
                         "opd='byte'")
     if cfg['opd'] == 'byte' and cfg['teacher_ids'] == 'student' and tok.words != tok_t.words:
@@ -76,16 +77,25 @@ def check_objective(cfg):
     for step in range(1, cfg['steps'] + 1):
         if not any(weight_at(step, cfg['steps'], cfg[k]) for k in ('oprd_weight', 'opd_weight')):
             raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there; raise one')
+    if cfg['rep_loss'] not in DISTANCES:
+        raise UserError(f"rep_loss={cfg['rep_loss']!r}: no such distance in losses.py; "
+                        f"choose one of {', '.join(DISTANCES)}")
+    if cfg['position_offset'] and (cfg['bridge'] or cfg['positions'] == 'drift'):
+        raise UserError("position_offset=1 belongs to Eq. (6) without a bridge and without drift weights; "
+                        'set it to 0')
     for key in ('opd_future', 'opd_baseline'):
         if cfg[key] and cfg['opd'] != 'sampled':
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={cfg['opd']!r}; drop one of them")
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
-    if not ever(cfg['opd_weight']):
+    if not ever_positive(cfg['opd_weight']):
         return []
     if cfg['opd'] == 'sampled' and cfg['kl_direction'] == 'forward':
         raise UserError("opd='sampled' with kl_direction='forward': the student's own tokens do not estimate "
                         "KL(q || p); use opd='full' or 'topk'")
+    if cfg['opd'] == 'topk' and cfg['opd_tail'] == 'reward' and cfg['kl_direction'] == 'forward':
+        raise UserError("opd_tail='reward' with kl_direction='forward': a reward is a reverse KL; use "
+                        "opd_tail='renorm' or 'bucket'")
     one = cfg['opd'] == 'topk' and cfg['opd_k'] == 1 and cfg['opd_support'] != 'union'
     if one and cfg['opd_tail'] == 'renorm':
         raise UserError("opd='topk' with opd_k=1 and opd_tail='renorm' is 0 whatever the models say; "
@@ -116,7 +126,7 @@ def memory_estimate(cfg, student, teacher, phi, longest, place):
         'KV cache while sampling': max(rows, cfg['eval_rows'] if cfg['eval_data'] else 0) * longest * kv,
         'teacher rows of a micro-batch': len(phi) * tokens * row,
         'activations of a micro-batch': tokens * kept * student.L * size,
-        "the LM head's gradient and a chunk of logits": head * ever(cfg['opd_weight']),
+        "the LM head's gradient and a chunk of logits": head * ever_positive(cfg['opd_weight']),
     }
 
 
