@@ -36,8 +36,8 @@ from formats.huggingface import load_model, read_config
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import check_ids, load_tokenizer
 from rollout import Rollout, sample
-from rows import micro_batches
-from rows import position_mask as positions
+from step import micro_batches
+from step import position_mask as positions
 from studies import toy
 from studies.figures import bridges
 from support.files import digest, open_safetensors, whole, write_json, write_safetensors

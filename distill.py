@@ -31,7 +31,6 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -47,7 +46,15 @@ from grading.grader import grade
 from losses import BridgeTerm, HiddenTerm
 from output_losses import OutputTerm, make_objective
 from rollout import sample
-from rows import cut_rollout, diagnostic_mask, position_mask, position_weights
+from step import (
+    Objective,
+    accumulate,
+    cut_rollout,
+    diagnose,
+    diagnostic_mask,
+    position_mask,
+    position_weights,
+)
 from studies import figures, toy
 from support.files import Log, open_run, read_json, resume, save, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
@@ -68,40 +75,8 @@ from support.runtime import (
     start,
     versions,
 )
-from teacher import hidden_rows
 
 # ---- what is minimised -----------------------------------------------------------------------
-
-@dataclass
-class Objective:
-    """Eq. (7). Its terms are made once, before the loop; None: a term that these models do not
-    allow."""
-    layer_map: dict             # {student layer: teacher layer} of the hidden-state term
-    hidden: object              # losses.HiddenTerm, Eq. (6), or losses.BridgeTerm, Eq. (15)
-    output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
-    bridge: object = None       # bridge.Bridge
-
-    def only(self, hidden, output):
-        """The objective with those of its terms for which the flag is set."""
-        return Objective(self.layer_map if hidden else {}, self.hidden if hidden else None,
-                         self.output if output else None, self.bridge)
-
-    def student_layers(self, L):
-        """The student layers whose states the terms look at, ascending."""
-        layers = set(self.layer_map)
-        if self.output is not None:
-            layers.add(L)
-        return sorted(layers)
-
-    def teacher_rows(self, teacher, rows):
-        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K, d)}."""
-        wanted = {}
-        for l in self.layer_map:
-            wanted[l] = rows.teacher_at + rows.offset
-        if self.output is not None:
-            wanted['head'] = self.output.teacher_positions(rows)
-        return hidden_rows(teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
-
 
 def make_objective_terms(cfg, layer_map, bridge, teacher, output):
     """The config's choices -> Objective. output: an objective of output_losses or next_byte, or
@@ -134,122 +109,6 @@ def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
     return make_objective(cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], tail=cfg['opd_tail'],
                           direction=cfg['kl_direction'], future=cfg['opd_future'],
                           baseline=cfg['opd_baseline'], vocab=tok.size, **heads)
-
-
-# ---- one step's gradient ----------------------------------------------------------------------
-
-class LayerPart(NamedTuple):
-    """What one layer of the student contributes to a step: scalars, and statistics (5,); None =
-    nothing."""
-    hidden: torch.Tensor | None = None       # its share of Eq. (6) or (15)
-    cosine: torch.Tensor | None = None       # weighted mean cosine to the teacher
-    output: torch.Tensor | None = None       # the output-space term
-    statistics: torch.Tensor | None = None   # see output_losses.head_statistics
-
-
-def layer_losses(l, h, objective, student, rows, teacher_rows):
-    """Called as the states h (B, T, d) of student layer l pass -> h, LayerPart.
-
-    A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
-    not needed any more: no second copy of L x K x d numbers is ever made.
-    """
-    output = statistics = hidden = cosine = None
-    if l == student.config.L and objective.output is not None:
-        h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
-        output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
-    if l in objective.layer_map:
-        h, hidden, cosine = objective.hidden(l, h, teacher_rows[l], rows)
-    return h, LayerPart(hidden, cosine, output, statistics)
-
-
-def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale=1.0,
-               lap=lambda phase: None):
-    """Steps 4 and 5: add the gradient of scale * Eq. (7) over a rollout to the student's .grad.
-
-    micro_batches: the rollout's Rows (rows.cut_rollout). oprd_weight, opd_weight: of this step; a
-    term of weight 0 does not run. lap: called with the phase that has just ended.
-    -> {name: this rank's sum}; summed over ranks they are what they would be on one rank in one
-    micro-batch: 'loss/oprd', 'loss/opd', 'layer_loss' and 'layer_cosine' (one number for each layer
-    of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
-    """
-    objective = objective.only(oprd_weight > 0, opd_weight > 0)
-    layers = objective.student_layers(student.config.L)
-    sums = {}
-    for rows in micro_batches:
-        # 4. The teacher reads the answers. Of each matched layer the supervised rows alone are kept.
-        teacher_rows = objective.teacher_rows(teacher, rows)
-        lap('teacher')
-
-        # 5. The student reads them once. The loss of each layer is taken as the layer passes.
-        tap = partial(layer_losses, objective=objective, student=student, rows=rows,
-                      teacher_rows=teacher_rows)
-        parts = student.hidden(rows.ids, layers, tap=tap)
-        layer_loss = [part.hidden for part in parts if part.hidden is not None]
-        hidden_loss = sum(layer_loss) / max(1, len(layer_loss))
-        output_loss = sum(part.output for part in parts if part.output is not None)
-
-        # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
-        ((oprd_weight * hidden_loss + opd_weight * output_loss) * scale).backward()
-        lap('student')
-        add_to(sums, parts, rows)
-        add_losses(sums, hidden_loss, output_loss)
-    return sums
-
-
-def add_losses(sums, hidden_loss, output_loss):
-    """Add the two terms of a micro-batch to a step's sums; a term that did not run is the number 0."""
-    for name, loss in (('loss/oprd', hidden_loss), ('loss/opd', output_loss)):
-        if torch.is_tensor(loss):
-            sums[name] = sums.get(name, 0.0) + loss.detach()
-
-
-def add_to(sums, parts, rows):
-    """Add what the layers of a micro-batch said to a step's sums."""
-    new = {'weight': rows.weights.sum()}
-    cosines = [part.cosine for part in parts if part.cosine is not None]
-    losses = [part.hidden.detach() for part in parts if part.hidden is not None]
-    statistics = [part.statistics for part in parts if part.statistics is not None]
-    if cosines:
-        new['layer_cosine'] = torch.stack(cosines)
-    if losses:
-        new['layer_loss'] = torch.stack(losses)
-    if statistics:
-        new['statistics'] = statistics[0]
-    for name, value in new.items():
-        sums[name] = sums.get(name, 0.0) + value
-
-
-# ---- what the objective leaves out ------------------------------------------------------------------
-
-def layer_diagnosis(l, h, objective, student, rows, teacher_rows):
-    """`layer_losses` without losses: the cosine of layer l, or the statistics of the output space."""
-    cosine = statistics = None
-    flat = h.flatten(0, 1)                                                   # (B * T, d)
-    if l == student.config.L and objective.output is not None:
-        statistics = objective.output.statistics(student.head, flat[rows.at], teacher_rows['head'], rows)
-    if l in objective.layer_map:
-        h_s = flat[rows.at + rows.offset].float()
-        row_cosine = objective.hidden.cosine(l, h_s, teacher_rows[l].float(), rows.inside)   # (K,)
-        cosine = (rows.weights * row_cosine).sum()
-    return h, LayerPart(cosine=cosine, statistics=statistics)
-
-
-@torch.no_grad()
-def diagnose(student, teacher, micro_batches, objective):
-    """Look at the terms of an objective without training on them: one forward of both models, no
-    gradient.
-
-    -> {name: this rank's sum} as from `accumulate`: 'weight', 'layer_cosine', 'statistics'.
-    """
-    layers = objective.student_layers(student.config.L)
-    sums = {}
-    for rows in micro_batches:
-        teacher_rows = objective.teacher_rows(teacher, rows)
-        look = partial(layer_diagnosis, objective=objective, student=student, rows=rows,
-                       teacher_rows=teacher_rows)
-        parts = student.hidden(rows.ids, layers, tap=look)
-        add_to(sums, parts, rows)
-    return sums
 
 
 # ---- before the loop ---------------------------------------------------------------------------

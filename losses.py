@@ -13,7 +13,7 @@ To try another distance, add it to DISTANCES. It trains from there on, with its 
 autograd; a fused gradient only makes it faster. Loss arithmetic is float32 (or wider), whatever the
 type of the models.
 
-Output-space objectives: output_losses.py. Positions and weights: rows.py.
+Output-space objectives: output_losses.py. Positions and weights: step.py.
 
 Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank of a bridge.
 """

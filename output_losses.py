@@ -191,8 +191,8 @@ class HeadRows:
     next_token: torch.Tensor    # (K,)
     weights: torch.Tensor       # (K,)
     answer: torch.Tensor        # (K,) ascending
-    inside: torch.Tensor        # (K,) see rows.Rows
-    written: list | None        # [K] see rows.Rows
+    inside: torch.Tensor        # (K,) see step.Rows
+    written: list | None        # [K] see step.Rows
 
 
 class HeadLoss(torch.autograd.Function):

@@ -43,17 +43,17 @@ from unittest import mock
 import torch
 
 import kernels
-from cross_tokenizer.next_byte import ByteTable, byte_loss
+from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import pair_text
-from distill import accumulate
 from formats.huggingface import hf_config, hf_tensors
 from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
 from kernels.layer_loss import layer_rows_text
-from losses import layer_loss, oprd_loss, position_weights, positions, row_distance
+from losses import HiddenTerm, layer_loss, oprd_loss, row_distance
 from model import PRESETS, Linear, Model
-from output_losses import opd_loss, opd_rows, rows_at_once
+from output_losses import HeadLoss, HeadRows, OutputTerm, make_objective, opd_rows, rows_at_once
 from rollout import Places, Rollout, naive, sample, stream
+from step import Objective, accumulate, cut_rollout, position_mask, position_weights
 from studies.measure import MB, Case, counted, machine, measure
 from support.optimizer import adamw
 from support.runtime import ROOT, UserError, gathered, run, shard, start, versions
@@ -164,11 +164,13 @@ def head_cases(args, place):
     W.requires_grad_()
 
     def ours(kind, **how):
-        loss, _ = opd_loss(h, W, h_t, W_t, y, w, kind=kind, chunk=args.chunk, **how)
+        objective = make_objective(kind, chunk=args.chunk, **how)
+        batch = HeadRows(h_t, W_t, y, w, torch.zeros_like(y), None, None)
+        loss, _ = HeadLoss.apply(h, W, objective, batch)
         torch.autograd.grad(loss, (h, W))
 
     def whole():
-        loss = (w * opd_rows((h @ W.t()).float(), (h_t @ W_t.t()).float(), y)).sum()
+        loss = (w * opd_rows((h @ W.t()).float(), (h_t @ W_t.t()).float(), y, 'full')).sum()
         torch.autograd.grad(loss, (h, W))
 
     def liger():
@@ -177,8 +179,8 @@ def head_cases(args, place):
         torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, (h, W))
 
     def next_byte(written, inside, both):
-        loss, _ = byte_loss(h, W, both, W_t, y, w, None, written, inside, table_s=table, table_t=table,
-                            chunk=args.chunk)
+        batch = HeadRows(both, W_t, y, w, torch.zeros_like(y), inside, written)
+        loss, _ = HeadLoss.apply(h, W, NextByte(table, table, chunk=args.chunk), batch)
         torch.autograd.grad(loss, (h, W))
     rng = random.Random(0)                   # words of 1 to 8 of 64 bytes; 6 rows in 100 inside a token
     words = [bytes(rng.choices(range(64), k=rng.randint(1, 8))) for _ in range(c.V)]
@@ -206,12 +208,13 @@ def trainer(args, place):
     student = student.float().train().requires_grad_(True)
     student.checkpointing = args.checkpointing
     shard(student, place)
-    opt, phi = adamw(student, 1e-6, (0.9, 0.999), 0.0), {l: l for l in range(1, c.L + 1)}
+    opt, layer_map = adamw(student, 1e-6, (0.9, 0.999), 1e-8, 0.0), {l: l for l in range(1, c.L + 1)}
 
-    def update(roll, oprd, opd, **how):
-        w = position_weights(positions(roll, 'last_k', 2000))
-        accumulate(student, teacher, roll, w, phi, 'mse', args.budget, oprd_weight=oprd,
-                   opd_weight=opd, opd=partial(opd_loss, chunk=args.chunk, **how))
+    def update(roll, oprd, opd, kind):
+        weights = position_weights(position_mask(roll, 'last_k', 2000))
+        output = OutputTerm(make_objective(kind, chunk=args.chunk), teacher)
+        objective = Objective(layer_map, HiddenTerm('mse'), output)
+        accumulate(student, teacher, cut_rollout(roll, weights, args.budget), objective, oprd, opd)
         opt.step()
         opt.zero_grad()
     return student, update
@@ -236,7 +239,7 @@ def update_cases(args, place):
         theirs = both[0].float().train().requires_grad_(True)
         if args.checkpointing:
             theirs.gradient_checkpointing_enable()
-        w = position_weights(positions(roll, 'last_k', 2000)).flatten()
+        w = position_weights(position_mask(roll, 'last_k', 2000)).flatten()
         at = w.nonzero().squeeze(-1)
         return theirs, both[1], adamw(theirs, 1e-6, (0.9, 0.999), 0.0), at, w[at]
 

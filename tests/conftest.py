@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from configs import load_config
+from cross_tokenizer.next_byte import NextByte
+from losses import BridgeTerm, HiddenTerm
 from model import Model, ModelConfig, init_weights
+from output_losses import HeadLoss, HeadRows, OutputTerm, head_statistics, make_objective
+from step import Objective, accumulate, cut_rollout, diagnose
 from studies import toy
 from support.runtime import ROOT, start
 
@@ -48,6 +52,46 @@ def rounding(terms, count):
         terms = [terms]
     magnitude = sum(float(term.detach().norm()) for term in terms)
     return count * torch.finfo(terms[0].dtype).eps * magnitude
+
+
+def opd_loss(h, W, h_t, W_t, y, w, answer=None, *, kind='full', **how):
+    """An output-space objective of rows (K, d) under a head (V, d) -> (loss, statistics (5,)). kind None: the
+    statistics alone, and a loss of 0."""
+    objective = make_objective(kind or 'full', **how)
+    batch = HeadRows(h_t, W_t, y, w, torch.zeros_like(y) if answer is None else answer, None, None)
+    if kind is None:
+        return 0.0, head_statistics(h, W, objective, batch)
+    return HeadLoss.apply(h, W, objective, batch)
+
+
+def byte_loss(h, W, h_t, W_t, w, written=None, inside=None, *, table_s, table_t, **how):
+    """The next-byte KL of rows -> (loss, statistics (5,)). Without `written` h_t is (K, d_t): one state serves as both."""
+    if written is None:
+        h_t = torch.cat([h_t, h_t])
+        inside = torch.zeros(len(h), dtype=torch.bool)
+    batch = HeadRows(h_t, W_t, None, w, None, inside, written)
+    return HeadLoss.apply(h, W, NextByte(table_s, table_t, **how), batch)
+
+
+def step_sums(student, teacher, roll, weights, layer_map, budget=10**6, scale=1.0, *, kind='mse', drift=False, bridge=None,
+              normalise=True, output=None, oprd_weight=1.0, opd_weight=0.0, reading=None, offset=0, probe=None):
+    """Steps 4 and 5 of a training step, as distill.train takes them -> the sums of accumulate. output: an objective of
+    output_losses or next_byte. probe: a mask (B, T): what the objective leaves out is looked at there, and joins the sums,
+    its weight as 'looked'."""
+    hidden = BridgeTerm(bridge, normalise) if bridge else HiddenTerm(kind, drift)
+    objective = Objective(layer_map, hidden, OutputTerm(output, teacher) if output else None, bridge)
+    looked = {}
+    if probe is not None:
+        left_out = objective.only(oprd_weight == 0, opd_weight == 0)
+        looked = diagnose(student, teacher, cut_rollout(roll, weights * probe, budget, reading, offset), left_out)
+        looked['looked'] = looked.pop('weight')
+    micro_batches = cut_rollout(roll, weights, budget, reading, offset)
+    return accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale) | looked
+
+
+def flat_sums(sums):
+    """All of a step's sums in one vector, by the order of their names."""
+    return torch.cat([sums[name].reshape(-1) for name in sorted(sums)])
 
 
 def argv(toy_dir, out, **keys):

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import argv
+from conftest import argv, opd_loss
 
 from configs import load_config
-from output_losses import opd_loss
 from studies.bench import TABLES, arguments, liger_scheme, main
 from studies.toy import folder_of
 

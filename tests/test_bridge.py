@@ -3,12 +3,11 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, tiny_model
+from conftest import argv, step_sums, tiny_model
 from safetensors import safe_open
 from test_losses import rollout
 
@@ -17,8 +16,9 @@ import distill
 from bridge import Bridge, Moments, cosines, energy, main, predicted, principal, ridge
 from configs import load_config
 from cross_tokenizer.pairing import Reading
-from losses import bridge_loss, position_weights, positions
-from output_losses import opd_loss, opd_rows
+from losses import bridge_loss
+from output_losses import make_objective, opd_rows
+from step import position_mask, position_weights
 from studies.toy import folder_of
 from support.files import read_json
 from support.runtime import ROOT, UserError, run
@@ -306,7 +306,7 @@ def test_equation_15(normalise):
             z, t = z / z.norm(), t / t.norm()
         total = total + w[k] * ((z - t) ** 2).sum()
     P_s.requires_grad_()
-    out, loss, cos = bridge_loss(h, z_t, at, w, P_s, b_s, inside, normalise)
+    out, loss, cos = bridge_loss(h, z_t, at, w, (P_s, b_s), inside, normalise)
     assert abs(loss - total) < 1e-12
     got, want = torch.autograd.grad(1.7 * loss + 0 * out.sum(), h)[0], torch.autograd.grad(1.7 * total, h)[0]
     assert (got - want).abs().max() < 1e-12
@@ -325,7 +325,7 @@ def test_composite_through_a_bridge(toy_dir, budget):
                   for l in spans}
         face = Bridge({1: 1, 2: 3, 3: 4}, 3, {l: f[0] for l, f in frames.items()}, {l: f[1] for l, f in frames.items()},
                       {l: s[0] for l, s in spans.items()}, {l: s[1] for l, s in spans.items()})
-        m, reading = positions(roll, 'all'), None
+        m, reading = position_mask(roll, 'all'), None
         ids_t, at_t, inside = roll.ids, torch.arange(roll.ids.shape[1]).expand(roll.ids.shape), torch.zeros_like(m)
         if other:                            # every second token of another text; one answer beyond its context
             ids_t = torch.arange(roll.ids.shape[0] * 9).view(-1, 9) % 50
@@ -336,8 +336,8 @@ def test_composite_through_a_bridge(toy_dir, budget):
             m = m & (at_t >= 0)
         w = position_weights(m, 'token')
         opd_weight = 0.0 if other else 0.7
-        sums = distill.accumulate(student, teacher, roll, w, {1: 1, 2: 3, 3: 4}, 'mse', budget, oprd_weight=0.3, opd_weight=opd_weight,
-                                  opd=None if other else partial(opd_loss, vocab=37), reading=reading, bridge=face)
+        sums = step_sums(student, teacher, roll, w, {1: 1, 2: 3, 3: 4}, budget, oprd_weight=0.3, opd_weight=opd_weight,
+                         output=None if other else make_objective('full', vocab=37), reading=reading, bridge=face)
         plain = tiny_model(0)
         x, y = plain.hidden(roll.ids, [1, 2, 3]), teacher.hidden(ids_t, [1, 3, 4])              # Eq. (11): 1, 2.5 up, 4
         loss = 0.0
@@ -348,13 +348,13 @@ def test_composite_through_a_bridge(toy_dir, budget):
                 z_s = spans[l][0][c] @ x_l[b, t] + spans[l][1][c]
                 loss = loss + 0.3 / 3 * w[b, t] * (z_s / z_s.norm() - z_t / z_t.norm()).square().sum()
         if not other:
-            kl = opd_rows(plain.head(x[2][m]), teacher.head(y[2][m])[:, :37], None)
+            kl = opd_rows(plain.head(x[2][m]), teacher.head(y[2][m])[:, :37], None, 'full')
             loss = loss + 0.7 * (w[m] * kl).sum()
         loss.backward()
         for (name, p), q in zip(plain.named_parameters(), student.named_parameters(), strict=True):
             if p.grad is not None:
                 assert (p.grad - q[1].grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
-        assert sums[7] == pytest.approx(1)
+        assert sums['weight'] == pytest.approx(1)
 
 
 def test_only_projections_of_the_teacher_are_kept():

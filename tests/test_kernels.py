@@ -70,9 +70,9 @@ def test_bridge_text_equals_autograd(dtype, worst, normalise):
     at, inside = torch.randperm(40, generator=g)[:K], torch.rand(K, generator=g) < 0.4
     w[3], z_t[5] = 0, 0
     leaf = h.to(wide).requires_grad_()
-    z = losses.through(leaf[at], P_s, b_s, inside)
+    z = losses.project_student(leaf[at], P_s, b_s, inside)
     z.retain_grad()
-    value = losses.bridge_rows(z, z_t, normalise)
+    value = losses.bridge_distance(z, z_t, normalise)
     (w * value).sum().backward()
     grad = z_t.clone()
     v, c = bridge_rows_text(h, grad, at, w, P_s, b_s, inside, normalise)

@@ -1,12 +1,13 @@
 """Eq. (6) against brute force in float64; the fused form against autograd. Output space: test_opd.py."""
 import pytest
 import torch
-from conftest import TINY_SUMS, rounding, tiny_model
+from conftest import TINY_SUMS, flat_sums, rounding, step_sums, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill import accumulate
-from losses import layer_loss, layer_map, layer_pairs, layer_set, oprd_loss, position_weights, positions
-from rollout import Rollout, micro_batches, sample
+import losses
+from losses import layer_loss, layer_pairs, layer_set, oprd_loss, teacher_layer
+from rollout import Rollout, sample
+from step import micro_batches, position_mask, position_weights
 from teacher import hidden_rows
 
 PHI = {1: 1, 2: 2, 3: 3}
@@ -31,7 +32,7 @@ def chosen(n, which, size):
 @pytest.mark.parametrize('which, size', SETS)
 def test_positions_by_hand(which, size):
     roll = rollout()
-    m = positions(roll, which, size)
+    m = position_mask(roll, which, size)
     for b in range(5):
         P, n = int(roll.prompt_len[b]), int(roll.resp_len[b])
         assert m[b].nonzero().squeeze(-1).tolist() == [P - 1 + t for t in chosen(n, which, size)]
@@ -40,11 +41,11 @@ def test_positions_by_hand(which, size):
 def test_layer_sets_and_map():
     assert layer_set('all', 4) == [1, 2, 3, 4] and layer_set('last', 4) == [4]
     assert layer_set('even', 5) == [2, 4] and layer_set('odd', 5) == [1, 3, 5] and layer_set([3, 1, 3], 5) == [1, 3]
-    assert [layer_map(l, 28, 28) for l in (1, 14, 28)] == [1, 14, 28]
-    phi = [layer_map(l, 28, 36) for l in range(1, 29)]                 # Eq. (11) for Qwen3-1.7B <- 4B
+    assert [teacher_layer(l, 28, 28) for l in (1, 14, 28)] == [1, 14, 28]
+    phi = [teacher_layer(l, 28, 36) for l in range(1, 29)]                 # Eq. (11) for Qwen3-1.7B <- 4B
     assert phi[0] == 1 and phi[-1] == 36 and phi == sorted(phi)
     assert all(abs(p - ((l - 1) / 27 * 35 + 1)) <= 0.5 for l, p in enumerate(phi, 1))
-    assert layer_map(1, 1, 6) == 6 and layer_map(8, 11, 46) == 33     # 31.5 + 1: floats come out one low
+    assert teacher_layer(1, 1, 6) == 6 and teacher_layer(8, 11, 46) == 33     # 31.5 + 1: floats come out one low
 
 
 def brute_force(h_s, h_t, roll, layers, which, size, kind, average):
@@ -78,7 +79,7 @@ def test_equation_6(which, size, layers, kind, average):
     want = brute_force(h_s, h_t, roll, layers, which, size, kind, average)
     want_grad = torch.autograd.grad(1.7 * want, h_s)
 
-    w = position_weights(positions(roll, which, size).double(), average).flatten()
+    w = position_weights(position_mask(roll, which, size).double(), average).flatten()
     at = w.nonzero().squeeze(-1)
     w = w[at]
     rows = [h.flatten(0, 1)[at] for h in h_s]
@@ -103,14 +104,14 @@ DTYPES = pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['
 def test_layer_by_layer_equals_autograd_through_the_model(kind, recompute, dtype):
     """The gradient injected on the way back, against autograd on gathered rows."""
     roll, teacher = rollout(), tiny_model(1).to(dtype)
-    w = position_weights(positions(roll, 'last_k', 3))
+    w = position_weights(position_mask(roll, 'last_k', 3))
     at = w.flatten().nonzero().squeeze(-1)
     plain = tiny_model(0).to(dtype)
     h_t = hidden_rows(teacher, roll.ids, dict.fromkeys(PHI, at), PHI)
     oprd_loss(plain.hidden(roll.ids, [1, 2, 3], at), list(h_t.values()), w.flatten()[at], kind).backward()
     fused = tiny_model(0).to(dtype)
     fused.checkpointing = recompute
-    accumulate(fused, teacher, roll, w, PHI, kind, budget=10**6)
+    step_sums(fused, teacher, roll, w, PHI, kind=kind)
     for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
         if name == 'head.weight':
             assert a.grad is None and b.grad is None
@@ -124,10 +125,10 @@ def test_layer_by_layer_equals_autograd_through_the_model(kind, recompute, dtype
 def test_micro_batches_do_not_change_the_gradient(layers, average, dtype):
     """From one row at a time to everything at once; sums that are logged, in float32, agree too."""
     roll, teacher, results = rollout(), tiny_model(1).to(dtype), []
-    w = position_weights(positions(roll, 'all'), average)
+    w = position_weights(position_mask(roll, 'all'), average)
     for budget in (1, 20, 30, 10**6):
         model = tiny_model(0).to(dtype)
-        sums = accumulate(model, teacher, roll, w, {l: l for l in layers}, 'mse', budget)
+        sums = flat_sums(step_sums(model, teacher, roll, w, {l: l for l in layers}, budget))
         results.append((sums, [p.grad for p in model.parameters() if p.grad is not None]))
     for sums, grads in results[:-1]:
         assert (sums - results[-1][0]).norm() <= rounding(results[-1][0].float(), 100)
@@ -146,13 +147,72 @@ def test_micro_batches_cover_every_row_within_the_budget():
 def test_logged_cosines_keep_their_layers_through_length_sorting():
     """Metrics of sorted micro-batches must not be permuted: each layer against its own direct cosine."""
     roll, student, teacher = rollout(), tiny_model(0).double(), tiny_model(1).double()
-    m = positions(roll, 'all')
+    m = position_mask(roll, 'all')
     logged = rounding(torch.ones(()), int(m.sum()))          # weights that sum to 1, as many float32 numbers
-    sums = accumulate(student, teacher, roll, position_weights(m, 'token'), PHI, 'mse', budget=15)
-    assert abs(sums[7] - 1) <= logged
-    for l, cos in enumerate(sums[8:], 1):
+    sums = step_sums(student, teacher, roll, position_weights(m, 'token'), PHI, 15)
+    assert abs(sums['weight'] - 1) <= logged
+    for l, cos in enumerate(sums['layer_cosine'], 1):
         s, t = student.hidden(roll.ids, [l])[0][m], teacher.hidden(roll.ids, [l])[0][m]
         assert abs(torch.cosine_similarity(s, t).mean() - cos) <= logged
+
+
+def huber(h_s, h_t):
+    """A distance that the project does not have."""
+    return torch.nn.functional.huber_loss(h_s, h_t, reduction='none', delta=0.3).mean(-1)
+
+
+def test_a_distance_added_in_one_place_trains(monkeypatch):
+    """The trap of an ablation: a new distance that is written into the readable table, and then trains as another one.
+    Its gradient through the model equals autograd's, and is not that of the cosine."""
+    monkeypatch.setitem(losses.DISTANCES, 'huber', huber)
+    roll, teacher = rollout(), tiny_model(1).double()
+    w = position_weights(position_mask(roll, 'last_k', 3)).double()
+    at = w.flatten().nonzero().squeeze(-1)
+    h_t = hidden_rows(teacher, roll.ids, dict.fromkeys(PHI, at), PHI)
+    grads = {}
+    for name in ('huber', 'cosine'):
+        model = tiny_model(0).double()
+        step_sums(model, teacher, roll, w, PHI, kind=name)
+        grads[name] = [p.grad for p in model.parameters() if p.grad is not None]
+    plain = tiny_model(0).double()
+    sum((w.flatten()[at] * huber(s, t)).sum() / 3
+        for s, t in zip(plain.hidden(roll.ids, [1, 2, 3], at), h_t.values(), strict=True)).backward()
+    want = [p.grad for p in plain.parameters() if p.grad is not None]
+    for got, ours, cosine in zip(grads['huber'], want, grads['cosine'], strict=True):
+        assert (got - ours).norm() <= 1e-12 * ours.norm() < (got - cosine).norm()
+
+
+def test_an_edited_distance_trains_as_edited(monkeypatch):
+    """Whoever changes the formula of 'mse' gets the changed gradient, and not the kernel's old one."""
+    assert all(losses.HiddenTerm(kind).fused for kind in ('mse', 'nmse', 'cosine'))
+    monkeypatch.setitem(losses.DISTANCES, 'mse', huber)
+    term = losses.HiddenTerm('mse')
+    assert not term.fused
+    g = torch.Generator().manual_seed(0)
+    h, h_t = torch.randn(2, 4, 6, generator=g, dtype=torch.float64, requires_grad=True), torch.randn(8, 6, generator=g, dtype=torch.float64)
+    _, loss, _ = layer_loss(h, h_t.clone(), torch.arange(8), torch.ones(8).double(), 'mse', fused=term.fused)
+    want = huber(h.flatten(0, 1), h_t).sum()
+    assert abs(loss - want) < 1e-13
+    assert (torch.autograd.grad(loss, h)[0] - torch.autograd.grad(want, h)[0]).abs().max() < 1e-13
+
+
+def test_hidden_states_one_column_later():
+    """position_offset=1 compares the states that have read y_t, as the authors' code does, and still weighs each answer
+    the same; output space is not moved."""
+    roll, student, teacher = rollout(), tiny_model(0).double(), tiny_model(1).double()
+    mask = position_mask(roll, 'last_k', 3)
+    w = position_weights(mask.double())
+    sums = step_sums(student, teacher, roll, w, PHI, 20, offset=1)
+    want = 0.0
+    for b in range(5):
+        P, n = int(roll.prompt_len[b]), int(roll.resp_len[b])
+        read = range(P, P + n)[-3:]          # the columns of the last three response tokens
+        for l in PHI:
+            s, t = (model.hidden(roll.ids, [l])[0][b, list(read)] for model in (student, teacher))
+            want += (s - t).square().mean(-1).mean() / 5 / 3
+    assert sums['loss/oprd'] == pytest.approx(want.item(), rel=1e-12)
+    plain = step_sums(student, teacher, roll, w, PHI, 20)
+    assert abs(plain['loss/oprd'] / sums['loss/oprd'] - 1) > 1e-3
 
 
 def test_a_loss_that_is_not_used_adds_nothing():
@@ -205,9 +265,9 @@ def test_no_tensor_has_an_axis_of_vocabulary_size(tied):
     V, d = 997, 20
     student, teacher = tiny_model(0, V=V, tied=tied), tiny_model(1, V=V, tied=tied)
     roll = rollout(V=V)
-    w = position_weights(positions(roll, 'all'))
+    w = position_weights(position_mask(roll, 'all'))
     with Shapes() as watch:
-        accumulate(student, teacher, roll, w, PHI, 'mse', 10**6)
+        step_sums(student, teacher, roll, w, PHI)
     assert (5, 13, d) in watch.seen                                       # it did watch
     assert {s for s in watch.seen if V in s} == {(V, d)}
     with Shapes() as watch:
@@ -220,7 +280,7 @@ def test_the_teacher_is_left_as_it_was():
     before = [p.clone() for p in teacher.parameters()]
     opt = torch.optim.AdamW(student.parameters(), lr=0.1)
     for _ in range(3):
-        accumulate(student, teacher, rollout(), position_weights(positions(rollout())), PHI, 'mse', 20)
+        step_sums(student, teacher, rollout(), position_weights(position_mask(rollout())), PHI, 20)
         opt.step()
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters(), strict=True))
 

@@ -3,9 +3,10 @@ import random
 
 import pytest
 import torch
+from conftest import byte_loss
 
-from cross_tokenizer.next_byte import ELSE, END, FLOOR, ByteTable, byte_loss, byte_rows
-from output_losses import opd_rows
+from cross_tokenizer.next_byte import ELSE, END, FLOOR, ByteTable, NextByte, byte_rows
+from output_losses import HeadRows, head_statistics, opd_rows
 
 D = torch.float64
 
@@ -86,7 +87,7 @@ def test_against_enumeration(seed, direction):
     tables = dict(table_s=ByteTable(s, stop_s, len(s)), table_t=ByteTable(t, stop_t, len(t)))
     for chunk in (1, 4, 100):
         a, b = h.clone().requires_grad_(), W.clone().requires_grad_()
-        loss, stats = byte_loss(a, b, h_t, W_t, None, w, None, WRITTEN, INSIDE, **tables, direction=direction, temperature=0.7,
+        loss, stats = byte_loss(a, b, h_t, W_t, w, WRITTEN, INSIDE, **tables, direction=direction, temperature=0.7,
                                 teacher_temperature=1.3, chunk=chunk)
         assert loss.item() == pytest.approx(total.item(), rel=1e-11) and stats[0] == pytest.approx(w.sum().item(), rel=1e-12)
         for got, grad in zip(torch.autograd.grad(1.7 * loss, (a, b)), want, strict=True):
@@ -98,9 +99,9 @@ def test_single_bytes_give_the_ordinary_kl():
     pieces = [b'x', b'', b'y', b'\x00', b'\xff']
     h, W, h_t, W_t = (x / 2 for x in models(5, 5))                            # nothing below FLOOR
     w, table = torch.ones(6, dtype=D), ByteTable(pieces, [1], 5)
-    want = opd_rows(h @ W[:5].t(), h_t[:6] @ W_t[:5].t(), None).sum().item()
+    want = opd_rows(h @ W[:5].t(), h_t[:6] @ W_t[:5].t(), None, 'full').sum().item()
     for rows, written, inside in ((h_t[:6], None, None), (h_t, [b'x', b'', b'y', b'\xff', b'x', b'x'], torch.zeros(6).bool())):
-        loss, _ = byte_loss(h, W, rows, W_t, None, w, None, written, inside, table_s=table, table_t=table)
+        loss, _ = byte_loss(h, W, rows, W_t, w, written, inside, table_s=table, table_t=table)
         assert loss.item() == pytest.approx(want, rel=1e-12)
 
 
@@ -126,7 +127,7 @@ def test_what_the_student_wrote_next_does_not_justify_itself():
     after = torch.tensor([[0.0, 0.0, 0.0, 1.0]])                              # a lone 7 is followed by ;
     for inside in (False, True):             # the student wrote 7; or 7=
         Q, _ = table.outcomes(before, after, [b'7'], torch.tensor([inside]))
-        assert Q[0, ord('=')] > 0.97 and table.firsts(after)[0, ord('=')] == 0
+        assert Q[0, ord('=')] > 0.97 and table.first_outcomes(after)[0, ord('=')] == 0
     doubtful = torch.tensor([[0.97, 0.02, 0.0, 0.01]])                        # here it wants 7 and then ;
     Q, told = table.outcomes(doubtful, after, [b'7'], torch.tensor([True]))
     assert Q[0, ord('=')] < 0.03 and Q[0, ELSE] > 0.97 and told.sum() == 2    # though 7= was written
@@ -137,7 +138,9 @@ def test_plain_rows_equal_the_fused_ones():
     h, W, h_t, W_t = models(len(s), len(t))
     table_s, table_t = ByteTable(s, stop, len(s)), ByteTable(t, stop_t, len(t))
     p, q = (h @ W[:len(s)].t()).softmax(-1), (h_t @ W_t[:len(t)].t()).softmax(-1)
-    loss, stats = byte_loss(h, W, h_t, W_t, None, torch.ones(6, dtype=D), None, WRITTEN, INSIDE, table_s=table_s, table_t=table_t, kind=None)
+    loss, stats = byte_loss(h, W, h_t, W_t, torch.ones(6, dtype=D), WRITTEN, INSIDE, table_s=table_s, table_t=table_t)
+    batch = HeadRows(h_t, W_t, None, torch.ones(6, dtype=D), None, INSIDE, WRITTEN)
+    assert torch.allclose(head_statistics(h, W, NextByte(table_s, table_t), batch), stats, rtol=1e-12)
     Q, told = table_t.outcomes(q[6:], q[:6], WRITTEN, INSIDE)
     rows = byte_rows(p, Q, told, table_s.first)[Q.sum(-1) > 0]
     assert len(rows) == 5 and loss.item() == pytest.approx(rows.sum().item()) and stats[1] == loss and 0 < stats[2] < 6 * 5.55

@@ -6,19 +6,19 @@
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from conftest import step_sums
 from safetensors.torch import save_file
 
 import distill
 from configs import load_config
 from formats.huggingface import load_model
-from losses import position_weights, positions, spread
-from output_losses import opd_loss
+from output_losses import make_objective
 from rollout import sample
+from step import diagnostic_mask, position_mask, position_weights
 from support.runtime import all_reduce, full, gathered, run, shard, start
 
 PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
@@ -30,12 +30,15 @@ def gradient(student, teacher, budget, rank, world, opd='none'):
     mine = list(range(3))[rank::world]
     with gathered(student) as sampler:
         roll = sample(sampler, [PROMPTS[i] for i in mine], 2, which=mine, max_new_tokens=20, stop=[2], seed=4)    # bf16 draws the same
-    m = positions(roll, 'last_k', 9)
-    w = position_weights(m, 'sequence', sequences=6, tokens=all_reduce(m.sum()))
-    terms = dict(opd_weight=0.7, opd=partial(opd_loss, kind=opd, k=4, chunk=5)) if opd not in ('none', 'probe') else {}
+    mask = position_mask(roll, 'last_k', 9)
+    weights = position_weights(mask, 'sequence', sequences=6, tokens=all_reduce(mask.sum()))
+    terms = {}
     if opd == 'probe':
-        terms = dict(probe=spread(roll, m, 1, 0.3), opd=opd_loss)
-    sums = all_reduce(distill.accumulate(student, teacher, roll, w, {1: 1, 3: 3}, 'mse', budget, factor=world, **terms))
+        terms = dict(probe=diagnostic_mask(roll, mask, 1, 0.3), output=make_objective('full'))
+    elif opd != 'none':
+        terms = dict(opd_weight=0.7, output=make_objective(opd, k=4, chunk=5))
+    sums = step_sums(student, teacher, roll, weights, {1: 1, 3: 3}, budget, world, **terms)
+    sums = {name: all_reduce(value) for name, value in sorted(sums.items())}
     grads = {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     return grads, sums, roll
 
@@ -47,7 +50,7 @@ def write_gradient(out, student, teacher, budget, dtype, recompute, opd='none'):
     model.head.requires_grad_(model.config.tied or opd not in ('none', 'probe'))
     grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world, opd)
     if place.rank == 0:
-        save_file({k: v.contiguous() for k, v in grads.items()} | {'sums': sums}, out)
+        save_file({k: v.contiguous() for k, v in grads.items()} | {f'sum {name}': value for name, value in sums.items()}, out)
 
 
 def interrupt(step, *args):

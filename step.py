@@ -1,0 +1,302 @@
+"""
+Steps 3 to 5 of a training step: from a rollout to the gradient of Eq. (7).
+
+    3. which positions of the answers are supervised, with what weight     position_mask, position_weights
+       cut into micro-batches                                              cut_rollout -> Rows
+    4. the teacher's hidden states at those rows                           Objective.teacher_rows
+    5. the student's forward; each matched layer takes its loss; backward  accumulate
+
+A "row" is one supervised position: one token of one answer, whose hidden state (or output
+distribution) the student shall match. K rows are picked out of a micro-batch of B x T tokens by their
+flat positions, so answers of different length need no padding in the loss.
+
+Response position t (0, 1, ...) is the column whose output predicts response token t. The model has
+read the prompt and t response tokens there, so it is column prompt_len - 1 + t. Positions are found by
+length and never by token id: the stop token is supervised, padding never is.
+
+Letters: B answers, T tokens (columns), K supervised positions, L layers, d width, r rank of a bridge.
+"""
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from support.runtime import all_reduce
+from teacher import hidden_rows
+
+# ---- 3. which positions, with what weight ---------------------------------------------------------
+
+POSITIONS = ('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift')
+
+
+def position_mask(roll, which='all', size=0):
+    """Mask of the supervised positions of a rollout -> bool (B, T).
+
+    which: 'all'; 'last'; 'last_k' or 'first_k', size = k; 'last_frac' or 'first_frac', size = the
+    share of each answer, rounded, at least one position; 'drift', which is all of them (the loss
+    weighs them, see `drift_weights`).
+    """
+    assert which in POSITIONS, which
+    answer_length = roll.resp_len[:, None]                                   # (B, 1)
+    column = torch.arange(roll.ids.shape[1], device=roll.ids.device)         # (T,)
+    t = column - (roll.prompt_len[:, None] - 1)                              # (B, T) response position
+    mask = (t >= 0) & (t < answer_length)
+
+    if which.endswith('frac'):
+        size = (answer_length * size).round().clamp(min=1)
+    if which == 'last':
+        size = 1
+    if which.startswith('last'):
+        mask &= t >= answer_length - size
+    if which.startswith('first'):
+        mask &= t < size
+    return mask
+
+
+def position_weights(mask, average='sequence', sequences=None, tokens=None):
+    """Mask (B, T) -> weights (B, T), float32, that sum to 1 over the global batch.
+
+    average: 'sequence' is Eq. (6): a mean over the positions of each answer, then over the answers.
+    'token' gives every supervised token the same weight, as the authors' code does.
+    sequences, tokens: their numbers in the global batch (default: in this mask). The weights are
+    made once per step, before the rollout is cut, so that neither micro-batches nor ranks change
+    the gradient.
+    """
+    assert average in ('sequence', 'token'), average
+    count = mask.sum(1, keepdim=True)                                        # (B, 1)
+    if average == 'sequence':
+        if sequences is None:
+            sequences = (count > 0).sum()
+        return mask / count.clamp(min=1) / sequences
+    if tokens is None:
+        tokens = mask.sum()
+    return mask / tokens
+
+
+def diagnostic_mask(roll, mask, step, share):
+    """About `share` of the positions in a mask (B, T), spread evenly over each answer, others in
+    every step.
+
+    Position t is taken if the fractional part of t * golden ratio + step * plastic number is below
+    the share (in whole numbers, so that all devices agree). This is a function of t and step alone:
+    neither micro-batches nor ranks change which positions are looked at.
+    """
+    column = torch.arange(mask.shape[1], device=mask.device)
+    t = column - (roll.prompt_len[:, None] - 1)                              # (B, T)
+    fraction = (t * 2654435769 + step * 3242174889) % 2**32                  # in units of 2^-32
+    return mask & (fraction < share * 2**32)
+
+
+# ---- 3. micro-batches ----------------------------------------------------------------------------
+
+def micro_batches(lengths, budget):
+    """Lengths of the answers -> groups of their indices, longest first, each of at most `budget`
+    tokens, padding included. An answer longer than the budget goes alone."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups = []
+    for i in longest_first:
+        fits = groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget
+        if fits:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+@dataclass
+class Rows:
+    """The K supervised positions of one micro-batch, as both models read them.
+
+    A teacher with the student's vocabulary reads the same ids at the same positions. One with
+    another vocabulary reads the same text in its own tokens (cross_tokenizer/pairing.py), so its
+    ids and positions differ.
+    """
+    ids: torch.Tensor           # (b, T) what the student reads
+    at: torch.Tensor            # (K,) flat positions in ids
+    weights: torch.Tensor       # (K,) over all micro-batches and ranks they sum to 1
+    next_token: torch.Tensor    # (K,) the token that was sampled there
+    answer: torch.Tensor        # (K,) which row of ids a position belongs to, ascending
+    teacher_ids: torch.Tensor   # (b, T') what the teacher reads
+    teacher_at: torch.Tensor    # (K,) flat positions in teacher_ids
+    inside: torch.Tensor        # (K,) True: the student stands inside a teacher token
+    written: list | None        # [K] bytes of the teacher's last token that are written; None: one vocabulary
+    offset: int = 0             # hidden states are compared so many columns later (position_offset)
+
+
+def cut_rollout(roll, weights, budget, reading=None, offset=0):
+    """A rollout and its weights (B, T) -> the Rows of one micro-batch after another.
+
+    budget: tokens of a micro-batch. reading: what a teacher of another vocabulary reads
+    (pairing.Reading).
+    offset: see Rows. Every rank yields equally many: FSDP needs as many forwards on each, so a rank
+    that has run out of answers repeats its first one with weight 0.
+    """
+    groups = micro_batches(roll.length.tolist(), budget)
+    count = torch.tensor(len(groups), device=weights.device)
+    count = int(all_reduce(count, 'max'))
+    for i in range(count):
+        group = groups[i] if i < len(groups) else [0]
+        share = 1.0 if i < len(groups) else 0.0
+
+        # The columns beyond the group's longest answer are cut off.
+        T = int(roll.length[group].max())
+        ids = roll.ids[group, :T]                                            # (b, T)
+        flat_weights = share * weights[group, :T].flatten()                  # (b * T,)
+        at = flat_weights.nonzero().squeeze(-1)                              # (K,)
+
+        teacher_reads = ids, at, torch.zeros_like(at, dtype=torch.bool), None
+        if reading is not None:
+            teacher_reads = reading.part(group, T, at)
+        yield Rows(ids, at, flat_weights[at], ids.flatten()[at + 1], at // T, *teacher_reads, offset)
+
+
+# ---- what is minimised -----------------------------------------------------------------------------
+
+@dataclass
+class Objective:
+    """Eq. (7). Its terms are made once, before the loop; None: a term that these models do not
+    allow."""
+    layer_map: dict             # {student layer: teacher layer} of the hidden-state term
+    hidden: object              # losses.HiddenTerm, Eq. (6), or losses.BridgeTerm, Eq. (15)
+    output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
+    bridge: object = None       # bridge.Bridge
+
+    def only(self, hidden, output):
+        """The objective with those of its terms for which the flag is set."""
+        return Objective(self.layer_map if hidden else {}, self.hidden if hidden else None,
+                         self.output if output else None, self.bridge)
+
+    def student_layers(self, L):
+        """The student layers whose states the terms look at, ascending."""
+        layers = set(self.layer_map)
+        if self.output is not None:
+            layers.add(L)
+        return sorted(layers)
+
+    def teacher_rows(self, teacher, rows):
+        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K, d)}."""
+        wanted = {}
+        for l in self.layer_map:
+            wanted[l] = rows.teacher_at + rows.offset
+        if self.output is not None:
+            wanted['head'] = self.output.teacher_positions(rows)
+        return hidden_rows(teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
+
+
+# ---- 4 and 5. the gradient -----------------------------------------------------------------------
+
+class LayerPart(NamedTuple):
+    """What one layer of the student contributes to a step: scalars, and statistics (5,); None =
+    nothing."""
+    hidden: torch.Tensor | None = None       # its share of Eq. (6) or (15)
+    cosine: torch.Tensor | None = None       # weighted mean cosine to the teacher
+    output: torch.Tensor | None = None       # the output-space term
+    statistics: torch.Tensor | None = None   # see output_losses.head_statistics
+
+
+def layer_losses(l, h, objective, student, rows, teacher_rows):
+    """Called as the states h (B, T, d) of student layer l pass -> h, LayerPart.
+
+    A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
+    not needed any more: no second copy of L x K x d numbers is ever made.
+    """
+    output = statistics = hidden = cosine = None
+    if l == student.config.L and objective.output is not None:
+        h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
+        output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
+    if l in objective.layer_map:
+        h, hidden, cosine = objective.hidden(l, h, teacher_rows[l], rows)
+    return h, LayerPart(hidden, cosine, output, statistics)
+
+
+def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale=1.0,
+               lap=lambda phase: None):
+    """Steps 4 and 5: add the gradient of scale * Eq. (7) over a rollout to the student's .grad.
+
+    micro_batches: the rollout's Rows (step.cut_rollout). oprd_weight, opd_weight: of this step; a
+    term of weight 0 does not run. lap: called with the phase that has just ended.
+    -> {name: this rank's sum}; summed over ranks they are what they would be on one rank in one
+    micro-batch: 'loss/oprd', 'loss/opd', 'layer_loss' and 'layer_cosine' (one number for each layer
+    of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
+    """
+    objective = objective.only(oprd_weight > 0, opd_weight > 0)
+    layers = objective.student_layers(student.config.L)
+    sums = {}
+    for rows in micro_batches:
+        # 4. The teacher reads the answers. Of each matched layer the supervised rows alone are kept.
+        teacher_rows = objective.teacher_rows(teacher, rows)
+        lap('teacher')
+
+        # 5. The student reads them once. The loss of each layer is taken as the layer passes.
+        tap = partial(layer_losses, objective=objective, student=student, rows=rows,
+                      teacher_rows=teacher_rows)
+        parts = student.hidden(rows.ids, layers, tap=tap)
+        layer_loss = [part.hidden for part in parts if part.hidden is not None]
+        hidden_loss = sum(layer_loss) / max(1, len(layer_loss))
+        output_loss = sum(part.output for part in parts if part.output is not None)
+
+        # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
+        ((oprd_weight * hidden_loss + opd_weight * output_loss) * scale).backward()
+        lap('student')
+        add_to(sums, parts, rows)
+        add_losses(sums, hidden_loss, output_loss)
+    return sums
+
+
+def add_losses(sums, hidden_loss, output_loss):
+    """Add the two terms of a micro-batch to a step's sums; a term that did not run is the number 0."""
+    for name, loss in (('loss/oprd', hidden_loss), ('loss/opd', output_loss)):
+        if torch.is_tensor(loss):
+            sums[name] = sums.get(name, 0.0) + loss.detach()
+
+
+def add_to(sums, parts, rows):
+    """Add what the layers of a micro-batch said to a step's sums."""
+    new = {'weight': rows.weights.sum()}
+    cosines = [part.cosine for part in parts if part.cosine is not None]
+    losses = [part.hidden.detach() for part in parts if part.hidden is not None]
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    if cosines:
+        new['layer_cosine'] = torch.stack(cosines)
+    if losses:
+        new['layer_loss'] = torch.stack(losses)
+    if statistics:
+        new['statistics'] = statistics[0]
+    for name, value in new.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+# ---- what the objective leaves out ------------------------------------------------------------------
+
+def layer_diagnosis(l, h, objective, student, rows, teacher_rows):
+    """`layer_losses` without losses: the cosine of layer l, or the statistics of the output space."""
+    cosine = statistics = None
+    flat = h.flatten(0, 1)                                                   # (B * T, d)
+    if l == student.config.L and objective.output is not None:
+        statistics = objective.output.statistics(student.head, flat[rows.at], teacher_rows['head'], rows)
+    if l in objective.layer_map:
+        h_s = flat[rows.at + rows.offset].float()
+        row_cosine = objective.hidden.cosine(l, h_s, teacher_rows[l].float(), rows.inside)   # (K,)
+        cosine = (rows.weights * row_cosine).sum()
+    return h, LayerPart(cosine=cosine, statistics=statistics)
+
+
+@torch.no_grad()
+def diagnose(student, teacher, micro_batches, objective):
+    """Look at the terms of an objective without training on them: one forward of both models, no
+    gradient.
+
+    -> {name: this rank's sum} as from `accumulate`: 'weight', 'layer_cosine', 'statistics'.
+    """
+    layers = objective.student_layers(student.config.L)
+    sums = {}
+    if not layers:                           # the objective leaves nothing out
+        return sums
+    for rows in micro_batches:
+        teacher_rows = objective.teacher_rows(teacher, rows)
+        look = partial(layer_diagnosis, objective=objective, student=student, rows=rows,
+                       teacher_rows=teacher_rows)
+        parts = student.hidden(rows.ids, layers, tap=look)
+        add_to(sums, parts, rows)
+    return sums
