@@ -104,8 +104,8 @@ config = dict(
     eval_every=50,              # steps between evaluations; 0 = only before and after
     eval_n=16,                  # answers per problem: Avg@n, Best@n
     eval_problems=0,            # first so many problems of eval_data; 0 = all
-    eval_suffix='',             # added to each question of eval_data that is a bare text; '' = for a set given
-                                # by name its instruction to answer in \boxed{}, for others nothing
+    eval_suffix='',             # added to each question of eval_data that is a bare text; '' = for sets given
+                                # by name their instruction to answer in \boxed{}, for others nothing
     eval_temperature=0.7,       # the paper's
     eval_top_p=1.0,             # the authors' scripts use 0.95
     eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
