@@ -1,8 +1,9 @@
-"""
+r"""
 Evaluation: how many of a model's sampled answers to held-out problems are right?
 
     python eval_math.py model=out/toy/last data=out/toy_models/.../eval.jsonl
-    python eval_math.py model=Qwen/Qwen3-4B data=aime24,aime25,aimo enable_thinking=False max_new_tokens=31744
+    python eval_math.py model=Qwen/Qwen3-4B data=aime24,aime25,aimo enable_thinking=False \
+        max_new_tokens=31744 top_p=0.95                            the paper's sets and settings
     python eval_math.py configs/toy.py model=out/toy/last          the rest from a config
     torchrun --nproc_per_node=8 eval_math.py model=...             the answers are shared out over the ranks
     python eval_math.py ... --regrade                              grade the stored answers again
@@ -187,7 +188,6 @@ def with_progress(rows, total, label):
         tokens += row['length']
         finished += row['stopped']
         right += row['correct']
-
         # The bar's own clock; it is 0 at the first answer of a fast model.
         seconds = bar.format_dict['elapsed'] or 1
         bar.set_postfix_str(f'{tokens / seconds:.0f} tok/s, {finished / count:.0%} finished, '
@@ -222,20 +222,20 @@ def evaluate(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, p
     results = [result for part in all_gather(mine) for result in part]
 
     # Every rank computes the same scores from the same numbers.
-    of_set = {}                              # {set: {metric: value}}
+    by_set = []                              # {metric: value} of each set
     for name in sets:
-        of_set[name] = basic_scores([rest for label, *rest in results if label == name], per_problem)
-    if len(sets) == 1:
-        return of_set[name]                  # plain keys only
+        by_set.append(basic_scores([rest for label, *rest in results if label == name], per_problem))
+    if len(by_set) == 1:
+        return by_set[0]                     # plain keys only
 
     # Several sets: first the mean over them under the plain keys, so that what reads one number reads this.
     combined = {}
-    for metric in of_set[name]:
-        combined[metric] = fmean(of_set[label][metric] for label in sets)
+    for metric in by_set[0]:
+        combined[metric] = fmean(values[metric] for values in by_set)
     # Then each set under its own name.
-    for label in sets:
-        for metric, value in of_set[label].items():
-            combined[f'{metric}/{label}'] = value
+    for name, values in zip(sets, by_set, strict=True):
+        for metric, value in values.items():
+            combined[f'{metric}/{name}'] = value
     return combined
 
 
@@ -437,8 +437,7 @@ def write_samples(folder, samples):
 
 def folder_of(cfg, sets):
     """out/eval/<model>-<digest>: one for each model (by its files), problem sets and way of sampling."""
-    # Names, sizes and times stand for the weights, which would take minutes to hash.
-    files = []
+    files = []                               # names, sizes and times: hashing the weights would take minutes
     for file in snapshot(cfg['student']).iterdir():
         if file.is_file():
             files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
@@ -480,8 +479,6 @@ def settings(argv=None):
 def main(cfg, regrade=False):
     env = start(cfg['device'], cfg['dtype'])
     cfg = toy.prepare(cfg, env)
-
-    # The two keys that have no default.
     for key, short in (('student', 'model'), ('eval_data', 'data')):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {short}=")

@@ -13,6 +13,7 @@ import pytest
 from conftest import argv
 
 import eval_math
+from configs import load_config
 from eval_math import (
     BOXED,
     answers,
@@ -173,6 +174,14 @@ def test_named_sets_ask_for_a_box_unless_told_otherwise(monkeypatch):
     asked.clear()
     load_eval_sets('aime25,me/set', None, 0, ' Be brief.')
     assert asked == [('math-ai/aime25', 'test', ' Be brief.'), ('me/set', 'test', ' Be brief.')]
+
+
+@pytest.mark.parametrize('name', ['r1_1p5b', 'r1_opd_top1', 'r1_opd_top16', 'bridge_qwen', 'bridge_phi'])
+def test_the_configs_of_the_paper_evaluate_its_three_sets_every_20_steps(name):
+    """Figure 4 shows AIME24, AIME25 and AIMO, a point every 20 steps."""
+    cfg = load_config([f'configs/{name}.py'])
+    assert cfg['eval_every'] == 20 and cfg['eval_suffix'] == ''
+    assert cfg['eval_data'].split(',') == ['aime24', 'aime25', 'aimo'] and set(cfg['eval_data'].split(',')) <= set(eval_math.SETS)
 
 
 def test_known_answers_that_do_not_equal_themselves_are_counted_and_shown():
