@@ -38,7 +38,7 @@ from bridge import load_bridge, made_for
 from configs import default, free, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
-from eval_math import evaluate, exam_problems, table
+from eval_math import check_answers, evaluate, load_eval_sets, table
 from formats.huggingface import load_model, read_config, save_model, snapshot
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
@@ -120,7 +120,7 @@ class Setup:
     tok: object                 # tokenizers
     tok_t: object
     train: list                 # problems
-    held_out: list
+    held_out: dict              # {name of a set: problems}
     layer_map: dict             # {student layer: teacher layer}
     stop: list                  # ids that end an answer
     bridge: object              # Bridge, or None
@@ -140,10 +140,14 @@ def prepare(cfg, place):
     tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
     tok_t = load_tokenizer(cfg['teacher'], enable_thinking=cfg['enable_thinking'])
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
-    held_out = []
+    held_out = {}
     if cfg['eval_data']:
-        held_out = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    layer_map, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out)
+        held_out = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    for problems in (train, *held_out.values()):
+        for line in check_answers(problems):
+            print0(f'  {line}')
+    held_out_problems = [problem for problems in held_out.values() for problem in problems]
+    layer_map, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out_problems)
     bridge = None
     if cfg['bridge']:
         shapes = [read_config(cfg[side]) for side in ('student', 'teacher')]
@@ -203,14 +207,14 @@ def open_log(out, asked, place, student, opt):
 
 def evaluate_model(cfg, setup, place, name, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
-    tok, problems, stop = setup.tok, setup.held_out, setup.stop
-    if not problems:
+    tok, sets, stop = setup.tok, setup.held_out, setup.stop
+    if not sets:
         return {}
     if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
         tok, stop = setup.tok_t, setup.tok_t.stop_ids
-        problems = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+        sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     with gathered(getattr(setup, side)) as model:
-        return evaluate(model, tok, problems, cfg['eval_n'], temperature=cfg['eval_temperature'],
+        return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
                         top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=tok.size,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
                         rows=cfg['eval_rows'], rank=place.rank, world=place.world,

@@ -1,23 +1,32 @@
-"""
-How well does a model answer? The paper's four metrics and what else a reader wants to see.
+r"""
+Evaluation: how many of a model's sampled answers to held-out problems are right?
 
     python eval_math.py model=out/toy/last data=out/toy_models/.../eval.jsonl
-    python eval_math.py model=Qwen/Qwen3-4B data=aime24,aime25,aimo n=16 max_new_tokens=31744 top_p=0.95
+    python eval_math.py model=Qwen/Qwen3-4B data=aime24,aime25,aimo enable_thinking=False \
+        max_new_tokens=31744 top_p=0.95                            the paper's sets and settings
     python eval_math.py configs/toy.py model=out/toy/last          the rest from a config
-    torchrun --nproc_per_node=8 eval_math.py model=...             answers spread over ranks
-    python eval_math.py ... --regrade                              grade what was sampled again
+    torchrun --nproc_per_node=8 eval_math.py model=...             the answers are shared out over the ranks
+    python eval_math.py ... --regrade                              grade the stored answers again
+    python eval_math.py ... --dry-run                              load, check, say what is missing, stop
 
-On this command line a key without `eval_` means the one with it: n is eval_n. Every answer goes to
-samples.jsonl as it ends, graded; the same command goes on where it stopped. Places of finished answers are
-refilled, so a few long ones do not keep the others waiting. Grading (grader.py) is bounded work, about a
-millisecond an answer, so it stands between two decode steps.
+On this command line a key may be given without its `eval_`: data, n, temperature, top_p, max_new_tokens,
+problems and suffix mean eval_data, eval_n and so on; model means student.
 
-Avg@n: share of right answers. Best@n: problems with a right one among n. pass@k: the same for k of them,
-unbiased. maj@n: problems whose commonest answer is right. Dist-4g: distinct share of whitespace 4-grams,
-pooled per problem (the authors'); /256: of each answer's first 256 words, since long texts repeat
-themselves. The interval of Avg@n is a bootstrap over problems: 30 of them are few.
+Everything is written to out/eval/<model>-<digest>: samples.jsonl holds every answer, appended as it ends,
+and results.json the scores. The same command goes on where it stopped. Simpler than usual: one process
+samples and grades. Grading is bounded work, about a millisecond an answer, so it runs between two decode
+steps, and no server, queue or worker is needed. A finished answer's slot in the batch is refilled at once,
+so a few long answers do not keep the others waiting. It does not run code or tools that an answer asks for.
+
+    Avg@n       share of right answers; the interval is a bootstrap over problems, of which 30 are few
+    Best@n      share of problems with a right answer among the n
+    pass@k      the same for k of the n answers, unbiased
+    maj@n       share of problems whose most common answer is right
+    dist-4g     distinct share of whitespace 4-grams, pooled per problem, as the authors' code has it
+    dist-4g/256 the same over the first 256 words of each answer, because long texts repeat themselves
+
+distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is the script.
 """
-import json
 import math
 import sys
 from collections import defaultdict
@@ -28,35 +37,54 @@ import torch
 from tqdm import tqdm
 
 from configs import default, load_config
-from formats.huggingface import load_model, snapshot
+from formats.huggingface import load_model, read_config, snapshot
 from formats.problems import load_problems
 from formats.tokenizer import check_ids, load_tokenizer
 from grading.grader import equal, extract, grade
 from rollout import stream
 from studies import toy
 from support.files import digest, remove, whole, write_json
+from support.jsonl import append_row, read_rows
 from support.runtime import UserError, all_gather, barrier, print0, run, start
 
-__all__ = ['grade', 'evaluate']
+__all__ = ['grade', 'evaluate', 'load_eval_sets', 'check_answers']
 
-SETS = {'aime24': 'HuggingFaceH4/aime_2024', 'aime25': 'math-ai/aime25', 'aimo': 'AI-MO/aimo-validation-amc',
-        'amc23': 'math-ai/amc23', 'math500': 'HuggingFaceH4/MATH-500'}
-WORDS = 256                     # of an answer that the length-matched Dist-4g looks at
+# The sets that can be given by name: hub id, and the instruction that is added to each question.
+BOXED = ' Please reason step by step, and put your final answer within \\boxed{}.'
+SETS = {
+    'aime24': ('HuggingFaceH4/aime_2024', BOXED),
+    'aime25': ('math-ai/aime25', BOXED),
+    'aimo': ('AI-MO/aimo-validation-amc', BOXED),
+    'amc23': ('math-ai/amc23', BOXED),
+    'math500': ('HuggingFaceH4/MATH-500', BOXED),
+}
+FIRST_WORDS = 256               # of an answer, for the Dist-4g that compares texts of one length
 
 
-# ---- problems ----------------------------------------------------------------------------------
+# ---- problems ------------------------------------------------------------------------------------
 
-def exam_sets(source, tokenizer, first, suffix):
-    """Held-out problems of a file, folder, hub data set or short name, or of several with commas between
-    -> {name: [Problem]}. One without a known answer is a UserError: it would always count as wrong."""
+def load_eval_sets(source, tokenizer, first, suffix):
+    """Held-out problems of a file, folder, hub data set or named set, or of several with commas between
+    -> {name: [Problem]}.
+
+    first: take so many of each set; 0 = all. suffix: added to questions that are texts; '' = a named set's
+    own instruction, and nothing for other sets. A problem without a known answer is a UserError, because
+    it would always count as wrong.
+    """
     sets = {}
-    for name in [source] if Path(source).exists() else source.split(','):
-        where = SETS.get(name.lower(), name)
-        problems = load_problems(where, tokenizer, first, split='test', suffix=suffix)
-        unknown = sum(not p.answer for p in problems)
+    # A file's own name may hold a comma, so a path that exists is never split.
+    names = [source] if Path(source).exists() else source.split(',')
+    for name in names:
+        hub_id, instruction = SETS.get(name.lower(), (name, ''))
+        problems = load_problems(hub_id, tokenizer, first, split='test', suffix=suffix or instruction)
+
+        # Without a known answer nothing can be right.
+        unknown = sum(not problem.answer for problem in problems)
         if unknown:
-            raise UserError(f'{where}: {unknown} of {len(problems)} problems have no answer to grade by; '
+            raise UserError(f'{hub_id}: {unknown} of {len(problems)} problems have no answer to grade by; '
                             'choose other eval_data=')
+
+        # The label names the set in logs and tables: the short name, the hub id, or the file's name.
         label = Path(name).stem if Path(name).exists() else name
         if label in sets:
             raise UserError(f'{source}: two sets are called {label}; rename a file')
@@ -64,33 +92,97 @@ def exam_sets(source, tokenizer, first, suffix):
     return sets
 
 
-def exam_problems(*args):
-    """The problems of `exam_sets`, one after the other."""
-    return [p for problems in exam_sets(*args).values() for p in problems]
+def number_problems(sets):
+    """{name: [Problem]} -> {(name, i): (i, Problem)}.
 
-
-# ---- sampling ----------------------------------------------------------------------------------
-
-def answers(model, numbered, n, *, rows=64, rank=0, world=1, done=(), **how):
-    """This rank's share of n answers to each problem, as they end -> (key, sample, ids, stopped).
-
-    numbered: {key: (number, Problem)}. done: (key, sample) pairs not to draw again. rows: answers in the
-    making at once. how: as in rollout.stream. A problem's number, the sample's and the seed fix an answer,
-    so two evaluations differ by their models alone, and neither rank nor restart changes anything.
+    The number i chooses a problem's random stream. It counts within the set, so that an answer does not
+    depend on which other sets are evaluated beside it.
     """
-    todo = [(key, k) for key in numbered for k in range(n) if (key, k) not in done][rank::world]
-    requests = [(numbered[key][1].ids, numbered[key][0], k) for key, k in todo]
-    for j, ids, stopped in stream(model, requests, rows=rows, step=-1, **how) if requests else ():
-        yield *todo[j], ids, stopped
+    numbered = {}                            # in the order of the sets, which is the order of sampling
+    for name, problems in sets.items():
+        for number, problem in enumerate(problems):
+            numbered[name, number] = (number, problem)
+    return numbered
 
 
-def progress_of(rows, total, name):
-    """Pass on rows, with a bar: answers, tokens a second, finished and right so far."""
-    bar = tqdm(total=total, desc=name, unit='answer', leave=False, disable=None if name else True)
-    count = tokens = finished = right = 0
+def check_answers(problems):
+    """Does the grader accept each known answer as equal to itself? -> [], or one line that counts and shows
+    those it rejects. It is a note: no model can ever be right on those problems."""
+    # Training problems may have no known answer; they are not graded.
+    known = [problem.answer for problem in problems if problem.answer is not None]
+
+    # The model's side of the comparison: the answer in a box, as the instruction asks for it.
+    rejected = [answer for answer in known if not grade('\\boxed{' + answer + '}', answer)]
+    if not rejected:
+        return []
+
+    # repr: an answer is downloaded text, and its control characters must not reach the terminal.
+    # Two examples are enough to see what kind of answer it is; a long one is cut.
+    shown = [repr(answer if len(answer) <= 60 else answer[:60] + '...') for answer in rejected[:2]]
+    return [f'{len(rejected)} of {len(known)} known answers do not grade equal to themselves, such as '
+            + ' and '.join(shown)]
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+def answers(model, numbered, per_problem, *, rows=64, rank=0, world=1, done=(), **how):
+    """This rank's share of `per_problem` answers to each problem, as they end -> (key, sample, ids, stopped).
+
+    numbered: {key: (number, Problem)}. rows: how many answers are sampled at once. done: (key, sample) pairs
+    that are not sampled again. how: as in rollout.stream. A problem's number, the sample's number and the
+    seed fix an answer's random numbers, whatever the rank and however often the script was restarted: two
+    evaluations differ by their models alone.
+    """
+    # What is still to be sampled, over all ranks.
+    everything = [(key, sample) for key in numbered for sample in range(per_problem)]
+    wanted = [pair for pair in everything if pair not in done]
+
+    # Every world-th one is ours: neighbours have similar lengths, so the ranks finish together.
+    wanted = wanted[rank::world]
+    if not wanted:
+        return                               # `stream` wants at least one request
+
+    # The sampler knows prompts and numbers; it hands back the index of a request.
+    requests = []                            # (prompt ids, problem number, sample number)
+    for key, sample in wanted:
+        number, problem = numbered[key]
+        requests.append((problem.ids, number, sample))
+    # Step -1 is no training step, so evaluation never shares random numbers with a rollout.
+    for request, ids, stopped in stream(model, requests, rows=rows, step=-1, **how):
+        yield *wanted[request], ids, stopped
+
+
+def graded_rows(new_answers, tokenizer, numbered, seed):
+    """Answers as `answers` yields them -> one dict each: a line of samples.jsonl."""
+    for (name, number), sample, ids, stopped in new_answers:
+        problem = numbered[name, number][1]
+        text = tokenizer.decode(ids)         # what is graded
+
+        # Prompt, text and ids are all kept: a reader wants the text, a bug hunt wants the ids.
+        yield {'set': name, 'problem': number, 'sample': sample, 'seed': seed, 'answer': problem.answer,
+               **verdict(text, problem), 'length': len(ids), 'stopped': stopped,
+               'prompt': tokenizer.decode(problem.ids), 'text': text, 'ids': ids}
+
+
+def verdict(text, problem):
+    """The answer that a text gives (None if it gives none), and whether it is right."""
+    return {'extracted': extract(text), 'correct': grade(text, problem.answer)}
+
+
+def with_progress(rows, total, label):
+    """Pass the rows on, and show a bar on a terminal: answers, tokens per second, shares finished and right.
+    No label, no bar."""
+    bar = tqdm(total=total, desc=label, unit='answer', leave=False, disable=None if label else True)
+    count = 0                                # answers so far
+    tokens = 0                               # in them
+    finished = 0                             # those that ended at a stop token
+    right = 0                                # those that the grader accepts
     for row in rows:
-        count, tokens = count + 1, tokens + row['length']
-        finished, right = finished + row['stopped'], right + row['correct']
+        count += 1
+        tokens += row['length']
+        finished += row['stopped']
+        right += row['correct']
+        # The bar's own clock; it is 0 at the first answer of a fast model.
         seconds = bar.format_dict['elapsed'] or 1
         bar.set_postfix_str(f'{tokens / seconds:.0f} tok/s, {finished / count:.0%} finished, '
                             f'{right / count:.0%} right', refresh=False)
@@ -99,210 +191,393 @@ def progress_of(rows, total, name):
     bar.close()
 
 
-def evaluate(model, tokenizer, problems, n, *, rows=64, rank=0, world=1, progress='', **how):
-    """n sampled answers to every problem -> {'avg@n', 'best@n', 'len'}, the same on every rank: what the
-    training loop wants to know."""
-    numbered = {i: (i, p) for i, p in enumerate(problems)}
-    some = ({'problem': i, 'length': len(ids), 'stopped': stopped,
-             'correct': grade(tokenizer.decode(ids), problems[i].answer)}
-            for i, _, ids, stopped in answers(model, numbered, n, rows=rows, rank=rank, world=world, **how))
-    mine = list(progress_of(some, len(problems) * n // world, progress))
-    every = [(r['problem'], r['correct'], r['length']) for part in all_gather(mine) for r in part]
-    right = defaultdict(list)
-    for i, correct, _ in every:
-        right[i].append(correct)
-    return {f'avg@{n}': 100 * fmean(c for _, c, _ in every),
-            f'best@{n}': 100 * fmean(map(any, right.values())), 'len': fmean(length for *_, length in every)}
+def evaluate(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, progress='', **how):
+    """Sample n = `per_problem` answers to every problem of {name: [Problem]} -> flat dict of scores, the same
+    on every rank. This is what the training loop logs.
+
+    One set:       'avg@n' and 'best@n' in per cent, 'len' in tokens, over all problems.
+    Several sets:  the same three of each set, such as 'avg@16/aime24', after the plain ones; 'avg@16',
+                   'best@16' and 'len' are then the mean over SETS, not over problems, because 83 of the 143
+                   problems of aime24,aime25,aimo are AIMO's and would make 58% of the number.
+    how: as in rollout.stream.
+    """
+    numbered = number_problems(sets)
+
+    # This rank samples its share; nothing runs until the loop below asks for the rows.
+    new = answers(model, numbered, per_problem, rows=rows, rank=rank, world=world, **how)
+    graded = graded_rows(new, tokenizer, numbered, how.get('seed', 0))
+
+    # Keep four numbers of each answer: texts are not sent between ranks.
+    mine = []                                # (set, problem, correct, length)
+    for row in with_progress(graded, len(numbered) * per_problem // world, progress):
+        mine.append((row['set'], row['problem'], row['correct'], row['length']))
+    results = [result for part in all_gather(mine) for result in part]
+
+    # Every rank computes the same scores from the same numbers.
+    by_set = []                              # {metric: value} of each set
+    for name in sets:
+        by_set.append(basic_scores([rest for label, *rest in results if label == name], per_problem))
+    if len(by_set) == 1:
+        return by_set[0]                     # plain keys only
+
+    # Several sets: first the mean over them under the plain keys, so that what reads one number reads this.
+    combined = {}
+    for metric in by_set[0]:
+        combined[metric] = fmean(values[metric] for values in by_set)
+    # Then each set under its own name.
+    for name, values in zip(sets, by_set, strict=True):
+        for metric, value in values.items():
+            combined[f'{metric}/{name}'] = value
+    return combined
 
 
-# ---- metrics -----------------------------------------------------------------------------------
+def basic_scores(results, per_problem):
+    """(problem, correct, length) of each answer to one set -> {'avg@n', 'best@n', 'len'}."""
+    # A problem is solved if any of its answers is right.
+    solved = defaultdict(bool)
+    for problem, correct, _ in results:
+        solved[problem] |= correct
+    return {f'avg@{per_problem}': 100 * fmean(correct for _, correct, _ in results),
+            f'best@{per_problem}': 100 * fmean(solved.values()),
+            'len': fmean(length for *_, length in results)}
+
+
+# ---- metrics -------------------------------------------------------------------------------------
 
 def pass_at(k, n, right):
-    """Chance that k answers drawn from n, `right` of them right, hold a right one."""
+    """Probability that k answers drawn from n, of which `right` are right, hold a right one.
+
+    One minus the share of the subsets of size k that hold wrong answers only: 1 - C(n - right, k) / C(n, k).
+    """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(rows):
-    """Is the commonest answer of a problem right? Equal answers count together; the first of the equally
-    common wins; no answer is no vote."""
-    groups = []
+    """Is the most common answer to a problem right?
+
+    Answers that the grader calls equal count together (0.5 and 1/2). Of equally common answers the one that
+    came first wins. A text without an answer has no vote.
+    """
+    groups = []                              # rows whose answers are equal, oldest group first
     for row in rows:
-        if row['extracted'] is not None:
-            group = next((g for g in groups if equal(row['extracted'], g[0]['extracted'])), None)
-            groups.append([row]) if group is None else group.append(row)
-    return bool(groups) and max(groups, key=len)[0]['correct']
+        if row['extracted'] is None:
+            continue
+
+        # Join the first group with an equal answer, or start a new one.
+        for group in groups:
+            if equal(row['extracted'], group[0]['extracted']):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    if not groups:
+        return False                         # no text gave an answer
+    largest = max(groups, key=len)           # the first of the largest
+    return largest[0]['correct']
 
 
 def distinct(texts, words=None, size=4):
-    """Distinct share of the `size`-grams of texts, pooled; of their first so many words. None if none."""
-    cut = [text.split()[:words] for text in texts]
-    grams = [tuple(w[i:i + size]) for w in cut for i in range(len(w) - size + 1)]
+    """Distinct share of the `size`-grams of words of several texts, pooled; None if there are none.
+    words: look at so many first words of each text; None = all."""
+    # All answers to a problem together: a gram that two answers share counts once.
+    grams = []
+    for text in texts:
+        kept = text.split()[:words]          # [:None] is all of it
+        for start_word in range(len(kept) - size + 1):
+            grams.append(tuple(kept[start_word:start_word + size]))
     return len(set(grams)) / len(grams) if grams else None
 
 
 def bootstrap(values, draws=10_000, level=0.95):
-    """Interval of the mean of values, one a problem, if other problems had been drawn -> (low, high)."""
-    x, g = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(0)
-    means = torch.cat([x[torch.randint(len(x), (100, len(x)), generator=g)].mean(1)
-                       for _ in range(draws // 100)])
-    return tuple(means.quantile(q).item() for q in ((1 - level) / 2, (1 + level) / 2))
+    """Interval of the mean of values, one per problem, had other problems been drawn -> (low, high)."""
+    observed = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)         # the same table whenever it is printed
+    count = len(observed)
+
+    # 100 resamples at a time, so that a set of thousands of problems needs no gigabytes.
+    means = []
+    for _ in range(draws // 100):
+        chosen = torch.randint(count, (100, count), generator=generator)
+        means.append(observed[chosen].mean(1))
+    means = torch.cat(means)
+
+    # The middle 95% of the means.
+    low = means.quantile((1 - level) / 2).item()
+    high = means.quantile((1 + level) / 2).item()
+    return low, high
 
 
 def scores(rows):
-    """Rows of one set, n for each problem -> all metrics; shares in per cent, length in tokens."""
-    by = defaultdict(list)
-    for row in sorted(rows, key=lambda r: (r['problem'], r['sample'])):
-        by[row['problem']].append(row)
-    n = len(rows) // len(by)
-    each = [100 * fmean(r['correct'] for r in some) for some in by.values()]
-    right = [sum(r['correct'] for r in some) for some in by.values()]
-    texts = [[r['text'] for r in some] for some in by.values()]
+    """Rows of one set, n for each problem -> all metrics: shares in per cent, length in tokens."""
+    # Answers come in the order in which they ended; sorted, every run groups them alike.
+    by_problem = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row['problem'], row['sample'])):
+        by_problem[row['problem']].append(row)
+    samples = list(by_problem.values())
+    n = len(rows) // len(samples)
 
-    def share(values):
-        values = [v for v in values if v is not None]
-        return 100 * fmean(values) if values else 0.0
-    return {f'avg@{n}': fmean(each), 'interval': bootstrap(each), f'best@{n}': share(map(bool, right)),
-            **{f'pass@{2**i}': share(pass_at(2**i, n, c) for c in right) for i in range(1, n.bit_length())
-               if 2**i < n},
-            f'maj@{n}': share(map(majority, by.values())), 'dist-4g': share(map(distinct, texts)),
-            f'dist-4g/{WORDS}': share(distinct(t, WORDS) for t in texts),
-            'len': fmean(r['length'] for r in rows), 'finish': share(r['stopped'] for r in rows),
-            'no box': share(r['extracted'] is None for r in rows), 'problems': len(by)}
+    # Of each problem: how many answers are right, their share in per cent, and the texts.
+    right = [sum(row['correct'] for row in group) for group in samples]
+    accuracy = [100 * fmean(row['correct'] for row in group) for group in samples]
+    texts = [[row['text'] for row in group] for group in samples]
 
+    # Accuracy. Problems have n answers each, so the mean over problems is the mean over answers.
+    metrics = {f'avg@{n}': fmean(accuracy), 'interval': bootstrap(accuracy),
+               f'best@{n}': percentage(map(bool, right))}
+    k = 2
+    while k < n:                             # Avg@n is pass@1, Best@n is pass@n: show the powers between
+        metrics[f'pass@{k}'] = percentage(pass_at(k, n, count) for count in right)
+        k *= 2
+    metrics[f'maj@{n}'] = percentage(map(majority, samples))
+
+    # Diversity: of whole answers, and of their first words.
+    metrics['dist-4g'] = percentage(map(distinct, texts))
+    metrics[f'dist-4g/{FIRST_WORDS}'] = percentage(distinct(group, FIRST_WORDS) for group in texts)
+
+    # Form: how long, how many ended by themselves, how many gave no answer at all.
+    metrics['len'] = fmean(row['length'] for row in rows)
+    metrics['finish'] = percentage(row['stopped'] for row in rows)
+    metrics['no box'] = percentage(row['extracted'] is None for row in rows)
+    metrics['problems'] = len(samples)
+    return metrics
+
+
+def percentage(shares):
+    """Mean of shares in per cent. None means that there was nothing to measure, and is left out."""
+    known = [share for share in shares if share is not None]
+    return 100 * fmean(known) if known else 0.0
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 def table(rows):
-    """{'name': scores} -> the lines of a table; a pair of numbers is an interval."""
+    """{name: scores} -> the lines of a table. What `evaluate` returns for several sets becomes a line for the
+    mean and an indented line for each set."""
     if not rows:
         return ['no eval_data, so no accuracy']
-    keys = list(next(iter(rows.values())))
-    names = [k.replace('avg', 'Avg').replace('best', 'Best').replace('len', 'length') for k in keys]
-    cells = [[f'{v[0]:.1f}-{v[1]:.1f}' if isinstance(v, tuple | list) else f'{v:.1f}' if isinstance(v, float)
-              else str(v) for v in (row[k] for k in keys)] for row in rows.values()]
-    wide = [max(10, 2 + max(map(len, column))) for column in zip(names, *cells, strict=True)]
-    lines = [[f'{"":12}', *names], *([f'{name:12}', *row] for name, row in zip(rows, cells, strict=True))]
-    return [line[0] + ''.join(f'{c:>{w}}' for c, w in zip(line[1:], wide, strict=True)) for line in lines]
+
+    # One model may fill several lines.
+    labelled = []                            # (label, scores)
+    for name, values in rows.items():
+        labelled += split_sets(name, values)
+
+    keys = list(labelled[0][1])
+
+    # Text first: a column's width is known only when all of its cells are.
+    titles = [key.replace('avg', 'Avg').replace('best', 'Best').replace('len', 'length') for key in keys]
+    cells = [['', *titles]]
+    for name, values in labelled:
+        cells.append([name, *(cell(values[key]) for key in keys)])
+
+    # Names to the left, numbers to the right, a column as wide as its longest cell.
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for name, *numbers in cells:
+        line = name.ljust(max(12, widths[0] + 1))
+        for text, width in zip(numbers, widths[1:], strict=True):
+            line += text.rjust(max(10, width + 2))
+        lines.append(line)
+    return lines
+
+
+def split_sets(name, values):
+    """A model's flat scores -> [(label, scores)]: the plain scores, then those of each set."""
+    # Every set has a length, so these keys name the sets.
+    sets = [key.removeprefix('len/') for key in values if key.startswith('len/')]
+    if not sets:
+        return [(name, values)]
+
+    # The metrics that every set has, under the plain key and under its own.
+    metrics = [key for key in values if f'{key}/{sets[0]}' in values]
+    labelled = [(name, {metric: values[metric] for metric in metrics})]
+    for label in sets:
+        labelled.append((f'  {label}', {metric: values[f'{metric}/{label}'] for metric in metrics}))
+    return labelled
+
+
+def cell(value):
+    """One number of a table as text; a pair of numbers is an interval."""
+    if isinstance(value, tuple | list):
+        return f'{value[0]:.1f}-{value[1]:.1f}'
+    return f'{value:.1f}' if isinstance(value, float) else str(value)
 
 
 # ---- samples on disk -----------------------------------------------------------------------------
 
 def read_samples(folder):
-    """Whole rows of samples.jsonl and of every rank's part -> {(set, problem, sample): row}. A line that
-    was cut off as it was written is dropped; any other damage is a UserError."""
-    got = {}
+    """Whole rows of samples.jsonl and of every rank's part -> {(set, problem, sample): row}. A line that was
+    cut off as it was written is dropped; any other damage is a UserError."""
+    # A row can be in two files, if a kill came between merging the parts and deleting them.
+    samples = {}
     for file in sorted(folder.glob('samples*.jsonl')):
-        for i, line in enumerate(file.read_text().split('\n')[:-1], 1):
+        for number, row in enumerate(read_rows(file), 1):
             try:
-                row = json.loads(line)
-                got[row['set'], row['problem'], row['sample']] = row
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f'{file}:{i}: damaged; delete the line to sample it anew') from None
-    return got
+                samples[row['set'], row['problem'], row['sample']] = row
+            except (KeyError, TypeError):
+                raise UserError(f'{file}:{number}: damaged; delete the line to make it anew') from None
+    return samples
 
 
-def write_samples(folder, got):
-    """All rows in order into samples.jsonl; the parts go."""
-    with whole(folder / 'samples.jsonl') as tmp:
-        tmp.write_text(''.join(json.dumps(got[key]) + '\n' for key in sorted(got)))
+def write_samples(folder, samples):
+    """All rows in order into samples.jsonl; then the ranks' parts can go."""
+    with whole(folder / 'samples.jsonl') as temporary, temporary.open('w') as file:
+        for key in sorted(samples):
+            append_row(file, samples[key])
     for part in folder.glob('samples-*.jsonl'):
         remove(part)
 
 
 def folder_of(cfg, sets):
     """out/eval/<model>-<digest>: one for each model (by its files), problem sets and way of sampling."""
-    model = snapshot(cfg['student'])
-    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.iterdir() if f.is_file())
+    files = []                               # names, sizes and times: hashing the weights would take minutes
+    for file in snapshot(cfg['student']).iterdir():
+        if file.is_file():
+            files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+
+    # Everything that decides an answer or its grade. What changes neither, such as eval_rows, is left out.
     keys = ('seed', 'teacher', 'dtype', 'enable_thinking', 'max_new_tokens', 'eval_n', 'eval_temperature',
             'eval_top_p', 'eval_max_new_tokens', 'eval_suffix')
-    asked = {name: [(p.question, p.answer) for p in problems] for name, problems in sets.items()}
-    name = cfg['student'].rstrip('/').split('/')[-1]
-    return Path('out/eval') / f'{name}-{digest([files, [cfg[k] for k in keys], asked])}'
+    asked = {}
+    for name, problems in sets.items():
+        asked[name] = [(problem.question, problem.answer) for problem in problems]
+
+    # The last part of a path or hub id, for people; the digest is for the computer.
+    model_name = cfg['student'].rstrip('/').split('/')[-1]
+    fingerprint = digest([sorted(files), [cfg[key] for key in keys], asked])
+    return Path('out/eval') / f'{model_name}-{fingerprint}'
 
 
 # ---- the script ----------------------------------------------------------------------------------
 
 def settings(argv=None):
-    """The command line -> the checked config, and whether to grade again."""
-    argv, short = list(sys.argv[1:] if argv is None else argv), {'model': 'student'}
-    out = []
-    for arg in argv:
-        key, eq, value = arg.removeprefix('--').partition('=')
-        long = short.get(key, f'eval_{key}')
-        out.append(f'{long}={value}' if eq and (key in short or long in default) else arg)
-    regrade = [a for a in out if a != '--regrade']
-    return load_config(regrade), len(regrade) < len(out)
+    """The command line -> (checked config, grade again?). model= means student=, and a key without its
+    `eval_` means the one of evaluation: n= is eval_n=."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if '-h' in argv or '--help' in argv:
+        print(__doc__)                       # then load_config prints the keys, and ends
+    translated = []
+    for argument in argv:
+        key, equals, value = argument.removeprefix('--').partition('=')
+
+        # Evaluation's key comes first: here `n=8` is never the n of training.
+        full_key = 'student' if key == 'model' else f'eval_{key}'
+        if equals and full_key in default:
+            argument = f'{full_key}={value}'
+        if argument != '--regrade':
+            translated.append(argument)
+    return load_config(translated), '--regrade' in argv
 
 
 def main(cfg, regrade=False):
-    place = start(cfg['device'], cfg['dtype'])
-    cfg = toy.prepare(cfg, place)
-    for key, name in (('student', 'model'), ('eval_data', 'data')):
+    env = start(cfg['device'], cfg['dtype'])
+    cfg = toy.prepare(cfg, env)
+    for key, short in (('student', 'model'), ('eval_data', 'data')):
         if not cfg[key]:
-            raise UserError(f"{key}='': nothing given; set {name}=")
-    tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
-    sets = exam_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    folder = folder_of(cfg | {'dtype': str(place.dtype)}, sets)
-    numbered = {(name, i): (i, p) for name, problems in sets.items() for i, p in enumerate(problems)}
-    got = read_samples(folder)
-    all_gather(None)                                 # everybody has read before anybody writes
-    if place.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if regrade:
-            for row in got.values():
-                row |= verdict(row['text'], numbered[row['set'], row['problem']][1])
-        write_samples(folder, got)
-    barrier()
+            raise UserError(f"{key}='': nothing given; set {short}=")
+
+    # The problems. An answer that the grader cannot read is told now, not after hours of sampling.
+    tokenizer = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
+    sets = load_eval_sets(cfg['eval_data'], tokenizer, cfg['eval_problems'], cfg['eval_suffix'])
+    for name, problems in sets.items():
+        for line in check_answers(problems):
+            print0(f'  {name}: {line}')
+    numbered = number_problems(sets)
     total = len(numbered) * cfg['eval_n']
-    if not regrade and len(got) < total:
-        print0(f'{folder}: {len(got)} of {total} answers are there')
-        sample_rest(cfg, place, tok, folder, numbered, {(key[:2], key[2]) for key in got})
+
+    # The answers that earlier runs of this command have left.
+    folder = folder_of(cfg | {'dtype': str(env.dtype)}, sets)
+    samples = read_samples(folder)
+    check_samples(samples, numbered, cfg['eval_n'], folder)
+    if cfg['dry_run']:                       # nothing is written
+        longest_sequence(cfg, numbered)
+        print0(f'{folder}: {len(samples)} of {total} answers are there; a run samples the rest')
+        return
+
+    # Rank 0 merges the ranks' parts into one file, once everybody has read them.
+    all_gather(None)
+    if env.rank == 0 and folder.exists():
+        if regrade:
+            for (name, number, _), row in samples.items():
+                row |= verdict(row['text'], numbered[name, number][1])
+        write_samples(folder, samples)
+    barrier()
+
+    # Sample what is missing; each rank appends to a part of its own, and rank 0 merges again.
+    if not regrade and len(samples) < total:
+        print0(f'{folder}: {len(samples)} of {total} answers are there')
+        sample_rest(cfg, env, tokenizer, folder, numbered, samples)
         barrier()
-        if place.rank == 0:                          # alone: it deletes the parts
-            got = read_samples(folder)
-            write_samples(folder, got)
-    if place.rank == 0:
-        if len(got) < total:
-            raise UserError(f'{folder}: {len(got)} of {total} answers; run it without --regrade first')
-        results = {name: scores([r for r in got.values() if r['set'] == name]) for name in sets}
-        write_json(folder / 'results.json', {'model': cfg['student'], 'seed': cfg['seed'], 'sets': results})
-        print0('\n'.join(table(results)))
-        print0(f'{folder}: results.json, samples.jsonl')
+        if env.rank == 0:
+            samples = read_samples(folder)
+            write_samples(folder, samples)
+
+    # Scores are made from what is on disk, so a resumed evaluation repeats an uninterrupted one.
+    if env.rank == 0:
+        report(cfg, folder, sets, samples, total)
     barrier()
 
 
-def verdict(text, problem):
-    """The answer a text gives, and whether it is right."""
-    return {'extracted': extract(text), 'correct': grade(text, problem.answer)}
+def check_samples(samples, numbered, per_problem, folder):
+    """A row of another evaluation would count as an answer that is there: UserError."""
+    for name, number, sample in samples:
+        if (name, number) not in numbered or sample not in range(per_problem):
+            raise UserError(f'{folder}: its samples hold set {name!r}, problem {number}, sample {sample}, '
+                            'which this command does not ask for; delete the folder')
 
 
-def sample_rest(cfg, place, tok, folder, numbered, done):
-    """Sample what is not done yet, and append it to this rank's part as it ends."""
-    model = load_model(cfg['student'], place.dtype, place.device)
-    tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
-    longest = max(len(p.ids) for _, p in numbered.values()) + tokens
-    if longest > model.config.context:
-        raise UserError(f"{cfg['student']}: reads {model.config.context} tokens, but the longest prompt and "
-                        f'{tokens} new tokens make {longest}; lower max_new_tokens')
-    check_ids(cfg['student'], model.config.V, tok)
-    model.reach = longest
-    stop = set(tok.stop_ids)
-    if cfg['teacher']:                               # as in training: at either's stop tokens
-        tok_t = load_tokenizer(cfg['teacher'])
-        stop |= set(tok_t.stop_ids) if tok_t.words == tok.words else set()
-    new = answers(model, numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=place.rank, world=place.world,
-                  done=done, max_new_tokens=tokens, stop=sorted(stop), vocab=tok.size, seed=cfg['seed'],
+def longest_sequence(cfg, numbered):
+    """Tokens of the longest prompt and answer together; UserError if the model cannot read so many."""
+    new_tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
+    longest = max(len(problem.ids) for _, problem in numbered.values()) + new_tokens
+    context = read_config(cfg['student']).context
+    if longest > context:
+        raise UserError(f"{cfg['student']}: reads {context} tokens, but the longest prompt and "
+                        f'{new_tokens} new tokens make {longest}; lower max_new_tokens')
+    return longest
+
+
+def sample_rest(cfg, env, tokenizer, folder, numbered, samples):
+    """Sample the answers that are not there yet, and append each to this rank's part as it ends."""
+    longest = longest_sequence(cfg, numbered)
+
+    # The lengths fit; only now are the weights loaded.
+    model = load_model(cfg['student'], env.dtype, env.device)
+    check_ids(cfg['student'], model.config.V, tokenizer)
+    model.reach = longest                    # longrope chooses its factors by the longest sequence to come
+
+    # As in training, an answer ends at a stop token of either model, if both have the same tokens.
+    stop = set(tokenizer.stop_ids)
+    if cfg['teacher']:
+        teacher_tokenizer = load_tokenizer(cfg['teacher'])
+        if teacher_tokenizer.words == tokenizer.words:
+            stop |= set(teacher_tokenizer.stop_ids)
+
+    # What is there is not sampled again.
+    done = {((name, number), sample) for name, number, sample in samples}
+    new = answers(model, numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=env.rank, world=env.world,
+                  done=done, max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
+                  stop=sorted(stop), vocab=tokenizer.size, seed=cfg['seed'],
                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
+    graded = graded_rows(new, tokenizer, numbered, cfg['seed'])
+    share = (len(numbered) * cfg['eval_n'] - len(done)) // env.world
 
-    def rows():
-        for key, k, ids, stopped in new:
-            text, problem = tok.decode(ids), numbered[key][1]
-            yield {'set': key[0], 'problem': key[1], 'sample': k, 'seed': cfg['seed'],
-                   'answer': problem.answer, **verdict(text, problem), 'length': len(ids), 'stopped': stopped,
-                   'prompt': tok.decode(problem.ids), 'text': text, 'ids': ids}
-    left = (len(numbered) * cfg['eval_n'] - len(done)) // place.world
-    with (folder / f'samples-{place.rank}.jsonl').open('a') as file:
-        for row in progress_of(rows(), left, 'evaluate' if place.rank == 0 else ''):
-            file.write(json.dumps(row) + '\n')
-            file.flush()
+    # The folder is made only now, so that a refused command leaves nothing behind.
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f'samples-{env.rank}.jsonl').open('a') as file:
+        for row in with_progress(graded, share, 'evaluate' if env.rank == 0 else ''):
+            append_row(file, row)
+
+
+def report(cfg, folder, sets, samples, total):
+    """Score all answers, set by set: results.json, and a table on the terminal."""
+    if len(samples) < total:
+        raise UserError(f'{folder}: {len(samples)} of {total} answers; run it without --regrade first')
+    results = {}
+    for name in sets:
+        results[name] = scores([row for row in samples.values() if row['set'] == name])
+    write_json(folder / 'results.json', {'model': cfg['student'], 'seed': cfg['seed'], 'sets': results})
+    print0('\n'.join(table(results)))
+    print0(f'{folder}: results.json, samples.jsonl')
 
 
 if __name__ == '__main__':

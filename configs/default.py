@@ -21,7 +21,8 @@ config = dict(
     teacher='',                 # Hugging Face folder or id; frozen
     data='',                    # training problems: .parquet, .jsonl, .json, .txt, or a data set's id;
                                 # prompt, question or problem; answer, reward_model.ground_truth or solution
-    eval_data='',               # held-out problems, same layouts; '' = no evaluation
+    eval_data='',               # held-out problems, same layouts; '' = no evaluation; several with commas
+                                # between; by name: aime24, aime25, aimo, amc23, math500 (eval_math.py)
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
 
@@ -109,7 +110,8 @@ config = dict(
     eval_every=50,              # steps between evaluations; 0 = only before and after
     eval_n=16,                  # answers per problem: Avg@n, Best@n
     eval_problems=0,            # first so many problems of eval_data; 0 = all
-    eval_suffix='',             # added to each question of eval_data that is a bare text
+    eval_suffix='',             # added to each question of eval_data that is a bare text; '' = for sets given
+                                # by name their instruction to answer in \boxed{}, for others nothing
     eval_temperature=0.7,       # the paper's
     eval_top_p=1.0,             # the authors' scripts use 0.95
     eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)

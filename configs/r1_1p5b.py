@@ -11,8 +11,7 @@ config = config | dict(
     student='deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B',
     teacher='hbx/JustRL-DeepSeek-1.5B',
     data='BytedTsinghua-SIA/DAPO-Math-17k',     # repeats each problem a hundred times; each is read once
-    eval_data='HuggingFaceH4/aime_2024', eval_every=100,
-    eval_suffix=' Please reason step by step, and put your final answer within \\boxed{}.',
+    eval_data='aime24,aime25,aimo', eval_every=20,      # Figure 4: three sets, a point every 20 steps
     checkpointing=True,
     # everything else is the paper's and stands in default.py
 )

@@ -2,7 +2,7 @@
 The README's table of unlike models: a teacher of other depth and width, through a bridge, by output
 distributions alone, by both; ranks and fits.
 
-    python -m studies.figures --run toy_bridge_study  stage 1 once a seed and fit, then the runs
+    python -m studies.compare toy_bridge_study    stage 1 for each seed and fit, the runs, table and figure
 """
 pair = ['configs/toy_bridge.py', 'eval_every=100']
 alone = ['bridge=', 'oprd_weight=0', 'opd_weight=1', 'steps=300']

@@ -2,7 +2,7 @@
 The README's comparison: every objective on the same prompts, three seeds, each method at its own rate:
 the best of five, docs/toy_search.md.
 
-    python -m studies.figures --run toy_comparison  runs what is missing (resumes), then table and figure
+    python -m studies.compare toy_comparison      runs what is missing (resumes), then table and figure
 """
 seeds = [0, 1, 2]
 runs = {    # name: command line of distill.py

@@ -2,7 +2,7 @@
 The learning rates that toy_comparison uses: five for each of its methods, a factor of two apart, on a
 seed that it does not use. Result: docs/toy_search.md.
 
-    python -m studies.figures --run toy_search
+    python -m studies.compare toy_search
 """
 from configs.toy_comparison import runs as methods
 

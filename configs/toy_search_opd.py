@@ -3,7 +3,7 @@ toy_search once more for its methods with an output-space term, the same rates f
 supervised steps): seed 3's usual one is so weak (17 of 100) that no rate moves it in 100 steps.
 Result: docs/toy_search.md.
 
-    python -m studies.figures --run toy_search_opd
+    python -m studies.compare toy_search_opd
 """
 from configs.toy_search import runs as tried
 

@@ -1,7 +1,7 @@
 """
 The README's table of unlike tokenizers: floor pairing, the next byte, both, and what goes wrong.
 
-    python -m studies.figures --run toy_tokens_study  stage 1 once a seed and fit, then the runs
+    python -m studies.compare toy_tokens_study    stage 1 for each seed and fit, the runs, table and figure
 """
 pair = ['configs/toy_bridge_tokens.py', 'eval_every=100']
 alone = ['bridge=', 'oprd_weight=0', 'opd_weight=1', 'steps=300', 'opd=byte', 'lr=6e-4']

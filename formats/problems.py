@@ -1,6 +1,12 @@
 """
-Problem sets: files, folders and hub data sets to questions, answers and prompts, and the order in
-which they are asked.
+Problem sets: files, folders and hub data sets become questions, answers and prompts; and the order in which
+the prompts of a training run are asked.
+
+    problems = load_problems('BytedTsinghua-SIA/DAPO-Math-17k', tokenizer, longest=1024)
+
+Simpler than a data loader: all problems are read into memory once, and which of them a step asks is a
+function of (seed, step) alone, so there is no state to save. It does not stream, and it does not mix
+several training sets. Questions and answers are data: nothing in them is run or evaluated.
 """
 import json
 import re
@@ -16,121 +22,195 @@ from formats.huggingface import snapshot
 from support.files import read_json
 from support.runtime import UserError, print0
 
+# The names of the columns that are read, in the order in which they are looked for.
+QUESTION_KEYS = ('prompt', 'question', 'problem')
+ANSWER_KEYS = ('answer', 'reward_model', 'solution')
+
+# Words in a file's path that say it is held out; such files are never read for training.
+HELD_OUT_WORDS = {'test', 'validation', 'valid', 'val', 'dev', 'eval'}
+
 
 @dataclass(frozen=True)
 class Problem:
     """A question, its known answer if there is one, and the prompt that asks it."""
     question: str | list        # a text, or messages
-    answer: str | None          # what the last box should hold
+    answer: str | None          # what the last box should hold, or a solution that ends in a box
     ids: list[int]              # the prompt, chat-rendered
 
 
+# ---- files to rows -------------------------------------------------------------------------------
+
 def problem_files(source, split):
-    """A file, a folder or a hub data set (owner/name) -> its data files: those with the word `split`
-    in their path if there are any; else all, but for 'train' never what is named as held out."""
+    """A file, a folder or a hub data set (owner/name) -> its data files of one split ('train' or 'test').
+
+    Files with the word `split` in their path, if there are any. Otherwise all files, except that 'train'
+    never takes a file whose path says that it is held out.
+    """
     if Path(source).is_file():
         return [Path(source)]
     folder = snapshot(source, dataset=True)
-    for end in ('parquet', 'jsonl', 'json'):
-        files = sorted(folder.rglob(f'*.{end}'))
-        words = {f: set(re.split(r'[^a-z]+', str(f.relative_to(folder)).lower())) for f in files}
-        fit = [f for f in files if split in words[f]]
-        held = {'test', 'validation', 'valid', 'val', 'dev', 'eval'} if split == 'train' else set()
-        fit = fit or [f for f in files if not words[f] & held]
-        if fit:
-            return fit
+    for ending in ('parquet', 'jsonl', 'json'):
+        of_split = []
+        others = []
+        for file in sorted(folder.rglob(f'*.{ending}')):
+            # Whole words: `constrained.jsonl` does not hold the word `train`.
+            words = set(re.split(r'[^a-z]+', str(file.relative_to(folder)).lower()))
+            if split in words:
+                of_split.append(file)
+            elif split != 'train' or not words & HELD_OUT_WORDS:
+                others.append(file)
+        if of_split or others:
+            return of_split or others
     raise UserError(f'{source}: no .parquet, .jsonl or .json file in it for {split}; name one file')
 
 
-def rows_of(file):
-    """Rows of a data file -> (place, dict) one by one. Raises UserError with file and row."""
+def numbered_rows(file):
+    """The rows of a data file -> (where, row) one by one; `where` is file and row, for error messages."""
     if file.suffix == '.parquet':
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            keep = [k for k in table.schema_arrow.names if k in QUESTION + ANSWER]
-            rows = (row for part in table.iter_batches(columns=keep) for row in part.to_pylist())
-            yield from ((f'{file}, row {i}', row) for i, row in enumerate(rows, 1))
-        except (pyarrow.ArrowException, OSError) as e:
-            raise UserError(f'{file}: not a whole parquet file ({str(e).splitlines()[0]}); '
-                            'fetch it again') from None
+        yield from parquet_rows(file)
     elif file.suffix == '.json':
-        yield from ((f'{file}, row {i}', row) for i, row in enumerate(read_json(file, list), 1))
+        for number, row in enumerate(read_json(file, list), 1):
+            yield f'{file}, row {number}', row
     elif file.suffix in ('.jsonl', '.txt'):
-        for i, line in enumerate(file.read_bytes().split(b'\n'), 1):
-            if line.strip():
-                try:                         # bytes: not UTF-8 is a ValueError as well
-                    row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise UserError(f'{file}:{i}: {e}; mend the line or delete it') from None
-                yield f'{file}:{i}', row
+        yield from line_rows(file)
     else:
         raise UserError(f'{file}: problems come as .parquet, .jsonl, .json or .txt')
 
 
-QUESTION, ANSWER = ('prompt', 'question', 'problem'), ('answer', 'reward_model', 'solution')
+def parquet_rows(file):
+    """(where, row) of a parquet file. Only the columns that are needed are read, a batch at a time."""
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = [name for name in table.schema_arrow.names if name in QUESTION_KEYS + ANSWER_KEYS]
+        number = 0
+        for batch in table.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f'{file}, row {number}', row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f'{file}: not a whole parquet file ({str(error).splitlines()[0]}); '
+                        'fetch it again') from None
 
 
-def ask(row, place):
-    """One row of the layouts people have -> (question, answer or None).
+def line_rows(file):
+    """(where, row) of a .jsonl file, or of a .txt file, in which each line is a question."""
+    # Split at newlines only: str.splitlines would also split at U+2028, which JSON texts may hold.
+    for number, line in enumerate(file.read_bytes().split(b'\n'), 1):
+        if not line.strip():
+            continue
+        try:
+            row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line)
+        except (ValueError, RecursionError) as error:        # not UTF-8 is a ValueError as well
+            raise UserError(f'{file}:{number}: {error}; fix the line or delete it') from None
+        yield f'{file}:{number}', row
+
+
+# ---- rows to problems ----------------------------------------------------------------------------
+
+def question_and_answer(row, where):
+    """One row of the layouts that people have -> (question, answer or None).
 
     Question: `prompt` (messages as verl has them, or a text), `question` or `problem`.
     Answer: `answer`, `reward_model.ground_truth` or `solution`.
     """
     if not isinstance(row, dict):
-        raise UserError(f'{place}: a {type(row).__name__}, not a row with names')
-    question = next((row[k] for k in QUESTION if row.get(k)), None)
-    messages = isinstance(question, list) and all(
-        isinstance(m, dict) and isinstance(m.get('content'), str) and 'role' in m for m in question)
-    if not messages and not isinstance(question, str):
-        raise UserError(f'{place}: no question; wants {" or ".join(QUESTION)}, a text or [{{role, content}}]')
+        raise UserError(f'{where}: a {type(row).__name__}, not a row with names')
+    question = next((row[key] for key in QUESTION_KEYS if row.get(key)), None)
+    if not isinstance(question, str) and not is_conversation(question):
+        raise UserError(f'{where}: no question; wants {" or ".join(QUESTION_KEYS)}, '
+                        'a text or [{role, content}]')
+
+    # verl keeps the answer one level deeper: {'reward_model': {'ground_truth': '7'}}.
     reward = row.get('reward_model')
     if isinstance(reward, dict):
         row = row | {'reward_model': reward.get('ground_truth')}
-    answer = next((row[k] for k in ANSWER if row.get(k) is not None), None)
-    return question, None if answer is None else str(answer)
+    answer = next((row[key] for key in ANSWER_KEYS if row.get(key) is not None), None)
+    return question, None if answer is None else final_answer(str(answer))
+
+
+def is_conversation(question):
+    """Is it a list of messages, each with a role and a text?"""
+    if not isinstance(question, list):
+        return False
+    for message in question:
+        if not isinstance(message, dict) or 'role' not in message:
+            return False
+        if not isinstance(message.get('content'), str):
+            return False
+    return True
+
+
+def final_answer(answer):
+    """What to grade by: of GSM8K's '5 + 2 = 7 apples\\n#### 7' it is '7', and other answers stay as they are.
+
+    A solution with a box is left alone: the grader reads its box, and '####' can be a heading in it.
+    """
+    if '####' not in answer or '\\boxed' in answer:
+        return answer
+    return answer.rpartition('####')[2].strip()
 
 
 def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix=''):
     """Problems of a file, folder or hub data set -> [Problem], each question once.
 
-    first: take so many; 0 = all. longest: prompts of more tokens are left out; 0 = none. suffix: added
+    first: take so many; 0 = all. longest: prompts of more tokens are left out; 0 = no limit. suffix: added
     to questions that are texts. How many were repeated or left out is printed. Raises UserError with
     file and row.
     """
-    problems, seen, rows, long = [], set(), 0, 0
-    for place, row in (pair for file in problem_files(source, split) for pair in rows_of(file)):
-        question, answer = ask(row, place)
-        key, rows = json.dumps(question), rows + 1
+    problems = []
+    seen = set()
+    row_count = 0
+    long_count = 0
+    for where, row in rows_of_files(problem_files(source, split)):
+        question, answer = question_and_answer(row, where)
+        row_count += 1
+
+        # Public sets repeat questions (DAPO-Math-17k a hundred times each): keep the first.
+        key = json.dumps(question)
         if key in seen:
             continue
         seen.add(key)
-        if suffix and isinstance(question, str):
-            question = question + suffix
+
+        if isinstance(question, str):
+            question += suffix
         ids = tokenizer.chat(question)
         if not ids:
-            raise UserError(f'{place}: the prompt renders to no token; mend it or the template')
+            raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
         if longest and len(ids) > longest:
-            long += 1
+            long_count += 1
             continue
         problems.append(Problem(question, answer, ids))
         if len(problems) == first:
             break
-    if rows > len(seen) or long:
-        print0(f'  {source}: {rows} rows, {rows - len(seen)} of them repeated, {long} prompts longer than '
+    repeated = row_count - len(seen)
+    if repeated or long_count:
+        print0(f'  {source}: {row_count} rows, {repeated} of them repeated, {long_count} prompts longer than '
                f'{longest} tokens; {len(problems)} problems left')
     if not problems:
         raise UserError(f'{source}: no problems in it')
     return problems
 
 
-def prompt_order(N, per_step, step, seed):
-    """Indices of the prompts of a step (1, 2, ...): shuffled anew each epoch, every problem once an
-    epoch. A function of its arguments alone, so resuming needs no saved state."""
-    draws = range((step - 1) * per_step, step * per_step)
-    return [permutation(N, seed, i // N)[i % N] for i in draws]
+def rows_of_files(files):
+    """The rows of several files, one file after the other."""
+    for file in files:
+        yield from numbered_rows(file)
 
 
-@lru_cache(maxsize=2)
-def permutation(N, seed, epoch):
-    g = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(N, generator=g).tolist()
+# ---- the order of training -----------------------------------------------------------------------
+
+def prompt_order(total, per_step, step, seed):
+    """Indices, of `total` problems, of the prompts of a step (1, 2, ...): shuffled anew each epoch, every
+    problem once an epoch. A function of its arguments alone, so resuming needs no saved state."""
+    indices = []
+    for draw in range((step - 1) * per_step, step * per_step):
+        epoch = draw // total
+        indices.append(permutation(total, seed, epoch)[draw % total])
+    return indices
+
+
+@lru_cache(maxsize=2)                        # a step may reach from one epoch into the next
+def permutation(total, seed, epoch):
+    """The order of the problems in one epoch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(total, generator=generator).tolist()

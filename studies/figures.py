@@ -1,259 +1,230 @@
 """
-Run folders -> figures and tables. Reads log.jsonl and nothing else.
+Figures from run folders: what distill.py and bridge.py have logged, drawn by matplotlib into a PNG.
 
-    python -m studies.figures out/toy             out/toy/curve.png
-    python -m studies.figures out/a out/b out/c   three runs in one figure, in the first one's folder
-    python -m studies.figures out/toy_bridge_stage1   a bridge, or several: out/toy_bridge_stage1/bridge.png
-    python -m studies.figures --run toy_comparison  every run of configs/toy_comparison.py, one a core, then
-                                                  table.md and curves.png in out/toy_comparison
+    python -m studies.figures out/toy                 one run: out/toy/curve.png
+    python -m studies.figures out/a out/b out/c       several runs in one figure, in the first one's folder
+    python -m studies.figures out/toy_bridge_stage1   one bridge, or several: out/toy_bridge_stage1/bridge.png
 
-Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's
-Figure 4). Right: mean cosine of the matched states, and thin lines for each layer (Figure 6).
-A comparison is a Python file with `seeds`, `runs` = {name: command line of distill.py} and, if wanted,
-`panels` = {title: names} of its figure and `bridges` = {name: command line of bridge.py}, whose folder a
-run calls {name}; a run that was interrupted goes on, one that is finished is read.
+A run. Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's Figure 4).
+Right: mean cosine of the matched states, and a thin line for each layer (Figure 6).
+A bridge. Left: held-out cosine against rank (Figure 12). Right: each layer at the rank that is used.
+
+Simpler than usual: it reads log.jsonl, config.json and bridge.json, and no tracker or event file. Runs that
+start from different students, or that are evaluated differently, are refused: in one panel their curves
+would look comparable and are not. Many runs with a table and seeds: studies/compare.py.
 """
-import os
-import re
-import runpy
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
-import torch
-from tqdm import tqdm
-
+from configs import default
 from support.files import Log, read_json, whole
-from support.runtime import ROOT, UserError, run
+from support.runtime import UserError, run
 
-# ---- one figure of a few runs -----------------------------------------------------------------
+# The lines of a single bridge's figure: key in bridge.json, and label.
+BRIDGE_LINES = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs',
+                'mean_only': 'mean alone'}
+MOST_MARKERS = 40               # with more points than these, a line is drawn without markers
 
-def accuracy(rows):
-    """Points (step, Avg@n) of a log, and the metric's name; None if nothing was evaluated."""
-    avg = next((k for k in rows[0]['student'] if k.startswith('avg@')), None)
-    points = {r['step']: r[avg] for r in rows if avg in r} | ({0: rows[0]['student'][avg]} if avg else {})
-    return sorted(points.items()), avg
 
+# ---- what a run folder says ----------------------------------------------------------------------
 
 def read_log(folder):
-    """The rows of a run's log.jsonl; step 0 and at least one more."""
+    """The rows of a run's log.jsonl: step 0 and at least one more."""
     rows = Log(Path(folder) / 'log.jsonl').rows
     if len(rows) < 2:
         raise UserError(f'{folder}/log.jsonl: no steps in it; run distill.py first')
     return rows
 
 
-def curve(folders, file):
-    """Accuracy and rep-cosine curves of one run or several -> a PNG."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
+def accuracy_metrics(rows):
+    """Names of the accuracies in a log: first the plain one ('avg@16', of several sets their mean), then one
+    for each set ('avg@16/aime24'); [] if nothing was evaluated."""
+    return [name for name in rows[0]['student'] if name.startswith('avg@')]
 
-    fig, (acc, rep) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    for i, folder in enumerate(folders):
-        rows, color, name = read_log(folder), f'C{i}', Path(folder).name
-        points, avg = accuracy(rows)
-        if avg:
-            acc.plot(*zip(*points, strict=True), color=color, marker='o', ms=4, label=f'{name}: distilled')
-            if i == 0:
-                acc.axhline(rows[0]['teacher'][avg], color='0.2', ls='--', lw=1, label='teacher')
-                acc.axhline(rows[0]['student'][avg], color='0.6', ls=':', lw=1.2, label='student before')
-            acc.set_ylabel(f'Avg@{avg[4:]}, %')
-        looked = [r for r in rows if 'rep/cos' in r]
-        steps = [r['step'] for r in looked]
-        for layer in zip(*(r['rep/cos_layer'] for r in looked), strict=True):
-            rep.plot(steps, layer, color=color, lw=0.6, alpha=0.35)
-        if looked:
-            mean = [r['rep/cos'] for r in looked]
-            rep.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
-    acc.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
-    rep.set(xlabel='step', ylabel='cosine to the teacher', title='representation match (thin: each layer)')
-    finish(fig, (acc, rep), file)
+
+def accuracy(rows, metric=None):
+    """Points (step, Avg@n) of a log, and the metric's name; [] and None if nothing was evaluated. metric: one
+    set's; default: the plain one."""
+    names = accuracy_metrics(rows)
+    if not names:
+        return [], None
+    metric = metric or names[0]
+    points = {0: rows[0]['student'][metric]}             # the student before the first step
+    for row in rows:
+        if metric in row:
+            points[row['step']] = row[metric]
+    return sorted(points.items()), metric
+
+
+# ---- may these runs stand in one panel? ----------------------------------------------------------
+
+def require_comparable(configs):
+    """{run: config} -> nothing, or a UserError that names the first run that differs from the first one, and
+    how: another student to start from, or other held-out problems, or another way to evaluate. All other keys
+    are the methods that a figure compares.
+    """
+    runs = list(configs)
+    for run_name in runs[1:]:
+        first, other = configs[runs[0]], configs[run_name]
+        differences = []
+        for key in evaluation_keys(first, other):
+            # A run of an earlier version may lack a key; it then had the default's effect.
+            values = [config.get(key, default[key]) for config in (first, other)]
+            if values[0] != values[1]:
+                differences.append(f'{key}={values[0]!r} and {values[1]!r}')
+        if differences:
+            raise UserError(f'{runs[0]} and {run_name} cannot be compared: {", ".join(differences)}; '
+                            'put them in separate figures')
+
+
+def evaluation_keys(first, other):
+    """The keys that must be equal in two configs."""
+    keys = ['student']
+    if first.get('eval_data') and other.get('eval_data'):
+        # How often and how many at once changes no score; a run without evaluation draws no accuracy.
+        keys += [key for key in default if key.startswith('eval_') and key not in ('eval_every', 'eval_rows')]
+
+    # A toy's student and problems are made by its own keys and the seed. Its teacher is part of the method.
+    if 'toy' in (first.get('student'), first.get('eval_data')):
+        keys.append('seed')
+        for key in default:
+            if key.startswith('toy_') and not key.startswith('toy_teacher_') and key != 'toy_dir':
+                keys.append(key)
+    return keys
+
+
+def read_configs(folders):
+    """{folder: the config that its run was started with}."""
+    return {str(folder): read_json(Path(folder) / 'config.json').get('config', {}) for folder in folders}
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+def two_panels():
+    """-> (figure, left axes, right axes). matplotlib is imported here: it takes a second, and the training
+    loop imports this file."""
+    import matplotlib
+    matplotlib.use('Agg')                    # no display is needed
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    return figure, left, right
+
+
+def curve(folders, file):
+    """Accuracy and cosine curves of one run or several -> a PNG."""
+    if len(folders) > 1:
+        require_comparable(read_configs(folders))
+    figure, left, right = two_panels()
+    for number, folder in enumerate(folders):
+        rows = read_log(folder)
+        color = f'C{number}'
+        draw_accuracy(left, rows, Path(folder).name, color, first=number == 0, alone=len(folders) == 1)
+        draw_cosines(right, rows, Path(folder).name, color)
+    left.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
+    right.set(xlabel='step', ylabel='cosine to the teacher', title='representation match (thin: each layer)')
+    finish(figure, (left, right), file)
+
+
+def draw_accuracy(axes, rows, name, color, first, alone):
+    """One run's accuracy. first: also the lines that the runs share; alone: also a line for each set."""
+    points, metric = accuracy(rows)
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    axes.plot(steps, values, color=color, marker='o', ms=4, label=f'{name}: distilled')
+
+    # With several sets the line above is their mean. Of a single run there is room for the sets, too.
+    of_sets = accuracy_metrics(rows)[1:]
+    for number, of_set in enumerate(of_sets if alone else [], 1):
+        steps, values = zip(*accuracy(rows, of_set)[0], strict=True)
+        axes.plot(steps, values, color=f'C{number}', lw=1, label=of_set.partition('/')[2])
+    if first:
+        axes.axhline(rows[0]['teacher'][metric], color='0.2', ls='--', lw=1, label='teacher')
+        axes.axhline(rows[0]['student'][metric], color='0.6', ls=':', lw=1.2, label='student before')
+    mean_of = f', mean of {len(of_sets)} sets' if of_sets else ''
+    axes.set_ylabel(f'Avg@{metric[4:]}, %{mean_of}')
+
+
+def draw_cosines(axes, rows, name, color):
+    """One run's cosines. A run through another objective looks at them now and then only, or never."""
+    looked = [row for row in rows if 'rep/cos' in row]
+    if not looked:
+        return
+    steps = [row['step'] for row in looked]
+    for layer in zip(*(row['rep/cos_layer'] for row in looked), strict=True):
+        axes.plot(steps, layer, color=color, lw=0.6, alpha=0.35)
+    mean = [row['rep/cos'] for row in looked]
+    axes.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
 
 
 def bridges(folders, file):
-    """Stage 1 of OPRD-Bridge, one fit or several -> a PNG. Left: held-out cosine against rank (Figure 12),
-    with the controls of a single one; right: every layer at the rank that is used. A teacher that reads
-    gibberish shows in the right half, at the last layer, and not in the mean."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
+    """Stage 1 of OPRD-Bridge, one fit or several -> a PNG.
 
-    fig, (rank, layer) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    words = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs', 'mean_only': 'mean alone'}
-    colors = iter(f'C{i}' for i in range(99))
+    A single fit is drawn with its controls, each layer, and Theorem 3's rank. A teacher that reads gibberish
+    shows in the right half, at the last layer, and not in the mean.
+    """
+    figure, left, right = two_panels()
+    alone = len(folders) == 1
+    color_number = 0
+    largest = 1                              # rank, over all folders
     for folder in folders:
         made = read_json(Path(folder) / 'bridge.json')
-        layers = {int(l): v for l, v in made['layers'].items()}
-        for key, word in words.items() if len(folders) == 1 else [('cos', Path(folder).name)]:
-            color = next(colors)
-            ranks = [int(r) for r in layers[max(layers)][key]]
-            each = [[v[key][str(r)] for r in ranks] for v in layers.values()]
-            for line in each if key == 'cos' and len(folders) == 1 else ():
-                rank.plot(ranks, line, color=color, lw=0.5, alpha=0.4)
-            dots = dict(color=color, marker='o', ms=3)
-            rank.plot(ranks, [fmean(v) for v in zip(*each, strict=True)], label=word, **dots)
-            layer.plot(list(layers), [v[key][str(made['used'])] for v in layers.values()],
-                       label=f"{word}, rank {made['used']}", **dots)
-        if len(folders) == 1:
-            rank.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
-    rank.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
-    powers = [r for r in ranks if r & (r - 1) == 0]
-    rank.set_xticks(powers, powers)
-    rank.minorticks_off()
-    layer.set(xlabel='student layer', xticks=list(layers), title='each layer')
-    finish(fig, (rank, layer), file)
+        layers = {int(layer): values for layer, values in made['layers'].items()}
+        for key, label in BRIDGE_LINES.items() if alone else [('cos', Path(folder).name)]:
+            color = f'C{color_number}'
+            color_number += 1
+
+            # bridge.json holds {rank: cosine} for each layer; every layer has the same ranks.
+            ranks = [int(rank) for rank in layers[max(layers)][key]]
+            largest = max(largest, *ranks)
+            by_layer = [[values[key][str(rank)] for rank in ranks] for values in layers.values()]
+            if alone and key == 'cos':
+                for line in by_layer:
+                    left.plot(ranks, line, color=color, lw=0.5, alpha=0.4)
+            marker = 'o' if len(ranks) <= MOST_MARKERS else None
+            mean = [fmean(values) for values in zip(*by_layer, strict=True)]
+            left.plot(ranks, mean, color=color, marker=marker, ms=3, label=label)
+
+            used = str(made['used'])
+            at_used = [values[key][used] for values in layers.values()]
+            right.plot(list(layers), at_used, color=color, marker='o', ms=3, label=f'{label}, rank {used}')
+        if alone:
+            left.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
+    left.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
+    powers = [2**exponent for exponent in range(largest.bit_length())]
+    left.set_xticks(powers, powers)
+    left.minorticks_off()
+    right.set(xlabel='student layer', xticks=list(layers), title='each layer')
+    finish(figure, (left, right), file)
 
 
-def finish(fig, axes, file):
-    """Grid, legends, and the file, whole."""
+def finish(figure, axes, file):
+    """Grid, legends, and the file, written completely or not at all."""
     from matplotlib import pyplot as plt
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
-    with whole(file) as tmp:
-        fig.savefig(tmp, dpi=130, format='png')
-    plt.close(fig)
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[['top', 'right']].set_visible(False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
+    with whole(file) as temporary:
+        figure.savefig(temporary, dpi=130, format='png')
+    plt.close(figure)
 
 
-# ---- a comparison: many runs, a table, a figure -------------------------------------------------
-
-def launch(script, jobs):
-    """A script on each {folder: command line}, one process a core with one thread each; a finished
-    folder costs seconds. The first failure is a UserError, once the others have ended."""
-    env, failed = {**os.environ, 'OMP_NUM_THREADS': '1'}, []
-
-    def one(folder, args):
-        done = subprocess.run([sys.executable, ROOT / script, *args], env=env, text=True,
-                              capture_output=True)
-        return folder, done.returncode, (done.stderr.strip().splitlines() or ['no message'])[-1]
-    with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run') as bar:
-        try:
-            for job in as_completed([pool.submit(one, *job) for job in jobs.items()]):
-                folder, code, line = job.result()
-                bar.update()
-                bar.set_postfix_str(folder.name)
-                failed += [f'{folder}: {line}'] * (code != 0)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)       # those that run save themselves
-            raise
-    if failed:
-        raise UserError(failed[0] + (f' ({len(failed)} runs failed)' if failed[1:] else ''))
-
-
-def workers():
-    """Runs at once: one for each core that this process may use; on a GPU one after the other."""
-    if torch.cuda.is_available():
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def slug(name):
-    return re.sub(r'[^a-z0-9.=-]+', '_', name.lower())
-
-
-def compare(study):
-    """Run a comparison and write its table and figure into out/<its name>."""
-    file = next((p for p in (Path(study), ROOT / 'configs' / f'{study}.py') if p.is_file()), None)
-    plan = runpy.run_path(str(file)) if file else {}
-    if not {'seeds', 'runs'} <= plan.keys():
-        raise UserError(f'{study}: not a Python file with seeds and runs; see configs/toy_comparison.py')
-    out, seeds, runs = Path('out') / file.stem, plan['seeds'], plan['runs']
-    folder = {(name, s): out / f'{slug(name)}-s{s}' for name in runs for s in seeds}
-    if len(set(folder.values())) < len(folder):
-        raise UserError(f'{file}: two names or seeds share a folder; make them differ in letters or digits')
-    print(f'{file.stem}: {len(folder)} runs in {out}')
-    fits = plan.get('bridges', {})
-    stage1 = {s: {name: out / f'{slug(name)}-stage1-s{s}' for name in fits} for s in seeds}
-    launch('bridge.py', {f: [*fits[name], f'seed={s}', f'bridge={f}'] for s in seeds
-                         for name, f in stage1[s].items() if not (f / 'bridge.json').exists()})
-    launch('distill.py', {f: [*(a.format(**stage1[s]) for a in runs[name]), f'seed={s}', f'out_dir={f}']
-                          for (name, s), f in folder.items()})
-    logs = {name: [read_log(folder[name, s]) for s in seeds] for name in runs}
-    metrics = {accuracy(rows)[1] for many in logs.values() for rows in many}
-    if len(metrics) > 1 or None in metrics:
-        raise UserError(f'{file}: runs without evaluation or with several eval_n cannot be put in one table')
-    lines = comparison_table(logs)
-    with whole(out / 'table.md') as tmp:
-        tmp.write_text('\n'.join(lines) + '\n')
-    print('\n'.join(lines))
-    panels = plan.get('panels', {file.stem: list(runs)})
-    if panels:
-        comparison_figure(logs, panels, out / 'curves.png')
-    print(f'{out}: table.md' + ', curves.png' * bool(panels))
-
-
-def span(values):
-    """Mean and range over seeds."""
-    low, mean, high = (f'{x:.1f}' for x in (min(values), fmean(values), max(values)))
-    return mean if len(values) == 1 else f'{mean} ({low}-{high})'
-
-
-def comparison_table(logs):
-    """{method: [rows of each seed]} -> markdown lines. seconds: of all steps, without evaluation; ms a
-    step: median of what comes after the rollout (teacher, student, update)."""
-    some = next(iter(logs.values()))
-    avg, best = (k for k in some[0][0]['student'] if '@' in k)
-    lines = [f'| method | {avg.title()} | {best.title()} | length | steps | seconds | ms a step | seeds |',
-             '|---|---|---|---|---|---|---|---|']
-
-    def line(name, rows, *rest):
-        cells = [name, *(span([r[k] for r in rows]) for k in (avg, best, 'len')), *rest, str(len(rows))]
-        lines.append(f"| {' | '.join(cells)} |")
-    for name in ('student', 'teacher'):
-        line(name, [rows[0][name] for rows in some], '', '', '')
-    for name, seeds in logs.items():
-        seconds = fmean(sum(v for r in rows for k, v in r.items() if k.startswith('time/')) for rows in seeds)
-        ms = 1000 * median(sum(r[f'time/{phase}'] for phase in ('teacher', 'student', 'update'))
-                           for rows in seeds for r in rows[1:])
-        last = [rows[-1] for rows in seeds]
-        line(name, last, str(last[0]['step']), f'{seconds:.0f}', f'{ms:.0f}')
-    return lines
-
-
-def comparison_figure(logs, panels, file):
-    """Accuracy over steps, mean over seeds with their range; a panel for each {title: methods}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    fig, (axes,) = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), constrained_layout=True,
-                                sharey=True, squeeze=False)
-    for ax, (title, names) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(names):
-            runs, avg = zip(*(accuracy(rows) for rows in logs[name]), strict=True)
-            steps = [step for step, _ in runs[0]]
-            seeds = list(zip(*([v for _, v in points] for points in runs), strict=True))   # [step][seed]
-            ax.plot(steps, [fmean(v) for v in seeds], color=f'C{i}', marker='o', ms=3, label=name)
-            ax.fill_between(steps, [min(v) for v in seeds], [max(v) for v in seeds], color=f'C{i}',
-                            alpha=0.12, lw=0)
-        first = [rows[0] for rows in logs[names[0]]]
-        for side, style in (('teacher', '--'), ('student', ':')):
-            ax.axhline(fmean(r[side][avg[0]] for r in first), color='0.3', ls=style, lw=1, label=side)
-        ax.set(xlabel='step', ylim=(0, 102), title=title)
-    axes[0].set_ylabel(f'Avg@{avg[0][4:]}, %: mean and range of {len(first)} seeds')
-    finish(fig, axes, file)
-
-
-def main(args):
-    if args[:1] == ['--run'] and len(args) == 2:
-        return compare(args[1])
-    if not args or args[0].startswith('-'):
-        raise UserError('no run folder given; python -m studies.figures out/toy, or --run toy_comparison')
-    if all((Path(folder) / 'bridge.json').exists() for folder in args):
-        file = Path(args[0]) / 'bridge.png'
-        bridges(args, file)
-        print(file)
-        return
-    for folder in args:
-        if not (Path(folder) / 'log.jsonl').exists():
-            raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')
-    file = Path(args[0]) / 'curve.png'
-    curve(args, file)
+def main(folders):
+    if not folders or folders[0].startswith('-'):
+        raise UserError('no run folder given; python -m studies.figures out/toy '
+                        '(to run a comparison: python -m studies.compare toy_comparison)')
+    if all((Path(folder) / 'bridge.json').exists() for folder in folders):
+        file = Path(folders[0]) / 'bridge.png'
+        bridges(folders, file)
+    else:
+        for folder in folders:
+            if not (Path(folder) / 'log.jsonl').exists():
+                raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')
+        file = Path(folders[0]) / 'curve.png'
+        curve(folders, file)
     print(file)
 
 

@@ -22,7 +22,8 @@ def step_line(row, steps, eta):
     if 'mem/peak' in row:
         parts.append(f"mem {row['mem/peak']:.1f}G")
     parts.append(f'eta {duration(eta)}')
-    scores = [f'{name} {value:.1f}' for name, value in row.items() if '@' in name]
+    # of several held-out sets the means alone; log.jsonl has each by its name
+    scores = [f'{name} {value:.1f}' for name, value in row.items() if '@' in name and '/' not in name]
     if scores:
         parts.append(' '.join(scores))
     return ' | '.join(parts)

@@ -7,6 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
+from grading.grader import grade
 from support.files import write_json
 from support.runtime import UserError
 
@@ -188,6 +189,45 @@ def test_bad_problems(folder, text, says):
     (folder / 'chat_template.jinja').write_text('{# nothing #}')
     with pytest.raises(UserError, match='renders to no token'):
         load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
+
+
+HEADINGS = '#### Case 1\nso \\boxed{8}.\n#### Remark\nnone'
+
+
+@pytest.mark.parametrize('written, meant, right', [
+    ('She has 5 + 2 = <<5+2=7>>7 apples.\n#### 7', '7', '7'),
+    ('a\n#### 1,234 ', '1,234', '1234'),
+    ('#### 3\nor rather\n#### -4', '-4', '-4'),
+    (HEADINGS, HEADINGS, '8'),
+    ('12', '12', '12'),
+])
+def test_an_answer_of_gsm8k_is_what_follows_the_last_hashes(folder, written, meant, right):
+    """Taken whole, every answer to GSM8K as it is published counts as wrong. A heading in a solution that has
+    a box is not an answer."""
+    (folder / 'p.jsonl').write_text(json.dumps({'question': 'q', 'answer': written}))
+    problem, = load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
+    assert problem.answer == meant
+    assert grade(f'so \\boxed{{{right}}}', problem.answer) and not grade('so \\boxed{99}', problem.answer)
+
+
+def test_limits_and_repeats_at_their_boundaries(folder, capsys):
+    """A prompt of exactly `longest` tokens stays; `first` counts the problems that are kept; questions are the
+    same only if they are the same to the last character."""
+    tok = load_tokenizer(str(folder))
+    stem = 'the cat sat on the mat and ' * 3
+    questions = [stem + 'a', stem + 'b', stem + 'a', 'short', stem + 'longer', 'tiny']
+    (folder / 'p.jsonl').write_text('\n'.join(json.dumps({'question': q, 'answer': 1}) for q in questions))
+
+    def asked(**how):
+        return [p.question.removeprefix(stem) for p in load_problems(folder / 'p.jsonl', tok, **how)]
+    assert asked() == ['a', 'b', 'short', 'longer', 'tiny']
+    length = len(tok.chat(stem + 'a'))
+    assert len(tok.chat(stem + 'longer')) > length == len(tok.chat(stem + 'b'))
+    capsys.readouterr()
+    assert asked(longest=length) == ['a', 'b', 'short', 'tiny']
+    assert f'6 rows, 1 of them repeated, 1 prompts longer than {length} tokens; 4 problems left' in capsys.readouterr().out
+    assert asked(longest=length - 1) == ['short', 'tiny'] == asked(longest=length - 1, first=2)
+    assert asked(longest=length - 1, first=1) == ['short'] and asked(first=4) == ['a', 'b', 'short', 'longer']
 
 
 def test_prompt_order_visits_everything_once_an_epoch():

@@ -2,18 +2,20 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import argv
 from matplotlib import pyplot as plt
 
-from studies.figures import bridges, comparison_figure, comparison_table, curve, main
-from support.runtime import UserError
+from configs import load_config
+from studies.figures import bridges, curve, main
+from support.runtime import UserError, run
 
 
-def write_log(folder, shift=0.0, evaluate=True):
+def write_log(folder, shift=0.0, evaluate=True, **keys):
     folder.mkdir(parents=True)
+    keys = dict(eval_n=4, eval_data='toy' if evaluate else '') | keys
+    config = load_config(['configs/toy.py', *(f'{key}={value}' for key, value in keys.items())])
+    (folder / 'config.json').write_text(json.dumps({'config': config}))
     exam = {'avg@4': 20.0, 'best@4': 60.0, 'len': 9.0} if evaluate else {}
     rows = [{'step': 0, 'student': exam, 'teacher': {k: 90.0 for k in exam}}]
     for step in range(1, 5):
@@ -56,64 +58,66 @@ def test_steps_without_cosines_are_passed_over(tmp_path, monkeypatch):
     curve([folder], tmp_path / 'c.png')
 
 
-def seeds(*finals):
-    """Logs of one method, a seed for each final accuracy; steps of 5 ms after 7 ms of rollout."""
-    times = {'time/sample': 0.007, 'time/teacher': 0.001, 'time/student': 0.003, 'time/update': 0.001}
-    logs = []
-    for i, final in enumerate(finals):
-        exam = {'avg@4': 20.0 + i, 'best@4': 60.0, 'len': 9.0}
-        rows = [{'step': 0, 'student': exam, 'teacher': {k: 90.0 for k in exam}}]
-        rows += [{'step': s, **times} for s in (1, 2)]
-        rows[1] |= {'avg@4': 30.0, 'best@4': 70.0, 'len': 9.0}
-        rows[2] |= {'avg@4': final, 'best@4': 80.0, 'len': 10.0}
-        logs.append(rows)
-    return logs
+@pytest.mark.parametrize('keys, says', [
+    (dict(eval_n=16), 'eval_n=4 and 16'),
+    (dict(eval_data='aime24'), "eval_data='toy' and 'aime24'"),
+    (dict(eval_problems=30), 'eval_problems=0 and 30'),
+    (dict(eval_temperature=1.0), 'eval_temperature=0.7 and 1.0'),
+    (dict(student='me/student'), "student='toy' and 'me/student'"),
+    (dict(toy_width=48), 'toy_width=96 and 48'),
+    (dict(seed=1), 'seed=0 and 1'),
+    (dict(eval_n=16, student='s'), "student='toy' and 's', eval_n=4 and 16"),
+])
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, keys, says):
+    """Curves of another eval_n, other problems or another student used to stand in one panel with one label."""
+    runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b'), write_log(tmp_path / 'c', **keys)]
+    with pytest.raises(SystemExit) as end:
+        run(main, lambda: [str(folder) for folder in runs])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count('\n') == 1
+    assert f'{runs[0]} and {runs[2]} cannot be compared: {says};' in printed
+    assert not (runs[0] / 'curve.png').exists()
+    main([str(runs[2])])                     # alone it can be drawn
 
 
-def test_comparison_table_by_hand():
-    table = comparison_table({'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)})
-    assert table[0] == '| method | Avg@4 | Best@4 | length | steps | seconds | ms a step | seeds |'
-    assert table[2] == '| student | 21.0 (20.0-22.0) | 60.0 (60.0-60.0) | 9.0 (9.0-9.0) |  |  |  | 3 |'
-    assert table[4] == '| a | 60.0 (50.0-70.0) | 80.0 (80.0-80.0) | 10.0 (10.0-10.0) | 2 | 0 | 5 | 3 |'
-    assert table[5].startswith('| b | 2.0 (1.0-4.0) |') and len(table) == 6
-    assert comparison_table({'a': seeds(50.0)})[4].startswith('| a | 50.0 | 80.0 |')
+def test_runs_that_differ_in_the_method_are_drawn(tmp_path):
+    """Objective, rate, length, teacher, and how often and how fast a run is evaluated."""
+    keys = dict(lr=1e-5, steps=7, opd_weight=1, oprd_weight=0, layers='last', positions='last_k', teacher='me/t',
+                toy_teacher_width=48, toy_dir='other', eval_every=3, eval_rows=5, n=4, out_dir='b', max_new_tokens=20)
+    runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b', **keys), write_log(tmp_path / 'c', evaluate=False)]
+    curve(runs, tmp_path / 'c.png')
+    assert (tmp_path / 'c.png').exists()
+
+    # A run of an earlier version lacks a key that has come since; it had the default's effect.
+    config = json.loads((runs[0] / 'config.json').read_text())
+    del config['config']['eval_suffix']
+    (runs[0] / 'config.json').write_text(json.dumps(config))
+    curve(runs, tmp_path / 'c.png')
+
+    # Real models: the seed chooses samples only.
+    real = [write_log(tmp_path / f'r{seed}', student='a/b', eval_data='aime24', seed=seed) for seed in (0, 1)]
+    curve(real, tmp_path / 'd.png')
+    (real[1] / 'config.json').unlink()
+    with pytest.raises(UserError, match='config.json: no such file'):
+        curve(real, tmp_path / 'd.png')
 
 
-def test_comparison_figure_draws_means_and_ranges(tmp_path, monkeypatch):
-    kept = []
+def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, monkeypatch):
+    """The plain name comes first and is the mean over sets."""
+    runs, kept = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b')], []
+    for folder in runs:
+        rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+        for scores in (rows[0]['student'], rows[0]['teacher'], rows[4]):
+            scores |= {'avg@4/aime24': scores['avg@4'] - 8, 'avg@4/me/set': scores['avg@4'] + 8}
+        (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     monkeypatch.setattr(plt, 'close', kept.append)
-    logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}
-    comparison_figure(logs, {'both': ['a', 'b'], 'one': ['b']}, tmp_path / 'c.png')
-    both, one = kept[0].axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in both.lines}
-    assert lines['a'] == [21.0, 30.0, 60.0] and lines['b'] == [21.0, 30.0, 2.0] and set(lines['teacher']) == {90.0}
-    assert [line.get_label() for line in one.lines] == ['b', 'teacher', 'student'] and len(both.collections) == 2
-
-
-def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
-    """Two methods, two seeds of the tiny toy, the second seed's made on the way by whichever run comes
-    first; again: nothing is run, the same table. A run that fails is told in one line."""
-    args = argv(toy_dir, 'x', steps=2)
-    args = [a for a in args if not a.startswith('out_dir')]
-    study = tmp_path / 'tiny_study.py'
-    study.write_text(f"seeds = [0, 1]\nruns = {{'OPRD': {args}, 'OPD, full': {[*args, 'oprd_weight=0', 'opd_weight=1', 'opd=full']}}}\n")
-
-    def figures():
-        return subprocess.run([sys.executable, '-m', 'studies.figures', '--run', 'tiny_study.py'], cwd=tmp_path,
-                              capture_output=True, text=True)
-    p = figures()
-    assert p.returncode == 0, p.stderr
-    out = tmp_path / 'out/tiny_study'
-    assert {f.name for f in out.iterdir()} == {'oprd-s0', 'oprd-s1', 'opd_full-s0', 'opd_full-s1', 'table.md', 'curves.png'}
-    table = (out / 'table.md').read_text()
-    assert table.count('\n') == 6 and '| OPD, full |' in table and table in p.stdout
-    logs = {f: f.read_bytes() for f in out.glob('*/log.jsonl')}
-    assert figures().returncode == 0 and (out / 'table.md').read_text() == table and len(logs) == 4
-    assert all(f.read_bytes() == was for f, was in logs.items())
-    study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'n=0']}, 'b': {args}}}\n")
-    p = figures()
-    assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith('error: out/tiny_study/a-s0: error: ') and 'n=0' in p.stderr
-    assert (out / 'b-s0/results.json').exists()
+    curve(runs[:1], tmp_path / 'c.png')
+    curve(runs, tmp_path / 'd.png')
+    lines = {line.get_label(): list(line.get_ydata()) for line in kept[0].axes[0].lines}
+    assert lines['a: distilled'] == [20, 70] and lines['aime24'] == [12, 62] and lines['me/set'] == [28, 78]
+    assert kept[0].axes[0].get_ylabel() == 'Avg@4, %, mean of 2 sets' and lines['teacher'] == [90, 90]
+    labels = [line.get_label() for line in kept[1].axes[0].lines]
+    assert labels == ['a: distilled', 'teacher', 'student before', 'b: distilled']
 
 
 def write_bridge(folder, used, shift):
@@ -142,22 +146,26 @@ def test_bridges_side_by_side(tmp_path, monkeypatch):
     assert len(labels) == 7 and len(layer.lines) == 4
 
 
-def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):
-    """Once a seed; a run names the folder as {name}; again, nothing is made."""
-    args = argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, bridge_prompts=20, bridge_rank=4, steps=2)
-    args = [a for a in args if not a.startswith('out_dir')]
-    study = tmp_path / 'tiny_bridges.py'
-    study.write_text(f"args = {args}\nseeds = [0]\nbridges = {{'ridge': args, 'rnd': [*args, 'bridge_fit=random']}}\npanels = {{}}\n"
-                     "runs = {'bridge': [*args, 'bridge={ridge}'], 'random': [*args, 'bridge={rnd}']}\n")
-    out = tmp_path / 'out/tiny_bridges'
-    for _ in range(2):
-        p = subprocess.run([sys.executable, '-m', 'studies.figures', '--run', study], cwd=tmp_path, capture_output=True, text=True)
-        assert p.returncode == 0, p.stderr
-        made = (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns
-    assert made == (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns and not (out / 'curves.png').exists()
-    configs = {name: json.loads((out / f'{name}-s0/config.json').read_text())['config'] for name in ('bridge', 'random')}
-    assert {name: Path(c['bridge']).name for name, c in configs.items()} == {'bridge': 'ridge-stage1-s0', 'random': 'rnd-stage1-s0'}
-    assert '| random |' in (out / 'table.md').read_text()
+def test_a_bridge_judged_at_every_rank_up_to_3072_is_drawn(tmp_path, monkeypatch):
+    """The paper's widest model. Ticks at the powers of two of the widest folder, also if it is not the last;
+    no marker at each of 3072 points."""
+    kept = []
+    monkeypatch.setattr(plt, 'close', kept.append)
+    folders = []
+    for name, width in (('wide', 3072), ('narrow', 6)):
+        values = {key: {str(rank): rank / width for rank in range(1, width + 1)} for key in ('cos', 'before', 'shuffled', 'mean_only')}
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / 'bridge.json').write_text(json.dumps({'rank': 5, 'used': width, 'layers': {str(l): values for l in range(1, 29)}}))
+    bridges(folders, tmp_path / 'c.png')
+    bridges(folders[:1], tmp_path / 'd.png')
+    for figure in kept:
+        rank, layer = figure.axes
+        assert list(rank.get_xticks()) == [2**i for i in range(12)]
+        wide = rank.lines[0 if figure is kept[0] else 28]
+        assert list(wide.get_xdata()) == list(range(1, 3073)) and wide.get_marker() == 'None'
+    assert kept[0].axes[0].lines[1].get_marker() == 'o' and list(kept[0].axes[1].lines[0].get_ydata()) == [1.0] * 28
+    assert [line.get_label() for line in kept[1].axes[1].lines][0] == 'bridge, rank 3072'
 
 
 def test_script_and_its_errors(tmp_path):
@@ -167,10 +175,8 @@ def test_script_and_its_errors(tmp_path):
     for folders, says in (([], 'no run folder'), ([str(tmp_path / 'none')], 'no such file')):
         with pytest.raises(UserError, match=says):
             main(folders)
-    with pytest.raises(UserError, match='not a Python file with seeds and runs'):
+    with pytest.raises(UserError, match='python -m studies.compare toy_comparison'):
         main(['--run', 'toy'])
-    with pytest.raises(UserError, match='or --run toy_comparison'):
-        main(['--run'])
     (tmp_path / 'a/log.jsonl').write_text('')
     with pytest.raises(UserError, match='no steps in it'):
         main([str(tmp_path / 'a')])

@@ -1,0 +1,245 @@
+"""
+Run a comparison of methods: many runs of distill.py, then one table and one figure.
+
+    python -m studies.compare toy_comparison        every run of configs/toy_comparison.py, one process a core
+    python -m studies.compare my/study.py           any Python file of that form
+
+It writes out/<name of the study>/: a run folder for each method and seed, table.md and curves.png. A study
+is a Python file that holds
+
+    seeds     list of numbers; each method runs once with each
+    runs      {method: command line of distill.py, as a list}
+    panels    {title: methods} of the figure, if wanted; {} = no figure
+    bridges   {name: command line of bridge.py}, if wanted: made first, for each seed; a run names its folder
+              as bridge={name}
+
+Simpler than a scheduler: the same command again reads the runs that are finished, resumes those that were
+interrupted and starts those that are missing. It uses one machine, and a single GPU for one run at a time.
+"""
+import os
+import re
+import runpy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from tqdm import tqdm
+
+from configs import load_config
+from studies.figures import accuracy, finish, read_log, require_comparable
+from support.files import whole
+from support.runtime import ROOT, UserError, run
+
+# ---- many processes ------------------------------------------------------------------------------
+
+def launch(script, jobs):
+    """Run a script with each {folder: command line}, one process a core with one thread each. A finished
+    folder costs seconds. The first failure is a UserError, once the other runs have ended."""
+    failures = []
+    with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run') as bar:
+        waiting = {pool.submit(run_script, script, arguments): folder for folder, arguments in jobs.items()}
+        try:
+            for job in as_completed(waiting):
+                folder = waiting[job]
+                code, last_line = job.result()
+                if code != 0:
+                    failures.append(f'{folder}: {last_line}')
+                bar.update()
+                bar.set_postfix_str(folder.name)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)       # runs that have begun save themselves
+            raise
+    if failures:
+        more = f' ({len(failures)} runs failed)' if len(failures) > 1 else ''
+        raise UserError(failures[0] + more)
+
+
+def run_script(script, arguments):
+    """One process to its end -> (exit code, last line of its error output)."""
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, ROOT / script, *arguments], env=environment, text=True,
+                          capture_output=True)
+    lines = done.stderr.strip().splitlines()
+    return done.returncode, lines[-1] if lines else 'no message'
+
+
+def workers():
+    """Runs at once: one for each core that this process may use; on a GPU one after the other."""
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+# ---- the study -----------------------------------------------------------------------------------
+
+def read_study(name):
+    """A study's path, or its name in configs/ -> (file, its variables)."""
+    for file in (Path(name), ROOT / 'configs' / f'{name}.py'):
+        if file.is_file():
+            plan = runpy.run_path(str(file))
+            if {'seeds', 'runs'} <= plan.keys():
+                return file, plan
+            break
+    raise UserError(f'{name}: not a Python file with seeds and runs; see configs/toy_comparison.py')
+
+
+def slug(name):
+    """A method's name as a folder's: 'OPD, full KL' -> 'opd_full_kl'."""
+    return re.sub(r'[^a-z0-9.=-]+', '_', name.lower())
+
+
+def command_lines(plan, out):
+    """-> (bridge jobs, run jobs, run folders): {folder: arguments} of each script, and {(method, seed):
+    folder}. Arguments that are given later win, so a study's seed and folders cannot be overridden."""
+    bridge_jobs = {}
+    run_jobs = {}
+    folders = {}
+    for seed in plan['seeds']:
+        stage1 = {}                          # {bridge's name: its folder} of this seed
+        for name, arguments in plan.get('bridges', {}).items():
+            stage1[name] = out / f'{slug(name)}-stage1-s{seed}'
+            bridge_jobs[stage1[name]] = [*arguments, f'seed={seed}', f'bridge={stage1[name]}']
+        for name, arguments in plan['runs'].items():
+            folder = out / f'{slug(name)}-s{seed}'
+            folders[name, seed] = folder
+            filled = [argument.format(**stage1) for argument in arguments]
+            run_jobs[folder] = [*filled, f'seed={seed}', f'out_dir={folder}']
+    if len(run_jobs) < len(folders):
+        raise UserError(f'{out.name}: two names or seeds share a folder; make them differ in letters or '
+                        'digits')
+    return bridge_jobs, run_jobs, folders
+
+
+def require_one_table(run_jobs, folders, seeds):
+    """Before hours of work: can these runs be put in one table and figure?"""
+    configs = {}
+    for folder, arguments in run_jobs.items():
+        try:
+            configs[folder] = load_config(arguments)
+        except UserError as error:
+            raise UserError(f'{folder}: {error}') from None
+        if not configs[folder]['eval_data']:
+            raise UserError(f'{folder}: a run without evaluation cannot be put in a table; set eval_data=')
+
+    # Within a seed: over seeds the toy's student differs, and the table shows mean and range.
+    for seed in seeds:
+        of_seed = [folder for (_, its_seed), folder in folders.items() if its_seed == seed]
+        require_comparable({folder: configs[folder] for folder in of_seed})
+
+
+def compare(study):
+    """Run a comparison and write its table and figure into out/<its name>."""
+    file, plan = read_study(study)
+    out = Path('out') / file.stem
+    bridge_jobs, run_jobs, folders = command_lines(plan, out)
+    require_one_table(run_jobs, folders, plan['seeds'])
+    print(f'{file.stem}: {len(run_jobs)} runs in {out}')
+
+    # A bridge that is there is not made again: bridge.py, unlike distill.py, would begin anew.
+    launch('bridge.py', {folder: arguments for folder, arguments in bridge_jobs.items()
+                         if not (folder / 'bridge.json').exists()})
+    launch('distill.py', run_jobs)
+
+    logs = {}                                # {method: [rows of each seed]}
+    for name in plan['runs']:
+        logs[name] = [read_log(folders[name, seed]) for seed in plan['seeds']]
+    lines = comparison_table(logs)
+    with whole(out / 'table.md') as temporary:
+        temporary.write_text('\n'.join(lines) + '\n')
+    print('\n'.join(lines))
+    panels = plan.get('panels', {file.stem: list(plan['runs'])})
+    if panels:
+        comparison_figure(logs, panels, out / 'curves.png')
+    print(f'{out}: table.md' + (', curves.png' if panels else ''))
+
+
+# ---- table and figure ----------------------------------------------------------------------------
+
+def span(values):
+    """Mean and range over seeds: '60.0 (50.0-70.0)'; of a single value, the value."""
+    mean = f'{fmean(values):.1f}'
+    return mean if len(values) == 1 else f'{mean} ({min(values):.1f}-{max(values):.1f})'
+
+
+def comparison_table(logs):
+    """{method: [rows of each seed]} -> markdown lines.
+
+    seconds: of all steps, without evaluation. ms a step: median of what comes after the rollout (teacher,
+    student, update). Of several sets the table has the mean.
+    """
+    first_method = next(iter(logs.values()))
+    before = first_method[0][0]['student']
+    best_of, = (metric for metric in before if metric.startswith('best@') and '/' not in metric)
+    average = accuracy(first_method[0])[1]
+    columns = ['method', average.title(), best_of.title(), 'length', 'steps', 'seconds', 'ms a step', 'seeds']
+    lines = [f"| {' | '.join(columns)} |", '|---' * len(columns) + '|']
+
+    def add_line(name, rows, *rest):
+        cells = [name, *(span([row[metric] for row in rows]) for metric in (average, best_of, 'len'))]
+        lines.append(f"| {' | '.join([*cells, *rest, str(len(rows))])} |")
+
+    # The models before the first step are the same for every method.
+    for name in ('student', 'teacher'):
+        add_line(name, [rows[0][name] for rows in first_method], '', '', '')
+    for name, seeds in logs.items():
+        last_rows = [rows[-1] for rows in seeds]
+        seconds, milliseconds = step_times(seeds)
+        add_line(name, last_rows, str(last_rows[0]['step']), f'{seconds:.0f}', f'{milliseconds:.0f}')
+    return lines
+
+
+def step_times(seeds):
+    """Logs of one method -> (seconds of all steps, mean over seeds; milliseconds of the median step after its
+    rollout)."""
+    totals = []
+    updates = []
+    for rows in seeds:
+        totals.append(sum(value for row in rows for key, value in row.items() if key.startswith('time/')))
+        for row in rows[1:]:
+            updates.append(sum(row[f'time/{phase}'] for phase in ('teacher', 'student', 'update')))
+    return fmean(totals), 1000 * median(updates)
+
+
+def comparison_figure(logs, panels, file):
+    """Accuracy over steps, mean over seeds with their range; a panel for each {title: methods}."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, (axes,) = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), constrained_layout=True,
+                                   sharey=True, squeeze=False)
+    for panel, (title, names) in zip(axes, panels.items(), strict=True):
+        for number, name in enumerate(names):
+            # Every seed is evaluated at the same steps.
+            points = [accuracy(rows)[0] for rows in logs[name]]
+            steps = [step for step, _ in points[0]]
+            by_seed = [[value for _, value in seed_points] for seed_points in points]
+            by_step = list(zip(*by_seed, strict=True))
+            mean = [fmean(values) for values in by_step]
+            low = [min(values) for values in by_step]
+            high = [max(values) for values in by_step]
+            panel.plot(steps, mean, color=f'C{number}', marker='o', ms=3, label=name)
+            panel.fill_between(steps, low, high, color=f'C{number}', alpha=0.12, lw=0)
+
+        # The models before the first step: mean over seeds.
+        first_rows = [rows[0] for rows in logs[names[0]]]
+        metric = accuracy(logs[names[0]][0])[1]
+        for side, style in (('teacher', '--'), ('student', ':')):
+            mean = fmean(row[side][metric] for row in first_rows)
+            panel.axhline(mean, color='0.3', ls=style, lw=1, label=side)
+        panel.set(xlabel='step', ylim=(0, 102), title=title)
+    axes[0].set_ylabel(f'Avg@{metric[4:]}, %: mean and range of {len(first_rows)} seeds')
+    finish(figure, axes, file)
+
+
+def main(arguments):
+    if len(arguments) != 1 or arguments[0].startswith('-'):
+        raise UserError('give one study: python -m studies.compare toy_comparison')
+    compare(arguments[0])
+
+
+if __name__ == '__main__':
+    run(main, lambda: sys.argv[1:])

@@ -1,0 +1,146 @@
+"""A comparison: its runs, its table, its figure."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import argv
+from matplotlib import pyplot as plt
+
+from studies.compare import comparison_figure, comparison_table, main
+from support.runtime import UserError
+
+
+def seeds(*finals):
+    """Logs of one method, a seed for each final accuracy; steps of 5 ms after 7 ms of rollout."""
+    times = {'time/sample': 0.007, 'time/teacher': 0.001, 'time/student': 0.003, 'time/update': 0.001}
+    logs = []
+    for i, final in enumerate(finals):
+        exam = {'avg@4': 20.0 + i, 'best@4': 60.0, 'len': 9.0}
+        rows = [{'step': 0, 'student': exam, 'teacher': {k: 90.0 for k in exam}}]
+        rows += [{'step': s, **times} for s in (1, 2)]
+        rows[1] |= {'avg@4': 30.0, 'best@4': 70.0, 'len': 9.0}
+        rows[2] |= {'avg@4': final, 'best@4': 80.0, 'len': 10.0}
+        logs.append(rows)
+    return logs
+
+
+def test_comparison_table_by_hand():
+    table = comparison_table({'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)})
+    assert table[0] == '| method | Avg@4 | Best@4 | length | steps | seconds | ms a step | seeds |'
+    assert table[2] == '| student | 21.0 (20.0-22.0) | 60.0 (60.0-60.0) | 9.0 (9.0-9.0) |  |  |  | 3 |'
+    assert table[4] == '| a | 60.0 (50.0-70.0) | 80.0 (80.0-80.0) | 10.0 (10.0-10.0) | 2 | 0 | 5 | 3 |'
+    assert table[5].startswith('| b | 2.0 (1.0-4.0) |') and len(table) == 6
+    assert comparison_table({'a': seeds(50.0)})[4].startswith('| a | 50.0 | 80.0 |')
+
+
+def test_a_table_of_several_sets_shows_their_mean():
+    """Names such as avg@4/aime24 stand beside avg@4 in the log."""
+    logs = {'a': seeds(50.0, 60.0)}
+    for rows in logs['a']:
+        for scores in (rows[0]['student'], rows[0]['teacher'], *rows[1:]):
+            scores |= {f'{metric}/aime24': -1.0 for metric in ('avg@4', 'best@4', 'len') if metric in scores}
+    assert comparison_table(logs) == comparison_table({'a': seeds(50.0, 60.0)})
+
+
+def test_comparison_figure_draws_means_and_ranges(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plt, 'close', kept.append)
+    logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}
+    comparison_figure(logs, {'both': ['a', 'b'], 'one': ['b']}, tmp_path / 'c.png')
+    both, one = kept[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in both.lines}
+    assert lines['a'] == [21.0, 30.0, 60.0] and lines['b'] == [21.0, 30.0, 2.0] and set(lines['teacher']) == {90.0}
+    assert [line.get_label() for line in one.lines] == ['b', 'teacher', 'student'] and len(both.collections) == 2
+
+
+def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
+    """Two methods, two seeds of the tiny toy, the second seed's made on the way by whichever run comes
+    first; again: nothing is run, the same table. A run that fails is told in one line; one that cannot
+    begin is told before any other runs."""
+    args = argv(toy_dir, 'x', steps=2)
+    args = [a for a in args if not a.startswith('out_dir')]
+    study = tmp_path / 'tiny_study.py'
+    study.write_text(f"seeds = [0, 1]\nruns = {{'OPRD': {args}, 'OPD, full': {[*args, 'oprd_weight=0', 'opd_weight=1', 'opd=full']}}}\n")
+
+    def figures():
+        return subprocess.run([sys.executable, '-m', 'studies.compare', 'tiny_study.py'], cwd=tmp_path,
+                              capture_output=True, text=True)
+    p = figures()
+    assert p.returncode == 0, p.stderr
+    out = tmp_path / 'out/tiny_study'
+    assert {f.name for f in out.iterdir()} == {'oprd-s0', 'oprd-s1', 'opd_full-s0', 'opd_full-s1', 'table.md', 'curves.png'}
+    table = (out / 'table.md').read_text()
+    assert table.count('\n') == 6 and '| OPD, full |' in table and table in p.stdout
+    logs = {f: f.read_bytes() for f in out.glob('*/log.jsonl')}
+    assert figures().returncode == 0 and (out / 'table.md').read_text() == table and len(logs) == 4
+    assert all(f.read_bytes() == was for f, was in logs.items())
+    study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'n=0']}, 'b': {args}}}\n")
+    p = figures()
+    assert p.returncode == 2 and p.stderr.startswith('error: out/tiny_study/a-s0: ') and 'n=0' in p.stderr
+    assert p.stderr.count('\n') == 1 and not (out / 'b-s0').exists()
+    study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'max_new_tokens=9999']}, 'b': {args}}}\n")
+    p = figures()
+    assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith('error: out/tiny_study/a-s0: error: ') and '9999' in p.stderr
+    assert (out / 'b-s0/results.json').exists()
+
+
+@pytest.mark.parametrize('first, second, says', [
+    ([], ['eval_n=4'], 'eval_n=16 and 4'),
+    ([], ['eval_problems=3'], 'eval_problems=0 and 3'),
+    ([], ['toy_student_steps=9'], 'toy_student_steps=200 and 9'),
+    (['eval_data=x'], ['eval_data=y', 'student=z'], "student='toy' and 'z', eval_data='x' and 'y'"),
+    ([], ['eval_data='], 'out/mixed/b-s7: a run without evaluation cannot be put in a table'),
+])
+def test_a_study_that_mixes_evaluations_is_refused_before_it_runs(tmp_path, monkeypatch, first, second, says):
+    """It used to run for hours, and then say so, or draw the runs as if they could be compared."""
+    monkeypatch.chdir(tmp_path)
+    toy = ['configs/toy.py']
+    Path('mixed.py').write_text(f"seeds = [7]\nruns = {{'a': {toy + first}, 'b': {toy + second}}}\n")
+    with pytest.raises(UserError) as error:
+        main(['mixed.py'])
+    assert says in str(error.value) and '\n' not in str(error.value) and not Path('out').exists()
+
+
+@pytest.mark.parametrize('name', ['toy_comparison', 'toy_search', 'toy_search_opd', 'toy_bridge_study', 'toy_tokens_study'])
+def test_the_studies_of_this_project_are_comparable(name, monkeypatch, tmp_path):
+    """Up to the point where the first process would start."""
+    monkeypatch.chdir(tmp_path)
+    jobs = {}
+
+    def note(script, runs):
+        jobs[script] = runs
+        if script == 'distill.py':
+            raise InterruptedError
+    monkeypatch.setattr('studies.compare.launch', note)
+    with pytest.raises(InterruptedError):
+        main([name])
+    for folder, arguments in jobs['distill.py'].items():
+        assert arguments[-1] == f'out_dir={folder}' and not any('{' in argument for argument in arguments)
+
+
+def test_wrong_command_lines_are_one_line_errors():
+    with pytest.raises(UserError, match='not a Python file with seeds and runs'):
+        main(['toy'])
+    for arguments in ([], ['--run'], ['toy_comparison', 'toy_search']):
+        with pytest.raises(UserError, match='give one study'):
+            main(arguments)
+
+
+def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):
+    """Once a seed; a run names the folder as {name}; again, nothing is made."""
+    args = argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, bridge_prompts=20, bridge_rank=4, steps=2)
+    args = [a for a in args if not a.startswith('out_dir')]
+    study = tmp_path / 'tiny_bridges.py'
+    study.write_text(f"args = {args}\nseeds = [0]\nbridges = {{'ridge': args, 'rnd': [*args, 'bridge_fit=random']}}\npanels = {{}}\n"
+                     "runs = {'bridge': [*args, 'bridge={ridge}'], 'random': [*args, 'bridge={rnd}']}\n")
+    out = tmp_path / 'out/tiny_bridges'
+    for _ in range(2):
+        p = subprocess.run([sys.executable, '-m', 'studies.compare', study], cwd=tmp_path, capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr
+        made = (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns
+    assert made == (out / 'ridge-stage1-s0/bridge.safetensors').stat().st_mtime_ns and not (out / 'curves.png').exists()
+    configs = {name: json.loads((out / f'{name}-s0/config.json').read_text())['config'] for name in ('bridge', 'random')}
+    assert {name: Path(c['bridge']).name for name, c in configs.items()} == {'bridge': 'ridge-stage1-s0', 'random': 'rnd-stage1-s0'}
+    assert '| random |' in (out / 'table.md').read_text()
