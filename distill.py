@@ -30,7 +30,7 @@ from functools import partial
 
 import torch
 
-from bridge import load_bridge, made_for
+from bridge_parts.saved import fingerprint, load_bridge
 from configs import default, free, load_config
 from cross_tokenizer.next_byte import ByteTable, byte_loss
 from cross_tokenizer.pairing import read_rollout
@@ -186,9 +186,9 @@ def prepare(cfg, place):
     bridge = None
     if cfg['bridge']:
         shapes = (read_config(cfg[side]) for side in ('student', 'teacher'))
-        about = made_for(cfg, *shapes, tok, tok_t)
+        about = fingerprint(cfg, *shapes, tok, tok_t)
         bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(phi), about, place.device)
-        phi = bridge.phi
+        phi = bridge.layer_map
         print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {phi}')
     setup = Setup(tok, tok_t, train, held_out, phi, stop, bridge)
     if cfg['dry_run']:
@@ -331,7 +331,7 @@ def train(cfg, setup, place, out, log, done, began):
             if not setup.same_ids:             # the teacher reads the same text in its own tokens
                 reading = read_rollout(roll, [tok_t.chat(p.question) for p in mine], tok, tok_t,
                                        teacher.config.context, cfg['pair'], cfg['teacher_ids'])
-                m &= reading.at >= 0
+                m &= reading.column >= 0
             tokens = all_reduce(m.sum())
             w = position_weights(m, cfg['loss_average'], sequences, tokens)
             looking = step in (1, steps) or (cfg['diagnose_every'] and step % cfg['diagnose_every'] == 0)

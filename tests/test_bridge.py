@@ -14,7 +14,9 @@ from test_losses import rollout
 
 import bridge
 import distill
-from bridge import Bridge, Moments, cosines, energy, main, predicted, principal, ridge
+from bridge import main
+from bridge_parts.closed_form import LayerBridge, Moments, cosine_sums, energy, predicted_share, principal_directions, ridge
+from bridge_parts.saved import Bridge
 from configs import load_config
 from cross_tokenizer.pairing import Reading
 from losses import bridge_loss, position_weights, positions
@@ -48,12 +50,12 @@ def summed(x, y, inside, chunk=37):
 def test_principal_directions():
     """Against the SVD of the centred rows; the signs do not depend on the solver's mood."""
     x, y, inside = rows()
-    mean, P_t, lam = principal(summed(x, y, inside))
+    mean, P_t, lam = principal_directions(summed(x, y, inside))
     _, S, V = torch.linalg.svd(y - y.mean(0), full_matrices=False)
     assert torch.allclose(mean, y.mean(0)) and torch.allclose(lam, S**2 / N)
     assert torch.allclose(P_t.abs(), V.abs(), atol=1e-8) and torch.allclose(P_t @ P_t.t(), torch.eye(D_T, dtype=y.dtype))
     assert (P_t.gather(1, P_t.abs().argmax(1, keepdim=True)) > 0).all()
-    _, P2, _ = principal(summed(x, -y, inside))
+    _, P2, _ = principal_directions(summed(x, -y, inside))
     assert torch.allclose(P2, P_t, atol=1e-8)
 
 
@@ -64,7 +66,7 @@ def test_closed_form_equals_least_squares_at_every_rank(bias, penalty):
     at rank r alone gives the first r rows."""
     x, y, inside = rows()
     m = summed(x, y, inside)
-    mean, P_t, _ = principal(m)
+    mean, P_t, _ = principal_directions(m)
     P_s, b_s = ridge(m, mean, P_t, penalty, bias)
     z = (y - mean) @ P_t.t()
     for c in (0, 1):
@@ -84,7 +86,7 @@ def test_closed_form_equals_least_squares_at_every_rank(bias, penalty):
 def test_a_class_without_rows_gets_zeros():
     x, y, _ = rows()
     m = summed(x, y, torch.zeros(N, dtype=torch.bool))
-    mean, P_t, _ = principal(m)
+    mean, P_t, _ = principal_directions(m)
     P_s, b_s = ridge(m, mean, P_t, 1e-4, True)
     assert (P_s[1] == 0).all() and (b_s[1] == 0).all() and P_s[0].abs().max() > 0
 
@@ -92,10 +94,10 @@ def test_a_class_without_rows_gets_zeros():
 def test_what_is_predicted_on_held_out_rows():
     """rho^2 from moments against residuals of the rows; energy against Theorem 3's sums."""
     m = summed(*rows())
-    mean, P_t, _ = principal(m)
+    mean, P_t, _ = principal_directions(m)
     P_s, b_s = ridge(m, mean, P_t, 1e-4, True)
     x, y, inside = rows(seed=1)
-    lam, rho2 = predicted(summed(x, y, inside), mean, P_t, P_s, b_s)
+    lam, rho2 = predicted_share(summed(x, y, inside), LayerBridge(mean, P_t, P_s, b_s))
     z = (y - mean) @ P_t.t()
     guess = torch.where(inside[:, None], x @ P_s[1].t() + b_s[1], x @ P_s[0].t() + b_s[0])
     assert torch.allclose(lam, z.var(0, correction=0))
@@ -111,7 +113,7 @@ def test_what_is_predicted_on_held_out_rows():
 def test_cosines_at_every_rank():
     a, b = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for r in range(1, 5):
-        assert cosines(a, b)[r - 1] == pytest.approx(float(torch.cosine_similarity(a[:, :r], b[:, :r]).sum()), rel=1e-5)
+        assert cosine_sums(a, b)[r - 1] == pytest.approx(float(torch.cosine_similarity(a[:, :r], b[:, :r]).sum()), rel=1e-5)
 
 
 # ---- the script on the tiny toy, a teacher of another depth, width and vocabulary -----------------
@@ -209,11 +211,11 @@ def test_control_random(made, toy_dir, tmp_path):
     assert (got['b_s.3'] == 0).all()
 
 
-def fake_pair(monkeypatch, x, y, phi, parts):
+def fake_pair(monkeypatch, x, y, layer_map, parts):
     """A Pair whose models' states are x {l: rows} and y {t: rows}, read in `parts` batches."""
-    place = SimpleNamespace(device='cpu', world=1)
+    env = SimpleNamespace(device='cpu', world=1)
     models = (SimpleNamespace(config=SimpleNamespace(L=len(m), d=m[1].shape[1])) for m in (x, y))
-    pair = bridge.Pair(*models, None, None, [], phi, {}, place)
+    pair = bridge.Pair(*models, None, None, [], layer_map, {}, env)
     read = [({l: v[i::parts] for l, v in x.items()}, {l: v[i::parts] for l, v in y.items()},
              torch.zeros(len(x[1][i::parts]), dtype=torch.bool)) for i in range(parts)]
     monkeypatch.setattr(pair, 'read', lambda *a: iter(read))
@@ -238,8 +240,7 @@ def test_layers_by_cka(made, toy_dir, tmp_path, monkeypatch):
     turn = torch.linalg.qr(torch.randn(D_S, D_S, generator=g))[0]
     y = {1: x[2] @ turn * 3 + 1, 2: torch.randn(90, D_T, generator=g), 3: x[1] @ turn - 2, 4: x[3] * 0.1}
     pair = fake_pair(monkeypatch, x, y, {1: 1, 2: 2, 3: 4}, 3)
-    pair.match([])
-    assert pair.phi == {1: 3, 2: 1, 3: 4}
+    assert bridge.layers_by_cka(pair, []) == {1: 3, 2: 1, 3: 4}
     out = tmp_path / 'cka'
     shutil.copytree(made, out)
     main(load_config(args(toy_dir, out, layer_map='cka')))
