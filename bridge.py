@@ -1,32 +1,35 @@
 """
-Stage 1 of OPRD-Bridge (section 3.3): a low-rank interface between two frozen models of any width, depth and
-vocabulary, found in one pass over the student's own answers.
+Stage 1 of OPRD-Bridge (section 3.3): a low-rank interface between two frozen models of any width,
+depth and vocabulary, found in one pass over the student's own answers.
 
-    1. collect: the student answers `bridge_prompts` problems; the token ids go to rollouts.jsonl as they come
-    2. read:    both models read each answer once; for every pair of layers the moments of their states are summed
-    3. fit:     P_t by eigenvectors of the teacher's covariance, Eq. (12); P_s by ridge regression, Eq. (13)
-    4. judge:   on held-out prompts, per layer and at every rank: cosine, R^2, Theorem 3, and controls
+    1. collect: the student answers `bridge_prompts` problems; the ids go to rollouts.jsonl
+    2. read:    both models read each answer once; moments of their states are summed for every
+                pair of layers
+    3. fit:     P_t by eigenvectors of the teacher's covariance, Eq. (12), and P_s by ridge
+                regression, Eq. (13)
+    4. judge:   on held-out prompts, per layer and rank: cosine, R^2, Theorem 3, and controls
 
-Simpler than usual: nothing is trained. The fit is a closed form and gives every rank at once, since rank r is
-the first r rows; the paper's twenty epochs (bridge_fit=adamw) can be run for comparison. A teacher with another
-vocabulary reads the same text in its own tokens (cross_tokenizer/pairing.py). Student positions inside a
-teacher token (class 1) have a P_s of their own; P_t and the mean are shared.
+Simpler than usual: nothing is trained. The fit is a closed form and gives every rank at once, since
+rank r is the first r rows. The paper's twenty epochs (bridge_fit=adamw) can be run for comparison.
+A teacher with another vocabulary reads the same text in its own tokens
+(cross_tokenizer/pairing.py). Student positions inside a teacher token (class 1) have a P_s of their
+own.
 
-    python bridge.py configs/toy_bridge.py                         CPU, or one GPU
-    torchrun --nproc_per_node=8 bridge.py configs/bridge_qwen.py   eight GPUs, each with its share of the answers
+    python bridge.py configs/toy_bridge.py                           CPU, or one GPU
+    torchrun --nproc_per_node=8 bridge.py configs/bridge_qwen.py     eight GPUs share the answers
 
-Writes bridge.safetensors, bridge.json and bridge.png into the folder that the key `bridge` names; distill.py
-(stage 2) reads them there. If it is run again, it keeps the answers that it has. What it does not do: models
-that are too large for one GPU.
+Writes bridge.safetensors, bridge.json and bridge.png into the folder that the key `bridge` names;
+distill.py (stage 2) reads them there. If it is run again, it keeps the answers that it has. What it
+does not do: models that are too large for one GPU.
 
-Memory on the device, for 28 layers of 2048 and 2560 numbers at full width: 7.2 GB of moments (those of the fit
-are freed before those of the judgement are made), 3.1 GB of P_t and P_s in float64, about 5 GB for the float64
-rows of the largest micro-batch (32,768 rows), and both models.
+Memory on the device, for 28 layers of 2048 and 2560 numbers at full width: 7.2 GB of moments (those
+of the fit are freed before those of the judgement are made), 3.1 GB of P_t and P_s in float64,
+about 5 GB for a micro-batch of 32,768 rows of one layer in float64, and both models.
 
-Letters: K supervised rows of a micro-batch, B answers, T tokens, L layers, d width (d_s student, d_t teacher),
-         R full rank: the smaller width, or the rows less one; c class; lam, rho2: see bridge_parts/closed_form.py.
+Letters: K supervised rows of a micro-batch, B answers, T tokens, L layers, d width (d_s student,
+         d_t teacher), R full rank: the smaller width, or the number of rows less one; c class; lam,
+         rho2: see bridge_parts/closed_form.py.
 """
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +49,7 @@ from bridge_parts.closed_form import (
     principal_directions,
     ridge,
 )
+from bridge_parts.report import COSINES, report, table
 from bridge_parts.saved import fingerprint, save_bridge
 from configs import load_config
 from cross_tokenizer.pairing import read_rollout
@@ -57,11 +61,11 @@ from rollout import Rollout, micro_batches, sample
 from studies import toy
 from studies.figures import bridges
 from support.files import digest, whole
+from support.jsonl import append_row, read_rows
 from support.preflight import match_layers
 from support.runtime import UserError, all_gather, all_reduce, barrier, print0, run, start
 
 FITS = ('ridge', 'adamw', 'random', 'shuffled')
-COSINES = ('cos', 'before', 'shuffled', 'mean_only')
 CKA_ANSWERS = 16                # answers of each process that layers are matched on
 CKA_ROWS = 1024                 # about so many of their positions
 
@@ -78,72 +82,75 @@ class Answer(NamedTuple):
 def collect(student, problems, tok, stop, cfg, env):
     """The student's answers to `bridge_prompts` problems -> [Answer], the same on every process.
 
-    Answers are appended to rollouts.jsonl as they come, and what is there is not sampled again.
+    Answers are appended to rollouts.jsonl as they come; what is there is not sampled again.
     """
     file = Path(cfg['bridge']) / 'rollouts.jsonl'
     total = min(cfg['bridge_prompts'], len(problems))
     order = prompt_order(len(problems), total, 1, cfg['seed'])
 
-    # The first line says how the answers were sampled. A file with another first line is an error.
-    draw = ('seed', 'temperature', 'top_k', 'top_p', 'max_new_tokens')
-    settings = {key: cfg[key] for key in ('student', 'data', 'max_prompt_tokens', *draw)}
-    head = {'made by': digest(settings | {'stop': stop, 'n': total})}
+    # The first line says how the answers were sampled. Another first line is an error.
+    draw = {key: cfg[key] for key in ('seed', 'temperature', 'top_k', 'top_p', 'max_new_tokens')}
+    settings = {key: cfg[key] for key in ('student', 'data', 'max_prompt_tokens')}
+    head = {'made by': digest(draw | settings | {'stop': stop, 'n': total})}
     answers, is_whole = read_answers(file, head, order)
 
-    # Every process has read the file before one of them writes it. A line that was cut off is dropped.
+    # Every process has read the file before one of them writes it. A line that was cut off goes.
     all_gather(None)
     if env.rank == 0 and not is_whole:
-        with whole(file) as temporary:
-            temporary.write_text(''.join(json.dumps(line) + '\n' for line in [head, *answers]))
+        with whole(file) as temporary, temporary.open('w') as lines:
+            for row in [head, *answers]:
+                append_row(lines, row)
 
+    # An answer is a function of (weights, seed, slot) alone, so an interrupted run goes on with the
+    # same ones. Each process samples every world-th slot of a batch.
     batch = max(1, cfg['eval_rows']) * env.world
-    bar = tqdm(total=total, initial=len(answers), desc='collect', unit='answer', disable=env.rank > 0 or None)
+    no_bar = env.rank > 0 or None                    # None: shown on a terminal only
+    bar = tqdm(total=total, initial=len(answers), desc='collect', unit='answer', disable=no_bar)
     while len(answers) < total:
-        # Each process samples every world-th slot of the batch. An answer is a function of (weights, seed,
-        # slot) alone, so a run that was interrupted gets the same ones.
         slots = range(len(answers), min(len(answers) + batch, total))
-        my_slots = slots[env.rank::env.world]
         sampled = {}
+        my_slots = slots[env.rank::env.world]
         if my_slots:
-            roll = sample(student, [problems[order[slot]].ids for slot in my_slots], which=list(my_slots),
-                          step=-2, stop=stop, vocab=tok.size, **{key: cfg[key] for key in draw})
-            for slot, ids, stopped in zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True):
+            prompts = [problems[order[slot]].ids for slot in my_slots]
+            roll = sample(student, prompts, which=list(my_slots), step=-2, stop=stop,
+                          vocab=tok.size, **draw)
+            columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
+            for slot, ids, stopped in columns:
                 sampled[slot] = Answer(order[slot], ids, stopped)
 
+        # Everybody gets everybody's answers, in the order of the slots.
         for part in all_gather(sampled):
             sampled |= part
         new = [sampled[slot] for slot in slots]
         answers += new
         if env.rank == 0:
-            with file.open('a') as f:
-                f.writelines(json.dumps(answer) + '\n' for answer in new)
+            with file.open('a') as lines:
+                for answer in new:
+                    append_row(lines, answer)
         bar.update(len(new))
     bar.close()
     return answers
 
 
 def read_answers(file, head, order):
-    """The answers in a file that may have been cut off in its last line -> ([Answer], is the file whole?)."""
-    if not file.exists():
+    """What an earlier run collected -> ([Answer], does the file end in a whole line?)."""
+    rows = read_rows(file)
+    if not rows:
         return [], False
-    *lines, rest = file.read_text().split('\n')      # rest: '' unless the last line was cut off
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f'{file}: line {number} is damaged; delete the file to sample anew') from None
-    if rows and rows[0] != head:
-        raise UserError(f'{file}: sampled with other settings; choose another bridge=, or delete it')
+    if rows[0] != head:
+        raise UserError(f'{file}: sampled with other settings; choose another bridge=, or delete '
+                        'it')
 
-    # Line i + 2 must be the answer to the i-th problem of this seed's order.
+    # Each line must be the answer to the next problem of this seed's order.
     answers = []
     for number, row in enumerate(rows[1:], 2):
-        if len(answers) == len(order) or not isinstance(row, list) or row[:1] != [order[len(answers)]]:
-            raise UserError(f'{file}: line {number} is not the answer that belongs there; delete the file to '
-                            'sample anew')
+        expected = order[len(answers):len(answers) + 1]                      # [] after the last one
+        is_answer = isinstance(row, list) and len(row) == 3
+        if not is_answer or row[:1] != expected:
+            raise UserError(f'{file}: line {number} is not the answer that belongs there; '
+                            'delete the file to sample anew')
         answers.append(Answer(*row))
-    return answers, bool(rows) and not rest
+    return answers, file.read_bytes().endswith(b'\n')
 
 
 def as_rollout(answers, problems, device):
@@ -151,12 +158,14 @@ def as_rollout(answers, problems, device):
     prompts = [problems[answer.problem].ids for answer in answers]
     prompt_len = torch.tensor([len(prompt) for prompt in prompts])           # (B,)
     resp_len = torch.tensor([len(answer.ids) for answer in answers])         # (B,)
-    ids = torch.zeros(len(answers), int((prompt_len + resp_len).max()), dtype=torch.long)    # (B, T)
+    longest = int((prompt_len + resp_len).max())
+    ids = torch.zeros(len(answers), longest, dtype=torch.long)               # (B, T)
     for row, prompt, answer in zip(ids, prompts, answers, strict=True):
         row[:len(prompt) + len(answer.ids)] = torch.tensor(prompt + answer.ids)
-    stopped = torch.tensor([answer.stopped for answer in answers])
-    numbers = torch.tensor([answer.problem for answer in answers])
-    return Rollout(*(tensor.to(device) for tensor in (ids, prompt_len, resp_len, stopped, numbers)))
+    stopped = torch.tensor([answer.stopped for answer in answers])           # (B,)
+    numbers = torch.tensor([answer.problem for answer in answers])           # (B,)
+    columns = (ids, prompt_len, resp_len, stopped, numbers)
+    return Rollout(*(column.to(device) for column in columns))
 
 
 # ---- 2. read ---------------------------------------------------------------------------------
@@ -172,51 +181,65 @@ class Pair:
     layer_map: dict             # {student layer: teacher layer}
     cfg: dict
     env: object                 # this process: its rank, how many there are, device, dtype
-    exact: list = field(default_factory=list)        # of each micro-batch: (tokens of class 0, tokens)
+    exact: list = field(default_factory=list)        # (tokens of class 0, tokens) per micro-batch
     forwards: int = 0           # answers that this process has read so far
 
     @torch.no_grad()
     def read(self, answers, name='', teacher_layers=None):
-        """Read this process's share of some answers, one micro-batch at a time. Yields the supervised states:
-        {student layer: (K, d_s)}, {teacher layer: (K, d_t)}, and `inside` (K,), True for rows of class 1.
+        """Read this process's share of some answers, one micro-batch at a time. Yields the states
+        at the supervised positions: {student layer: (K, d_s)}, {teacher layer: (K, d_t)}, and
+        inside (K,), which is True for rows of class 1.
 
-        name: of the progress bar; without a name there is none. teacher_layers: default those of layer_map.
+        name: of the progress bar; without a name there is none. teacher_layers: which of them,
+        default those of layer_map.
         """
-        cfg = self.cfg
-        device = self.env.device
         student_layers = list(self.layer_map)
         teacher_layers = teacher_layers or sorted(set(self.layer_map.values()))
-        sizes = {key: cfg[key] for key in ('last_k', 'first_k', 'last_frac', 'first_frac')}
         mine = answers[self.env.rank::self.env.world]
         lengths = [len(self.problems[answer.problem].ids) + len(answer.ids) for answer in mine]
-        groups = micro_batches(lengths, cfg['token_budget'])
-        for group in tqdm(groups, desc=name, leave=False, disable=not name or self.env.rank > 0 or None):
-            roll = as_rollout([mine[i] for i in group], self.problems, device)
-
-            # The teacher reads its own rendering of the prompt, and the text of the answer in its own tokens.
-            prompts_t = {}
-            for number in set(roll.prompt.tolist()):
-                prompts_t[number] = self.tok_t.chat(self.problems[number].question)
-            reading = read_rollout(roll, prompts_t, self.tok_s, self.tok_t, self.teacher.config.context,
-                                   cfg['pair'], cfg['teacher_ids'])
-
-            # Rows: the positions that distill.py will supervise, where the teacher has a state for them.
-            mask = positions(roll, cfg['positions'], sizes.get(cfg['positions'], 0))         # (B, T)
-            mask &= reading.column >= 0
-            at = mask.flatten().nonzero().squeeze(-1)                                        # (K,)
-            row = torch.arange(len(roll.ids), device=device)[:, None]                        # (B, 1)
-            at_t = (row * reading.ids.shape[1] + reading.column)[mask]                       # (K,)
-
+        groups = micro_batches(lengths, self.cfg['token_budget'])
+        no_bar = not name or self.env.rank > 0 or None
+        for group in tqdm(groups, desc=name, leave=False, disable=no_bar):
+            roll = as_rollout([mine[i] for i in group], self.problems, self.env.device)
+            reading = self.as_teacher_reads(roll)
+            at, at_t, inside = self.supervised_rows(roll, reading)
             states_t = self.teacher.hidden(reading.ids, teacher_layers, at_t)
             states_s = self.student.hidden(roll.ids, student_layers, at)
+
+            # For the report: how often both have read the same bytes, and what reading has cost.
             tokens = int(roll.resp_len.sum())
             self.exact.append((reading.align * tokens, tokens))
             self.forwards += len(group)
-            yield (dict(zip(student_layers, states_s, strict=True)),
-                   dict(zip(teacher_layers, states_t, strict=True)), reading.inside[mask])
+            by_layer_s = dict(zip(student_layers, states_s, strict=True))
+            by_layer_t = dict(zip(teacher_layers, states_t, strict=True))
+            yield by_layer_s, by_layer_t, inside
+
+    def as_teacher_reads(self, roll):
+        """The teacher's own rendering of the prompts, and the answers' text in its tokens ->
+        Reading."""
+        prompts_t = {}
+        for number in set(roll.prompt.tolist()):
+            prompts_t[number] = self.tok_t.chat(self.problems[number].question)
+        context = self.teacher.config.context
+        return read_rollout(roll, prompts_t, self.tok_s, self.tok_t, context,
+                            self.cfg['pair'], self.cfg['teacher_ids'])
+
+    def supervised_rows(self, roll, reading):
+        """The positions that distill.py will supervise -> flat positions in the student's ids (K,)
+        and in the teacher's ids (K,), and inside (K,)."""
+        sizes = {key: self.cfg[key] for key in ('last_k', 'first_k', 'last_frac', 'first_frac')}
+        which = self.cfg['positions']
+        mask = positions(roll, which, sizes.get(which, 0))                   # (B, T)
+
+        # Where the teacher has no state (-1), there is nothing to learn from.
+        mask = mask & (reading.column >= 0)
+        at = mask.flatten().nonzero().squeeze(-1)                            # (K,)
+        row = torch.arange(len(roll.ids), device=mask.device)[:, None]       # (B, 1)
+        at_t = (row * reading.ids.shape[1] + reading.column)[mask]           # (K,)
+        return at, at_t, reading.inside[mask]
 
     def moments(self, answers, name, shuffle=False):
-        """{student layer: Moments} of some answers, summed over all processes. shuffle: a control in which
+        """{student layer: Moments} of some answers, over all processes. shuffle: a control in which
         each student row is paired with the teacher's row half a micro-batch away."""
         moments = self.no_moments()
         for states_s, states_t, inside in self.read(answers, name):
@@ -225,12 +248,12 @@ class Pair:
                 if shuffle:
                     y = y.roll(len(y) // 2, 0)
                 moments[layer].add(states_s[layer], y, inside)
-        for layer_moments in moments.values():
-            reduce_moments(layer_moments)
+        for sums in moments.values():
+            reduce_moments(sums)
         return moments
 
     def no_moments(self):
-        """{student layer: Moments} of no rows."""
+        """{student layer: Moments} of no rows yet."""
         d_s = self.student.config.d
         d_t = self.teacher.config.d
         return {layer: Moments(d_s, d_t, self.env.device) for layer in self.layer_map}
@@ -243,15 +266,15 @@ def reduce_moments(moments):
 
 
 def layers_by_cka(pair, answers):
-    """layer_map='cka': for each student layer the teacher layer with the largest linear CKA, over about
+    """layer_map='cka': {student layer: the teacher layer with the largest linear CKA}, over about
     CKA_ROWS positions of a few answers. Process 0 decides, from its share."""
     every_layer = list(range(1, pair.teacher.config.L + 1))
-    batches = list(pair.read(answers[:CKA_ANSWERS * pair.env.world], 'cka', every_layer))
-    states = []
+    few = answers[:CKA_ANSWERS * pair.env.world]
+    batches = list(pair.read(few, 'cka', every_layer))
+    states = ({}, {})                                # of the student, of the teacher
     for side in (0, 1):
-        states.append({})
         for layer in batches[0][side]:
-            rows = torch.cat([batch[side][layer] for batch in batches])      # (K, d)
+            rows = torch.cat([batch[side][layer] for batch in batches])      # (all K, d)
             states[side][layer] = rows[::1 + len(rows) // CKA_ROWS]
     return all_gather(match_by_cka(*states))[0]
 
@@ -259,52 +282,64 @@ def layers_by_cka(pair, answers):
 # ---- 3. fit ----------------------------------------------------------------------------------
 
 def fit(pair, answers, cfg):
-    """Fit a bridge of full rank -> {student layer: LayerBridge}, float64, the same on every process."""
+    """A bridge of full rank -> {student layer: LayerBridge} in float64, the same on every
+    process."""
     kind = cfg['bridge_fit']
     assert kind in FITS, kind
     moments = pair.moments(answers, 'fit', shuffle=kind == 'shuffled')
     bridge = {}
     for layer in list(moments):
-        layer_moments = moments.pop(layer)           # freed before the next layer is fitted
-        mean, P_t, lam = principal_directions(layer_moments)
+        sums = moments.pop(layer)                    # its memory is freed when the layer is fitted
+        mean, P_t, lam = principal_directions(sums)
 
-        # R: there are no more directions than numbers in a state, and n rows span at most n - 1 around a mean.
-        count = layer_moments.central().count
+        # The full rank R: a student state of d_s numbers fills no more than d_s directions, and n
+        # rows no more than n - 1 around their mean.
+        count = sums.central().count
         R = min(len(P_t), pair.student.config.d, count - 1)
         if R < 1 or lam.sum() <= 1e-12 * mean.square().sum():
-            raise UserError(f'layer {layer}: {count} rows of the teacher that do not vary; nothing to bridge, '
-                            'look at data= and positions=')
-        P_t = P_t[:R]
-        P_s, b_s = ridge(layer_moments, mean, P_t, cfg['bridge_ridge'], cfg['bridge_bias'])
+            raise UserError(f'layer {layer}: {count} rows of the teacher that do not vary; '
+                            'nothing to bridge, look at data= and positions=')
+        P_t = P_t[:R]                                                        # (R, d_t)
+        P_s, b_s = ridge(sums, mean, P_t, cfg['bridge_ridge'], cfg['bridge_bias'])
         bridge[layer] = LayerBridge(mean, P_t, P_s, b_s)
 
-    # The paper's fit and a control: the same P_t, another P_s.
+    # For comparison: the same P_t with the paper's fit of P_s.
     if kind == 'adamw':
-        for layer, (P_s, b_s) in adamw_fit(pair, answers, bridge, cfg['bridge_lr'], cfg['seed']).items():
+        fitted = adamw_fit(pair, answers, bridge, cfg['bridge_lr'], cfg['seed'])
+        for layer, (P_s, b_s) in fitted.items():
             bridge[layer] = bridge[layer]._replace(P_s=P_s, b_s=b_s)
+
+    # As a control: the same P_t with noise for P_s.
     if kind == 'random':
         generator = torch.Generator().manual_seed(cfg['seed'])
-        for layer, fitted in bridge.items():
-            _, R, d_s = fitted.P_s.shape
-            noise = torch.randn(R, d_s, generator=generator).to(fitted.P_s) * d_s**-0.5
-            bridge[layer] = fitted._replace(P_s=torch.stack([noise, noise]), b_s=torch.zeros_like(fitted.b_s))
+        for layer, closed_form in bridge.items():
+            _, R, d_s = closed_form.P_s.shape
+            noise = torch.randn(R, d_s, generator=generator).to(closed_form.P_s) * d_s**-0.5
+            P_s = torch.stack([noise, noise])                                # (2, R, d_s)
+            b_s = torch.zeros_like(closed_form.b_s)                          # (2, R)
+            bridge[layer] = closed_form._replace(P_s=P_s, b_s=b_s)
     return bridge
 
 
 # ---- 4. judge --------------------------------------------------------------------------------
 
 def judge(pair, answers, bridge, seed):
-    """Held-out answers through a bridge -> {student layer: what was measured}.
+    """Held-out answers through a bridge of full rank -> {student layer: {name: what was measured}}.
 
-    At every rank (R,): the mean cosine of both projections ('cos'), of the controls in `guesses`, and lam,
-    rho2 and E of Theorem 3. As numbers: 'rows', the share of 'class 1', and the teacher's 'total' variance.
+    At every rank, (R,): the mean cosine to the teacher's z of what `guesses` lists ('cos' is the
+    bridge itself), and lam, rho2 and E of Theorem 3. Numbers: 'rows', the share of 'class 1', and
+    'total', the variance of the teacher's states.
     """
+    device = pair.env.device
     R, d_s = next(iter(bridge.values())).P_s.shape[1:]
     generator = torch.Generator().manual_seed(seed)
-    device = pair.env.device
     random_P_s = torch.randn(R, d_s, generator=generator, dtype=torch.float64).to(device)
-    cosines = {layer: torch.zeros(len(COSINES), R, dtype=torch.float64, device=device) for layer in bridge}
     moments = pair.no_moments()
+    cosines = {}
+    for layer in bridge:
+        cosines[layer] = torch.zeros(len(COSINES), R, dtype=torch.float64, device=device)
+
+    # Cosines need the rows themselves. Everything else follows from their moments.
     for states_s, states_t, inside in pair.read(answers, 'judge'):
         for layer, fitted in bridge.items():
             x = states_s[layer].double()                                     # (K, d_s)
@@ -318,9 +353,9 @@ def judge(pair, answers, bridge, seed):
     for layer, fitted in bridge.items():
         reduce_moments(moments[layer])
         rows = moments[layer].central()
+        mean_cosines = all_reduce(cosines[layer]) / rows.count               # (4, R)
         lam, rho2 = predicted_share(moments[layer], fitted)
-        judged[layer] = dict(zip(COSINES, all_reduce(cosines[layer]) / rows.count, strict=True))
-        judged[layer] |= {
+        judged[layer] = dict(zip(COSINES, mean_cosines, strict=True)) | {
             'rows': rows.count,
             'class 1': float(moments[layer].sums['n'][1]) / rows.count,
             'lam': lam,
@@ -332,17 +367,18 @@ def judge(pair, answers, bridge, seed):
 
 
 def guesses(x, inside, fitted, random_P_s):
-    """What is compared with the teacher's z for student rows x (K, d_s); in the order of COSINES, each (K, R):
-    the bridge; a random P_s; the bridge of the row half a micro-batch away; the bridge of the mean of x."""
-    c = inside.long()
+    """What is compared with the teacher's z of student rows x (K, d_s). Yields, in the order of
+    COSINES, each (K, R): the bridge, a random P_s, the bridge of the row half a micro-batch away,
+    and the bridge of the mean of x."""
+    c = inside.long()                                                        # (K,)
     P_s = fitted.P_s
-    b_s = fitted.b_s[c]                                                      # (K, R)
-    z_s = torch.where(inside[:, None], x @ P_s[1].t(), x @ P_s[0].t()) + b_s
+    z_s = torch.where(inside[:, None], x @ P_s[1].t(), x @ P_s[0].t())       # (K, R)
+    z_s = z_s + fitted.b_s[c]
     yield z_s
     yield x @ random_P_s.t()
     yield z_s.roll(len(z_s) // 2, 0)
 
-    # The mean of x within each class; a class without rows is not looked at.
+    # The mean of x within each class. No row asks for the guess of a class without rows.
     of_means = []
     for k in (0, 1):
         mean = x[c == k].mean(0) if (c == k).any() else torch.zeros_like(x[0])
@@ -350,79 +386,48 @@ def guesses(x, inside, fitted, random_P_s):
     yield torch.stack(of_means)[c]
 
 
-def theorem_3_rank(judged):
-    """The rank that Theorem 3 recommends for all layers together: the least sum of E(r), where each layer's
-    is divided by its variance."""
-    return int(sum(layer['E'] / layer['total'] for layer in judged.values()).argmin()) + 1
+def align(exact, device):
+    """Share of the answers' tokens that are of class 0, over all processes.
 
-
-def report(judged, layer_map, asked):
-    """What was measured -> a dictionary for bridge.json, at ranks 1, 2, 4, ..., R and the rank that is used:
-    `asked`, or with 0 Theorem 3's."""
-    R = len(next(iter(judged.values()))['cos'])
-    best = theorem_3_rank(judged)
-    used = min(asked or best, R)
-    ranks = sorted({2**i for i in range(R.bit_length())} | {R, used})
-    layers = {}
-    for layer, found in judged.items():
-        lam = found['lam']
-        predicted = lam * found['rho2']
-        total = found['total']
-        shown = {'teacher layer': layer_map[layer], 'rows': found['rows'], 'variance': total}
-        for name in COSINES:
-            shown[name] = {str(r): float(found[name][r - 1]) for r in ranks}
-        shown['R2'] = {str(r): float(predicted[:r].sum() / lam[:r].sum()) for r in ranks}
-        shown['explained'] = {str(r): float(lam[:r].sum() / total) for r in ranks}
-        shown['E'] = {str(r): float(found['E'][r - 1] / total) for r in ranks}
-        shown['rho2'] = found['rho2'][:64].tolist()
-        shown['best rank'] = int(found['E'].argmin()) + 1
-        layers[str(layer)] = shown
-    return {'rank': best, 'used': used, 'ranks': R, 'layers': layers}
-
-
-def table(figures):
-    """The lines that are printed: a row per rank, means over the layers, and the last layer's cosine. A
-    teacher that reads gibberish shows in the last layer and not in the mean."""
-    layers = list(figures['layers'].values())
-    keys = ('R2', 'explained', 'shuffled', 'mean_only', 'before')
-    titles = ('cosine', 'last layer', 'R2', 'explained', 'shuffled', 'mean only', 'before')
-    lines = [f'{"rank":>6}' + ''.join(f'{title:>12}' for title in titles)]
-    for r in layers[-1]['cos']:
-        mean = {key: sum(layer[key][r] for layer in layers) / len(layers) for key in ('cos', *keys)}
-        cells = [mean['cos'], layers[-1]['cos'][r], *(mean[key] for key in keys)]
-        lines.append(f'{r:>6}' + ''.join(f'{cell:12.3f}' for cell in cells))
-    lines.append(f"Theorem 3's rank: {figures['rank']}; align {figures['align']:.3f}; "
-                 f"{figures['forwards per answer']:g} forward(s) per answer and model")
-    return lines
+    exact: (tokens of class 0, tokens) of each micro-batch. They are summed on the device, because
+    nccl cannot reduce a CPU tensor.
+    """
+    counts = torch.tensor(exact, dtype=torch.float64, device=device).sum(0)  # (2,)
+    same, tokens = all_reduce(counts).tolist()
+    return same / tokens
 
 
 # ---- all of it -------------------------------------------------------------------------------
 
 def load_pair(cfg, env):
-    """Check the keys, load tokenizers, problems and both models -> Pair."""
+    """Check the keys, then load tokenizers, problems and both models -> Pair."""
     for key in ('student', 'teacher', 'data', 'bridge'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
-    cfg = toy.prepare(cfg, env)
+    cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
     toks = []
     depths = []
     for side in ('student', 'teacher'):
         shape = read_config(cfg[side])
-        toks.append(load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking']))
-        check_ids(side, shape.V, toks[-1])
+        tok = load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
+        check_ids(side, shape.V, tok)
+        toks.append(tok)
         depths.append(shape.L)
+
+    # Everything that can be refused has been; now the slow part.
     layer_map = match_layers(cfg, *depths)
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
-    models = [load_model(cfg[side], env.dtype, env.device).requires_grad_(False)
-              for side in ('student', 'teacher')]
+    models = []
+    for side in ('student', 'teacher'):
+        model = load_model(cfg[side], env.dtype, env.device)
+        models.append(model.requires_grad_(False))
     return Pair(*models, *toks, problems, layer_map, cfg, env)
 
 
 def main(cfg):
     env = start(cfg['device'], cfg['dtype'])
     pair = load_pair(cfg, env)
-    cfg = pair.cfg                                   # the toy's paths are filled in
-    out = Path(cfg['bridge'])
+    cfg = pair.cfg
 
     # 1. collect. The teacher's stop tokens count where its ids mean the same strings.
     stop = set(pair.tok_s.stop_ids)
@@ -434,9 +439,9 @@ def main(cfg):
     held_out = max(1, round(cfg['bridge_held_out'] * len(answers)))
     fit_answers = answers[:-held_out]
     held_out_answers = answers[-held_out:]
-    if len(fit_answers) < env.world or held_out < env.world:
-        raise UserError(f'{len(answers)} answers, {held_out} of them held out, for {env.world} rank(s); raise '
-                        'bridge_prompts')
+    if min(len(fit_answers), held_out) < env.world:
+        raise UserError(f'{len(answers)} answers, {held_out} of them held out, for {env.world} '
+                        'rank(s); raise bridge_prompts')
 
     # 2, 3. read and fit
     clock = time.perf_counter()
@@ -449,29 +454,23 @@ def main(cfg):
 
     # 4. judge
     judged = judge(pair, held_out_answers, bridge, cfg['seed'])
-    figures = {'align': align(pair.exact, env.device), 'forwards per answer': forwards, 'seconds': seconds}
+    share = align(pair.exact, env.device)
+    figures = {'align': share, 'forwards per answer': forwards, 'seconds': seconds}
     figures |= report(judged, pair.layer_map, cfg['bridge_rank'])
     print0('\n'.join(table(figures)))
+
+    # Both models, how they were read and how the bridge was fitted go into its file.
     if env.rank == 0:
+        out = Path(cfg['bridge'])
         made = fingerprint(cfg, pair.student.config, pair.teacher.config, pair.tok_s, pair.tok_t)
-        for key in ('positions', 'bridge_prompts', 'bridge_held_out', 'bridge_fit', 'bridge_ridge', 'bridge_bias'):
+        for key in ('positions', 'bridge_prompts', 'bridge_held_out', 'bridge_fit', 'bridge_ridge',
+                    'bridge_bias'):
             made[key] = cfg[key]
         made['phi'] = {str(layer): layer_t for layer, layer_t in pair.layer_map.items()}
         save_bridge(out, bridge, made, figures)
         bridges([out], out / 'bridge.png')
         print0(f'{out}: bridge.safetensors, bridge.json, bridge.png; {seconds:.1f} s for the fit')
     barrier()
-
-
-def align(exact, device):
-    """Share of the answers' tokens that are of class 0, over all processes.
-
-    exact: (tokens of class 0, tokens) of each micro-batch. The sums are on the device, because nccl cannot
-    reduce a CPU tensor.
-    """
-    counts = torch.tensor(exact, dtype=torch.float64, device=device).sum(0)
-    same, tokens = all_reduce(counts).tolist()
-    return same / tokens
 
 
 if __name__ == '__main__':

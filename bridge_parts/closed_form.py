@@ -1,16 +1,19 @@
 """
-The algebra of stage 1 in closed form: Eqs. (12) and (13), Theorem 3, and the matching of layers by CKA.
+The algebra of stage 1 in closed form: Eqs. (12) and (13), Theorem 3, and the matching of layers by
+CKA.
 
-Everything is computed from sums over rows, so the hidden states are read once and never stored. A row is a
-supervised position: the student's state x and the teacher's state y. Rows have a class c: 0 where both models
-have read exactly the same bytes, 1 where the student is inside a teacher token (cross_tokenizer/pairing.py).
-The classes share the mean of y and P_t, and have a P_s and a b_s each.
+Everything is computed from sums over rows, so the hidden states are read once and never stored. A
+row is a supervised position: the student's state x and the teacher's state y. Rows have a class c:
+0 where both models have read exactly the same bytes, 1 where the student is inside a teacher token
+(cross_tokenizer/pairing.py). The classes share the mean of y and P_t, and have a P_s and a b_s
+each.
 
-All of it is float64: a covariance is a small difference of large sums. What this file does not do: read a
-model, a config or a file.
+All of it is float64: a covariance is a small difference of large sums. What this file does not do:
+read a model, a config or a file.
 
-Letters: K rows, d width (d_s student, d_t teacher), R the largest rank, c class, i a component of the teacher,
-         lam the variance of a component, rho2 the share of it that the student predicts.
+Letters: K rows, d width (d_s student, d_t teacher), R the largest rank, c class, i a component of
+         the teacher, lam the variance of a component, rho2 the share of it that the student
+         predicts.
 """
 from typing import NamedTuple
 
@@ -18,8 +21,8 @@ import torch
 
 
 class LayerBridge(NamedTuple):
-    """The interface of one pair of layers: P_s x + b_s predicts z = P_t (y - mean). The bridge of rank r is
-    the first r rows of P_t, P_s and b_s."""
+    """The interface of one pair of layers: P_s x + b_s predicts z = P_t (y - mean). The bridge of
+    rank r is the first r rows of P_t, P_s and b_s."""
     mean: torch.Tensor          # (d_t,) mean of the teacher's states
     P_t: torch.Tensor           # (R, d_t)
     P_s: torch.Tensor           # (2, R, d_s) one for each class
@@ -39,12 +42,21 @@ class Central(NamedTuple):
 
 
 class Moments:
-    """Sums over the rows of one pair of layers, by class: the number of rows, and x, y, x x', y x', y y'.
+    """Sums over the rows of one pair of layers, by class: the number of rows, and x, y, x x', y x',
+    y y'.
 
-    For 28 layers of 2048 and 2560 numbers this is 28 * 2 * (2048^2 + 2048 * 2560 + 2560^2) * 8 bytes = 7.2 GB.
+    For 28 layers of 2048 and 2560 numbers this is 28 * 2 * (2048^2 + 2048 * 2560 + 2560^2) * 8
+    bytes = 7.2 GB.
     """
     def __init__(self, d_s, d_t, device):
-        shapes = {'n': (), 'x': (d_s,), 'y': (d_t,), 'xx': (d_s, d_s), 'yx': (d_t, d_s), 'yy': (d_t, d_t)}
+        shapes = {
+            'n': (),
+            'x': (d_s,),
+            'y': (d_t,),
+            'xx': (d_s, d_s),
+            'yx': (d_t, d_s),
+            'yy': (d_t, d_t),
+        }
         self.sums = {}
         for name, shape in shapes.items():
             self.sums[name] = torch.zeros(2, *shape, dtype=torch.float64, device=device)
@@ -80,10 +92,10 @@ class Moments:
 # ---- the fit ---------------------------------------------------------------------------------
 
 def principal_directions(moments):
-    """Eq. (12): the teacher's mean (d_t,), its principal directions P_t (d_t, d_t), one per row, and their
-    variances lam (d_t,), largest first."""
+    """Eq. (12): the teacher's mean (d_t,), its principal directions P_t (d_t, d_t), one per row,
+    and their variances lam (d_t,), largest first."""
     rows = moments.central()
-    lam, vectors = torch.linalg.eigh(rows.yy)                                # ascending; a vector per column
+    lam, vectors = torch.linalg.eigh(rows.yy)        # ascending; one vector per column
     P_t = vectors.flip(1).t().contiguous()
 
     # An eigenvector's sign is arbitrary. Make the largest entry positive, so that machines agree.
@@ -95,9 +107,10 @@ def principal_directions(moments):
 def ridge(moments, mean, P_t, penalty, bias):
     """Eq. (13) in closed form -> P_s (2, R, d_s) and b_s (2, R), one for each class.
 
-    P_s x + b_s has the least mean squared distance to z = P_t (y - mean), plus penalty * (mean variance of a
-    number in x) * |P_s|^2. The components of z do not mix, so the first r rows are the solution at rank r.
-    The paper has no b_s: with bias=False, b_s = 0. A class without rows gets zeros.
+    P_s x + b_s has the least mean squared distance to z = P_t (y - mean), plus penalty * (mean
+    variance of a number in x) * |P_s|^2. The components of z do not mix, so the first r rows are
+    the solution at rank r. The paper has no b_s: with bias=False, b_s = 0. A class without rows
+    gets zeros.
     """
     P_s = []
     b_s = []
@@ -109,7 +122,8 @@ def ridge(moments, mean, P_t, penalty, bias):
             b_s.append(torch.zeros_like(z_mean))
             continue
 
-        # With a bias both sides are centred; without one, the second moments take the covariances' place.
+        # With a bias both sides are centred; without one, the second moments take the covariances'
+        # place.
         xx = rows.xx
         yx = rows.yx
         if not bias:
@@ -128,8 +142,8 @@ def ridge(moments, mean, P_t, penalty, bias):
 # ---- how good a bridge is --------------------------------------------------------------------
 
 def predicted_share(moments, bridge):
-    """From held-out moments -> the variance lam (R,) of each component z_i, and rho2 (R,), the share of it
-    that the bridge predicts: 1 - E (z - P_s x - b_s)^2 / lam, not below 0."""
+    """From held-out moments -> the variance lam (R,) of each component z_i, and rho2 (R,), the
+    share of it that the bridge predicts: 1 - E (z - P_s x - b_s)^2 / lam, not below 0."""
     mean, P_t, P_s, b_s = bridge
     every_row = moments.central()
     residual = 0.0
@@ -147,10 +161,12 @@ def predicted_share(moments, bridge):
 
 
 def energy(lam, rho2):
-    """Theorem 3: E(r) = sum_{i>r} lam_i rho2_i + sum_{i<=r} lam_i (1 - rho2_i), for r = 1..R -> (R,).
+    """Theorem 3: E(r) = sum_{i>r} lam_i rho2_i + sum_{i<=r} lam_i (1 - rho2_i), for r = 1..R ->
+    (R,).
 
-    The first sum is what rank r leaves out although the student could predict it, the second is what it
-    includes although the student cannot. One more direction pays as long as its rho2 is above 1/2.
+    The first sum is what rank r leaves out although the student could predict it, the second is
+    what it includes although the student cannot. One more direction pays as long as its rho2 is
+    above 1/2.
     """
     predictable = lam * rho2
     from_here_on = predictable.flip(0).cumsum(0).flip(0)                     # sum_{i>=r}
@@ -160,8 +176,8 @@ def energy(lam, rho2):
 
 
 def cosine_sums(z_s, z_t):
-    """Cosines of the rows of z_s and z_t (K, R), cut to their first r numbers, for r = 1..R, summed over the
-    rows -> (R,)."""
+    """Cosines of the rows of z_s and z_t (K, R), cut to their first r numbers, for r = 1..R, summed
+    over the rows -> (R,)."""
     dots = (z_s * z_t).cumsum(1)                                             # (K, R)
     squares_s = (z_s * z_s).cumsum(1)
     squares_t = (z_t * z_t).cumsum(1)
@@ -171,10 +187,12 @@ def cosine_sums(z_s, z_t):
 # ---- which layers belong together -------------------------------------------------------------
 
 def match_by_cka(states_s, states_t):
-    """States of the same K positions, {layer: (K, d)} for each model -> {student layer: teacher layer}.
+    """States of the same K positions, {layer: (K, d)} for each model -> {student layer: teacher
+    layer}.
 
-    Each student layer gets the teacher layer with the largest linear CKA, |x'y|^2 / (|x'x| |y'y|) of centred
-    states. That is the cosine of the two matrices of inner products, x x' and y y' (K, K).
+    Each student layer gets the teacher layer with the largest linear CKA, |x'y|^2 / (|x'x| |y'y|)
+    of centred states. That is the cosine of the two matrices of inner products, x x' and y y' (K,
+    K).
     """
     grams_s = unit_grams(states_s)
     grams_t = unit_grams(states_t)
@@ -186,7 +204,8 @@ def match_by_cka(states_s, states_t):
 
 
 def unit_grams(states):
-    """{layer: (K, d)} -> {layer: (K * K,)}: inner products of the centred states, scaled to norm 1."""
+    """{layer: (K, d)} -> {layer: (K * K,)}: inner products of the centred states, scaled to norm
+    1."""
     grams = {}
     for layer, x in states.items():
         x = x.double()

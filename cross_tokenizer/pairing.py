@@ -1,20 +1,22 @@
 """
-The same text in two vocabularies: which state of the teacher belongs to which position of the student?
+The same text in two vocabularies: which state of the teacher belongs to which position of the
+student?
 
-The student's answer is a list of token ids, and a teacher with another vocabulary would read gibberish in them.
-So it reads the answer's bytes, cut into its own tokens. `pair_text` does this for one answer, `read_rollout`
-for a batch. Floor pairing: a student position takes the last teacher state that has read no more bytes of the
-answer than the student has. No state has read a byte that the student has not, so the target never contains
-the future.
+The student's answer is a list of token ids, and a teacher with another vocabulary would read
+gibberish in them. So it reads the answer's bytes, cut into its own tokens. `pair_text` does this
+for one answer, `read_rollout` for a batch. Floor pairing: a student position takes the last teacher
+state that has read no more bytes of the answer than the student has. No state has read a byte that
+the student has not, so the target never contains the future.
 
-A position has one of two classes. Class 0: both have read exactly the same bytes. Class 1, called `inside`: the
-student is inside a teacher token, and has read the first bytes of it. The example in `pair_text` shows both.
+A position has one of two classes. Class 0: both have read exactly the same bytes. Class 1, called
+`inside`: the student is inside a teacher token, and has read the first bytes of it. The example in
+`pair_text` shows both.
 
-Simpler than usual: positions in bytes decide everything, and no strings are searched or aligned. What this file
-does not do: teachers whose tokenizer is not byte-level.
+Simpler than usual: positions in bytes decide everything, and no strings are searched or aligned.
+What this file does not do: teachers whose tokenizer is not byte-level.
 
-Letters: B answers, T tokens of the student, T_t tokens of the teacher, K supervised positions, n tokens of an
-answer.
+Letters: B answers, T tokens of the student, T_t tokens of the teacher, K supervised positions, n
+tokens of an answer.
 """
 import re
 from dataclasses import dataclass
@@ -28,15 +30,15 @@ PAIRS = ('floor', 'exact')
 FEEDS = ('text', 'student')
 
 
-# ---- from bytes to the text that the teacher reads -------------------------------------------------
+# ---- from bytes to the text that the teacher reads -------------------------------------------
 
 def readable(data):
-    """Bytes -> (text, needed). needed: an array with a number for each byte of the text in UTF-8, which says
-    how many bytes of `data` one must have read to know it.
+    """Bytes -> (text, needed). needed: an array with a number for each byte of the text in UTF-8,
+    which says how many bytes of `data` one must have read to know it.
 
         b'ab'    -> 'ab', [1, 2]
-        b'a\\xff' -> 'a\\ufffd', [1, 2, 2, 2]       a byte that is not UTF-8 becomes U+FFFD: three bytes
-        b'a\\xe2' -> 'a', [1]                      a character that is cut off at the end is left out
+        b'a\\xff' -> 'a\\ufffd', [1, 2, 2, 2]     a byte that is not UTF-8 becomes U+FFFD (3 bytes)
+        b'a\\xe2' -> 'a', [1]                    a character that is cut off at the end is left out
     """
     try:
         text = data.decode()
@@ -53,16 +55,16 @@ def readable(data):
         try:
             valid = str(view[start:], 'utf-8')
             invalid = 0
-            at_end = True
+            cut_off = True
         except UnicodeDecodeError as error:
             valid = str(view[start:start + error.start], 'utf-8')
             invalid = error.end - error.start
-            at_end = error.reason == 'unexpected end of data'
+            cut_off = error.reason == 'unexpected end of data'
         size = len(valid.encode())
         texts.append(valid)
         needed.append(np.arange(start + 1, start + size + 1))
         start += size + invalid
-        if at_end:
+        if cut_off:
             break
         # U+FFFD stands for the invalid bytes, and is known when the last of them has been read.
         texts.append('\ufffd')
@@ -70,16 +72,17 @@ def readable(data):
     return ''.join(texts), np.concatenate(needed) if needed else np.arange(0)
 
 
-# Where a text may be cut so that normalising the pieces equals normalising the whole: before an ASCII
-# character, which never merges with what stands before it.
+# Where a text may be cut so that normalising the pieces equals normalising the whole: before an
+# ASCII character, which never merges with what stands before it.
 PIECE = re.compile(r'[\x00-\x7f]+(?![^\x00-\x7f])|[\x00-\x7f]?[^\x00-\x7f]+')
 
 
 def normalised(text, needed, tok):
     """The text in the Unicode form that a tokenizer cuts into tokens, with `needed` for its bytes.
 
-    A piece that changes is known only when all of it has been read. Example, in NFC: 'e' and a combining accent
-    (1 + 2 bytes, needed [1, 2, 3]) become one character of two bytes, needed [3, 3].
+    A piece that changes is known only when all of it has been read. Example, in NFC: 'e' and a
+    combining accent (1 + 2 bytes, needed [1, 2, 3]) become one character of two bytes, needed [3,
+    3].
     """
     whole = tok.normal(text)
     if whole == text:
@@ -97,8 +100,8 @@ def normalised(text, needed, tok):
         forms.append(form)
         start = end
     if ''.join(forms) != whole:
-        raise UserError(f'{tok.name}: it rewrites text across words, so its bytes cannot be paired; '
-                        'choose another teacher')
+        raise UserError(f'{tok.name}: it rewrites text across words, so its bytes cannot be '
+                        'paired; choose another teacher')
     return whole, np.concatenate(needed_forms)
 
 
@@ -112,14 +115,16 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     same: whether both vocabularies are the same, if the caller knows; comparing two takes a while.
 
     ids: what the teacher reads, prompt included.
-    column (n,): for student position t, which has read the answer's first t tokens: the index into ids of the
-        teacher's last state that has read no more bytes of the answer; -1 where its context ends before that.
+    column (n,): position t of the student has read the answer's first t tokens. This is the index
+        into ids of the teacher's last state that has read no more bytes of the answer than that;
+        -1 where the teacher's context ends before it.
     inside (n,): True for class 1, where the student has read more bytes than that state.
-    written: {t: bytes of the teacher's last token that the student has read}. In class 0 that token is whole,
-        in class 1 it is not. A t for which the teacher has begun no token of the answer is left out.
+    written: {t: the bytes of the teacher's last token that the student has read}. In class 0 that
+        is the whole token, in class 1 a part of it. If the student has read no byte of the answer,
+        t is left out.
 
-    Example: the student writes `1`, `2`, `+`, `3` and its stop token; the teacher has the tokens `12` and `+3`,
-    and its prompt has two ids, p and q. Then ids = [p, q, `12`, `+3`], and
+    Example: the student writes `1`, `2`, `+`, `3` and its stop token; the teacher has the tokens
+    `12` and `+3`, and its prompt has two ids, p and q. Then ids = [p, q, `12`, `+3`], and
 
         t                                0       1       2       3       4
         the student has read                     1       12      12+     12+3
@@ -128,8 +133,8 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
         inside                           False   True    False   True    False
         written                          -       b'1'    b'12'   b'+'    b'+3'
 
-    Special tokens write no bytes, so the teacher does not see the student's. With one vocabulary on both sides
-    the teacher reads the student's own ids, and every position is of class 0.
+    Special tokens write no bytes, so the teacher does not see the student's. With one vocabulary on
+    both sides the teacher reads the student's own ids, and every position is of class 0.
     """
     last_of_prompt = len(prompt_t) - 1               # has read the prompt and no byte of the answer
     if same is None:
@@ -143,8 +148,8 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
         data = b''.join([tok_s.pieces[i] for i in answer])
         answer_t, bytes_t = read_as(data, tok_t)
 
-        # State j of the teacher has read bytes_t[j] bytes (j = 0 is the end of the prompt), position t of the
-        # student bytes_s[t]. Floor: the last j with bytes_t[j] <= bytes_s[t].
+        # State j of the teacher has read bytes_t[j] bytes (j = 0 is the end of the prompt),
+        # position t of the student bytes_s[t]. Floor: the last j with bytes_t[j] <= bytes_s[t].
         bytes_s = np.array([0, *tok_s.byte_ends(answer)[:-1]])               # (n,)
         state = np.searchsorted(bytes_t, bytes_s, side='right') - 1          # (n,)
         ids = [*prompt_t, *answer_t]
@@ -154,9 +159,11 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
         written = {}
         for t, (j, is_inside) in enumerate(zip(state.tolist(), inside.tolist(), strict=True)):
             if is_inside:
-                written[t] = data[bytes_t[j]:bytes_s[t]]                     # the first bytes of token j
+                # The first bytes of the answer's token j, which the teacher has not read yet.
+                written[t] = data[bytes_t[j]:bytes_s[t]]
             elif j > 0:
-                written[t] = tok_t.pieces[answer_t[j - 1]]                   # all of token j - 1
+                # All bytes of token j - 1, which the teacher has read last.
+                written[t] = tok_t.pieces[answer_t[j - 1]]
 
     if context is not None and len(ids) > context:
         ids = ids[:context]
@@ -165,15 +172,16 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
 
 
 def read_as(data, tok_t):
-    """Bytes as a teacher reads them -> its ids (m of them), and the bytes of `data` that each of its states has
-    read (m + 1,): first 0, at the end of the prompt, then a number after each token."""
+    """Bytes as a teacher reads them -> its ids (m of them), and the bytes of `data` that each of
+    its states has read (m + 1,): first 0, at the end of the prompt, then a number after each
+    token."""
     text, needed = normalised(*readable(data), tok_t)
     ids = tok_t.encode(text, special=False)
-    ends = np.array(tok_t.byte_ends(ids), dtype=np.int64)                    # (m,) in bytes of the text
+    ends = np.array(tok_t.byte_ends(ids), dtype=np.int64)                    # (m,) in the text
     size = ends[-1] if ids else 0
     if size != len(needed):
-        raise UserError(f'{tok_t.name}: its tokens do not spell out the text {text[:20]!r}..., so it '
-                        'cannot be paired; choose a teacher with a byte-level tokenizer')
+        raise UserError(f'{tok_t.name}: its tokens do not spell out the text {text[:20]!r}..., so '
+                        'it cannot be paired; choose a teacher with a byte-level tokenizer')
     return ids, np.concatenate([[0], needed[ends - 1]])
 
 
@@ -181,25 +189,27 @@ def read_as(data, tok_t):
 
 @dataclass
 class Reading:
-    """What the teacher reads of a rollout (B, T), and where it stands at each position of the student."""
+    """What the teacher reads of a rollout (B, T), and where it stands at each position of the
+    student."""
     ids: torch.Tensor           # (B, T_t) the teacher's ids, right-padded
     length: torch.Tensor        # (B,) how many of them are not padding
-    column: torch.Tensor        # (B, T) for each position of the student a column of ids; -1: no state
+    column: torch.Tensor        # (B, T) the teacher's column at each position; -1: it has no state
     inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
-    written: dict               # {(row, position): bytes of the teacher's last token that the student has read}
+    written: dict               # {(row, student's column): bytes, as in pair_text}
     align: float                # share of the answers' positions that are of class 0
 
     def part(self, rows, T, at):
-        """The reading of some supervised positions -> (ids (b, T_t), flat positions in them (K,), inside (K,),
-        a list of K bytes written).
+        """The reading of some supervised positions -> (ids (b, T_t), flat positions in them (K,),
+        inside (K,), a list of K bytes written).
 
-        rows (b): rows of the rollout. at (K,): flat positions in their first T columns, that is, in (b, T).
+        rows (b): rows of the rollout. at (K,): flat positions in their first T columns, that is, in
+        (b, T).
         """
         longest = int(self.length[rows].max())
         ids = self.ids[rows, :longest]                                       # (b, T_t)
         column = self.column[rows, :T].flatten()[at]                         # (K,)
         inside = self.inside[rows, :T].flatten()[at]                         # (K,)
-        at_t = at // T * longest + column                                    # (K,) flat positions in ids
+        at_t = at // T * longest + column                                    # (K,) flat, in ids
         written = []
         for flat in at.tolist():
             written.append(self.written.get((rows[flat // T], flat % T), b''))
@@ -209,10 +219,10 @@ class Reading:
 def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed='text'):
     """A rollout as the teacher reads it -> Reading.
 
-    prompts_t: {prompt number: ids in the teacher's rendering and vocabulary}, or a list. pair: 'floor', or
-    'exact': positions of class 1 have no state, so they are not supervised. feed: 'text', or 'student': the
-    teacher is handed the student's ids unchanged, whatever they mean to it, as in the published code; for
-    comparison only.
+    prompts_t: {prompt number: ids in the teacher's rendering and vocabulary}, or a list. pair:
+    'floor', or 'exact': positions of class 1 have no state, so they are not supervised. feed:
+    'text', or 'student': the teacher is handed the student's ids unchanged, whatever they mean to
+    it, as in the published code; for comparison only.
     """
     assert pair in PAIRS, pair
     assert feed in FEEDS, feed
@@ -220,7 +230,8 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     device = roll.ids.device
     if feed == 'student':
         column = torch.arange(T, device=device).expand(B, T)
-        return Reading(roll.ids, roll.length, column, torch.zeros_like(column, dtype=torch.bool), {}, 1.0)
+        inside = torch.zeros_like(column, dtype=torch.bool)
+        return Reading(roll.ids, roll.length, column, inside, {}, 1.0)
 
     # Each answer by itself.
     same = tok_s.words == tok_t.words
@@ -229,8 +240,8 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     for answer, prompt in zip(answers, roll.prompt.tolist(), strict=True):
         paired.append(pair_text(answer, tok_s, prompts_t[prompt], tok_t, context, same))
 
-    # Into tensors. Position t of an answer is column prompt_len - 1 + t of the student's ids: it has read the
-    # prompt and t tokens of the answer, and predicts the next.
+    # Into tensors. Position t of an answer is column prompt_len - 1 + t of the student's ids: it
+    # has read the prompt and t tokens of the answer, and predicts the next.
     length = torch.tensor([len(ids_t) for ids_t, *_ in paired])              # (B,)
     ids = torch.zeros(B, int(length.max()), dtype=torch.long)                # (B, T_t)
     column = torch.full((B, T), -1)
@@ -248,4 +259,5 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     align = 1 - int(inside.sum()) / sum(map(len, answers))
     if pair == 'exact':
         column[inside] = -1
-    return Reading(ids.to(device), length.to(device), column.to(device), inside.to(device), written, align)
+    tensors = [tensor.to(device) for tensor in (ids, length, column, inside)]
+    return Reading(*tensors, written, align)
