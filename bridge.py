@@ -22,9 +22,11 @@ Writes bridge.safetensors, bridge.json and bridge.png into the folder that the k
 distill.py (stage 2) reads them there. If it is run again, it keeps the answers that it has. What it
 does not do: models that are too large for one GPU.
 
-Memory on the device, for 28 layers of 2048 and 2560 numbers at full width: 7.2 GB of moments (those
-of the fit are freed before those of the judgement are made), 3.1 GB of P_t and P_s in float64,
-about 5 GB for a micro-batch of 32,768 rows of one layer in float64, and both models.
+Memory on the device beside both models, for 28 layers of 2048 and 2560 numbers at full width, by
+count: 7.2 GB of moments (those of the fit are freed before those of the judgement are made), 3.1 GB
+of P_t and P_s in float64, and for a micro-batch of 32,768 rows 8.5 GB of states in bfloat16 and 6
+GB for one layer at a time in float64. That is 25 GB at the peak, and less with a smaller
+token_budget.
 
 Letters: K supervised rows of a micro-batch, B answers, T tokens, L layers, d width (d_s student,
          d_t teacher), R full rank: the smaller width, or the number of rows less one; c class; lam,
@@ -299,7 +301,7 @@ def fit(pair, answers, cfg):
         if R < 1 or lam.sum() <= 1e-12 * mean.square().sum():
             raise UserError(f'layer {layer}: {count} rows of the teacher that do not vary; '
                             'nothing to bridge, look at data= and positions=')
-        P_t = P_t[:R]                                                        # (R, d_t)
+        P_t = P_t[:R].clone()                                                # (R, d_t)
         P_s, b_s = ridge(sums, mean, P_t, cfg['bridge_ridge'], cfg['bridge_bias'])
         bridge[layer] = LayerBridge(mean, P_t, P_s, b_s)
 

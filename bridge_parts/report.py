@@ -30,22 +30,27 @@ def report(judged, layer_map, asked):
     ranks = sorted(powers_of_two | {R, used})
     layers = {}
     for layer, found in judged.items():
-        lam = found['lam']
-        predicted = lam * found['rho2']
         total = found['total']
+        variance = found['lam'].cumsum(0)                                    # (R,) of the first r
+        predicted = (found['lam'] * found['rho2']).cumsum(0)                 # (R,)
         shown = {'teacher layer': layer_map[layer], 'rows': found['rows'], 'variance': total}
         for name in COSINES:
-            shown[name] = {str(r): float(found[name][r - 1]) for r in ranks}
+            shown[name] = at_ranks(found[name], ranks)
 
         # Of the first r components: the share that is predicted, the share of all variance that
         # they have, and Theorem 3's loss.
-        shown['R2'] = {str(r): float(predicted[:r].sum() / lam[:r].sum()) for r in ranks}
-        shown['explained'] = {str(r): float(lam[:r].sum() / total) for r in ranks}
-        shown['E'] = {str(r): float(found['E'][r - 1] / total) for r in ranks}
+        shown['R2'] = at_ranks(predicted / variance, ranks)
+        shown['explained'] = at_ranks(variance / total, ranks)
+        shown['E'] = at_ranks(found['E'] / total, ranks)
         shown['rho2'] = found['rho2'][:64].tolist()
         shown['best rank'] = int(found['E'].argmin()) + 1
         layers[str(layer)] = shown
     return {'rank': best, 'used': used, 'ranks': R, 'layers': layers}
+
+
+def at_ranks(values, ranks):
+    """Some of the values (R,) of ranks 1..R -> {rank: value}, ready for JSON."""
+    return {str(r): float(values[r - 1]) for r in ranks}
 
 
 def table(figures):

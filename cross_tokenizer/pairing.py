@@ -136,39 +136,48 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     Special tokens write no bytes, so the teacher does not see the student's. With one vocabulary on
     both sides the teacher reads the student's own ids, and every position is of class 0.
     """
-    last_of_prompt = len(prompt_t) - 1               # has read the prompt and no byte of the answer
     if same is None:
         same = tok_s.words == tok_t.words
     if same:
-        ids = [*prompt_t, *answer]
-        column = last_of_prompt + np.arange(len(answer))
+        answer_t = answer
+        state = np.arange(len(answer))
         inside = np.zeros(len(answer), dtype=bool)
         written = {}
     else:
-        data = b''.join([tok_s.pieces[i] for i in answer])
-        answer_t, bytes_t = read_as(data, tok_t)
+        answer_t, state, inside, written = floor_states(answer, tok_s, tok_t)
 
-        # State j of the teacher has read bytes_t[j] bytes (j = 0 is the end of the prompt),
-        # position t of the student bytes_s[t]. Floor: the last j with bytes_t[j] <= bytes_s[t].
-        bytes_s = np.array([0, *tok_s.byte_ends(answer)[:-1]])               # (n,)
-        state = np.searchsorted(bytes_t, bytes_s, side='right') - 1          # (n,)
-        ids = [*prompt_t, *answer_t]
-        column = last_of_prompt + state
-        inside = bytes_t[state] != bytes_s
-
-        written = {}
-        for t, (j, is_inside) in enumerate(zip(state.tolist(), inside.tolist(), strict=True)):
-            if is_inside:
-                # The first bytes of the answer's token j, which the teacher has not read yet.
-                written[t] = data[bytes_t[j]:bytes_s[t]]
-            elif j > 0:
-                # All bytes of token j - 1, which the teacher has read last.
-                written[t] = tok_t.pieces[answer_t[j - 1]]
-
+    # State 0 stands at the prompt's last token: it has read no byte of the answer.
+    ids = [*prompt_t, *answer_t]
+    column = len(prompt_t) - 1 + state                                       # (n,)
     if context is not None and len(ids) > context:
         ids = ids[:context]
         column = np.where(column < context, column, -1)
     return ids, column, inside, written
+
+
+def floor_states(answer, tok_s, tok_t):
+    """An answer in another vocabulary -> (answer_t, state, inside, written).
+
+    answer_t: the answer in the teacher's ids. state (n,): how many of them the teacher has read at
+    position t of the student. inside, written: see pair_text.
+    """
+    data = b''.join([tok_s.pieces[i] for i in answer])
+    answer_t, bytes_t = read_as(data, tok_t)
+
+    # Teacher state j has read bytes_t[j] bytes, position t of the student bytes_s[t]. Floor: the
+    # last j with bytes_t[j] <= bytes_s[t].
+    bytes_s = np.array([0, *tok_s.byte_ends(answer)[:-1]])                   # (n,)
+    state = np.searchsorted(bytes_t, bytes_s, side='right') - 1              # (n,)
+    inside = bytes_t[state] != bytes_s                                       # (n,)
+    written = {}
+    for t, (j, is_inside) in enumerate(zip(state.tolist(), inside.tolist(), strict=True)):
+        if is_inside:
+            # The first bytes of the answer's token j, which the teacher has not read yet.
+            written[t] = data[bytes_t[j]:bytes_s[t]]
+        elif j > 0:
+            # All bytes of token j - 1, which the teacher has read last.
+            written[t] = tok_t.pieces[answer_t[j - 1]]
+    return answer_t, state, inside, written
 
 
 def read_as(data, tok_t):
@@ -247,8 +256,9 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     column = torch.full((B, T), -1)
     inside = torch.zeros(B, T, dtype=torch.bool)
     written = {}
+    prompt_len = roll.prompt_len.tolist()
     for row, (ids_t, column_t, inside_t, written_t) in enumerate(paired):
-        first = int(roll.prompt_len[row]) - 1
+        first = prompt_len[row] - 1
         span = slice(first, first + len(column_t))
         ids[row, :len(ids_t)] = torch.tensor(ids_t)
         column[row, span] = torch.from_numpy(column_t)
