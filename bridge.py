@@ -103,8 +103,9 @@ def collect(student, problems, tok, stop, cfg, env):
             for row in [head, *answers]:
                 append_row(lines, row)
 
-    # An answer is a function of (weights, seed, slot) alone, so an interrupted run goes on with the
-    # same ones. Each process samples every world-th slot of a batch.
+    # An answer is a function of (weights, seed, step, slot) alone, so an interrupted run goes on with
+    # the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each process
+    # samples every world-th slot of a batch.
     batch = max(1, cfg['eval_rows']) * env.world
     no_bar = env.rank > 0 or None                    # None: shown on a terminal only
     bar = tqdm(total=total, initial=len(answers), desc='collect', unit='answer', disable=no_bar)
@@ -197,12 +198,14 @@ class Pair:
         """
         student_layers = list(self.layer_map)
         teacher_layers = teacher_layers or sorted(set(self.layer_map.values()))
-        mine = answers[self.env.rank::self.env.world]
-        lengths = [len(self.problems[answer.problem].ids) + len(answer.ids) for answer in mine]
+        answers = answers[self.env.rank::self.env.world]
+        lengths = []
+        for answer in answers:
+            lengths.append(len(self.problems[answer.problem].ids) + len(answer.ids))
         groups = micro_batches(lengths, self.cfg['token_budget'])
         no_bar = not name or self.env.rank > 0 or None
         for group in tqdm(groups, desc=name, leave=False, disable=no_bar):
-            roll = as_rollout([mine[i] for i in group], self.problems, self.env.device)
+            roll = as_rollout([answers[i] for i in group], self.problems, self.env.device)
             reading = self.as_teacher_reads(roll)
             at, at_t, inside = self.supervised_rows(roll, reading)
             states_t = self.teacher.hidden(reading.ids, teacher_layers, at_t)
@@ -271,8 +274,8 @@ def layers_by_cka(pair, answers):
     """layer_map='cka': {student layer: the teacher layer with the largest linear CKA}, over about
     CKA_ROWS positions of a few answers. Process 0 decides, from its share."""
     every_layer = list(range(1, pair.teacher.config.L + 1))
-    few = answers[:CKA_ANSWERS * pair.env.world]
-    batches = list(pair.read(few, 'cka', every_layer))
+    answers = answers[:CKA_ANSWERS * pair.env.world]
+    batches = list(pair.read(answers, 'cka', every_layer))
     states = ({}, {})                                # of the student, of the teacher
     for side in (0, 1):
         for layer in batches[0][side]:
