@@ -103,9 +103,9 @@ def collect(student, problems, tok, stop, cfg, env):
             for row in [head, *answers]:
                 append_row(lines, row)
 
-    # An answer is a function of (weights, seed, step, slot) alone, so an interrupted run goes on with
-    # the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each process
-    # samples every world-th slot of a batch.
+    # An answer is a function of (weights, seed, step, slot) alone, so an interrupted run goes on
+    # with the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each
+    # process samples every world-th slot of a batch.
     batch = max(1, cfg['eval_rows']) * env.world
     no_bar = env.rank > 0 or None                    # None: shown on a terminal only
     bar = tqdm(total=total, initial=len(answers), desc='collect', unit='answer', disable=no_bar)
