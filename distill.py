@@ -34,7 +34,7 @@ from functools import partial
 
 import torch
 
-from bridge import load_bridge, made_for
+from bridge_parts.saved import fingerprint, load_bridge
 from configs import default, free, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
@@ -151,9 +151,9 @@ def prepare(cfg, place):
     bridge = None
     if cfg['bridge']:
         shapes = [read_config(cfg[side]) for side in ('student', 'teacher')]
-        about = made_for(cfg, *shapes, tok, tok_t)
+        about = fingerprint(cfg, *shapes, tok, tok_t)
         bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(layer_map), about, place.device)
-        layer_map = bridge.phi
+        layer_map = bridge.layer_map
         print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {layer_map}')
     setup = Setup(tok, tok_t, train, held_out, layer_map, stop, bridge)
     if not cfg['dry_run']:
@@ -313,7 +313,7 @@ def supervised_positions(cfg, setup, roll, problems):
     prompts_t = [setup.tok_t.chat(problem.question) for problem in problems]
     reading = read_rollout(roll, prompts_t, setup.tok, setup.tok_t, setup.teacher.config.context,
                            cfg['pair'], cfg['teacher_ids'])
-    return reading, mask & (reading.at >= 0)         # -1: the teacher has no state there
+    return reading, mask & (reading.column >= 0)         # -1: the teacher has no state there
 
 
 def finish_step(cfg, setup, place, row, log, out, began, clock):

@@ -1,6 +1,6 @@
 """
-The toy with top-16 OPD as the paper's baseline has it: each of the student's 16 likeliest tokens (of 21) earns
-log p - log q as a reward. opd_tail='renorm' is Eq. (5).
+The toy with top-16 OPD as the paper's baseline has it: each of the student's 16 likeliest tokens (of 21)
+earns log p - log q as a reward. opd_tail='renorm' is Eq. (5).
 
     python distill.py configs/toy_opd_top16.py
 """

@@ -1,5 +1,6 @@
 """Stage 1: closed forms against least squares on the rows themselves, Theorem 3 against its definition."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,16 +10,29 @@ import pytest
 import torch
 from conftest import argv, step_sums, tiny_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_losses import rollout
 
 import bridge
 import distill
-from bridge import Bridge, Moments, cosines, energy, main, predicted, principal, ridge
+from bridge import main
+from bridge_parts import report, saved
+from bridge_parts.closed_form import (
+    LayerBridge,
+    Moments,
+    cosine_sums,
+    energy,
+    predicted_share,
+    principal_directions,
+    ridge,
+)
+from bridge_parts.saved import Bridge, load_bridge
 from configs import load_config
+from cross_tokenizer.next_byte import NextByte
 from cross_tokenizer.pairing import Reading
 from losses import bridge_loss
-from output_losses import make_objective, opd_rows
-from step import position_mask, position_weights
+from output_losses import OutputTerm, make_objective, opd_rows
+from step import Objective, accumulate, cut_rollout, micro_batches, position_mask, position_weights
 from studies.toy import folder_of
 from support.files import read_json
 from support.runtime import ROOT, UserError, run
@@ -48,12 +62,12 @@ def summed(x, y, inside, chunk=37):
 def test_principal_directions():
     """Against the SVD of the centred rows; the signs do not depend on the solver's mood."""
     x, y, inside = rows()
-    mean, P_t, lam = principal(summed(x, y, inside))
+    mean, P_t, lam = principal_directions(summed(x, y, inside))
     _, S, V = torch.linalg.svd(y - y.mean(0), full_matrices=False)
     assert torch.allclose(mean, y.mean(0)) and torch.allclose(lam, S**2 / N)
     assert torch.allclose(P_t.abs(), V.abs(), atol=1e-8) and torch.allclose(P_t @ P_t.t(), torch.eye(D_T, dtype=y.dtype))
     assert (P_t.gather(1, P_t.abs().argmax(1, keepdim=True)) > 0).all()
-    _, P2, _ = principal(summed(x, -y, inside))
+    _, P2, _ = principal_directions(summed(x, -y, inside))
     assert torch.allclose(P2, P_t, atol=1e-8)
 
 
@@ -64,7 +78,7 @@ def test_closed_form_equals_least_squares_at_every_rank(bias, penalty):
     at rank r alone gives the first r rows."""
     x, y, inside = rows()
     m = summed(x, y, inside)
-    mean, P_t, _ = principal(m)
+    mean, P_t, _ = principal_directions(m)
     P_s, b_s = ridge(m, mean, P_t, penalty, bias)
     z = (y - mean) @ P_t.t()
     for c in (0, 1):
@@ -84,7 +98,7 @@ def test_closed_form_equals_least_squares_at_every_rank(bias, penalty):
 def test_a_class_without_rows_gets_zeros():
     x, y, _ = rows()
     m = summed(x, y, torch.zeros(N, dtype=torch.bool))
-    mean, P_t, _ = principal(m)
+    mean, P_t, _ = principal_directions(m)
     P_s, b_s = ridge(m, mean, P_t, 1e-4, True)
     assert (P_s[1] == 0).all() and (b_s[1] == 0).all() and P_s[0].abs().max() > 0
 
@@ -92,10 +106,10 @@ def test_a_class_without_rows_gets_zeros():
 def test_what_is_predicted_on_held_out_rows():
     """rho^2 from moments against residuals of the rows; energy against Theorem 3's sums."""
     m = summed(*rows())
-    mean, P_t, _ = principal(m)
+    mean, P_t, _ = principal_directions(m)
     P_s, b_s = ridge(m, mean, P_t, 1e-4, True)
     x, y, inside = rows(seed=1)
-    lam, rho2 = predicted(summed(x, y, inside), mean, P_t, P_s, b_s)
+    lam, rho2 = predicted_share(summed(x, y, inside), LayerBridge(mean, P_t, P_s, b_s))
     z = (y - mean) @ P_t.t()
     guess = torch.where(inside[:, None], x @ P_s[1].t() + b_s[1], x @ P_s[0].t() + b_s[0])
     assert torch.allclose(lam, z.var(0, correction=0))
@@ -111,7 +125,7 @@ def test_what_is_predicted_on_held_out_rows():
 def test_cosines_at_every_rank():
     a, b = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for r in range(1, 5):
-        assert cosines(a, b)[r - 1] == pytest.approx(float(torch.cosine_similarity(a[:, :r], b[:, :r]).sum()), rel=1e-5)
+        assert cosine_sums(a, b)[r - 1] == pytest.approx(float(torch.cosine_similarity(a[:, :r], b[:, :r]).sum()), rel=1e-5)
 
 
 # ---- the script on the tiny toy, a teacher of another depth, width and vocabulary -----------------
@@ -148,6 +162,41 @@ def test_what_stage_1_writes(made, toy_dir):
     assert len((made / 'rollouts.jsonl').read_text().splitlines()) == 31
 
 
+def test_rank_r_is_the_first_r_rows(made):
+    """Of everything that is saved, per layer. The last rows of P_t are the directions of least variance."""
+    got, about = tensors(made)
+    for rank, wanted in ((5, 5), (24, 24), (0, about['rank'])):
+        face = load_bridge(made, rank, [1, 3], {'d': [24, 32]}, 'cpu')
+        assert face.rank == wanted and face.layer_map == {1: 1, 3: 4}
+        for l in (1, 3):
+            assert torch.equal(face.mean[l], got[f'mean.{l}']) and torch.equal(face.P_t[l], got[f'P_t.{l}'][:wanted])
+            assert torch.equal(face.P_s[l], got[f'P_s.{l}'][:, :wanted]) and torch.equal(face.b_s[l], got[f'b_s.{l}'][:, :wanted])
+    y = torch.randn(9, 32)
+    assert torch.allclose(load_bridge(made, 5, [2], {}, 'cpu').teacher(2, y), (y - got['mean.2']) @ got['P_t.2'][:5].t())
+
+
+def test_all_ranks_are_judged_and_some_are_saved(made, toy_dir, tmp_path, monkeypatch):
+    """SAVED_ROWS, or as many as the rank that is used or Theorem 3's needs; a rank that was judged and not
+    saved, and one that was not fitted, are errors of their own."""
+    monkeypatch.setattr(saved, 'SAVED_ROWS', 6)
+    for asked, rows_saved in ((4, 6), (9, 9)):
+        out = tmp_path / str(asked)
+        shutil.copytree(made, out)
+        main(load_config(args(toy_dir, out, bridge_rank=asked)))
+        got, about = tensors(out)
+        figures = read_json(out / 'bridge.json')
+        assert about['rank'] <= 6 and about['ranks'] == 24 and len(got['P_t.1']) == rows_saved, 'as this test needs'
+        assert got['P_s.1'].shape == (2, rows_saved, 24) and got['b_s.1'].shape == (2, rows_saved)
+        assert figures['used'] == asked and {'16', '24'} <= set(figures['layers']['1']['cos'])
+        with pytest.raises(UserError, match=f'holds ranks 1 to {rows_saved} of 24, but bridge_rank=10; lower it, or rerun'):
+            load_bridge(out, 10, [1], {}, 'cpu')
+        with pytest.raises(UserError, match='fitted for ranks 1 to 24, but bridge_rank=25; lower it'):
+            load_bridge(out, 25, [1], {}, 'cpu')
+    monkeypatch.setattr(report, 'theorem_3_rank', lambda judged: 20)
+    main(load_config(args(toy_dir, tmp_path / '4', bridge_rank=4)))
+    assert len(tensors(tmp_path / '4')[0]['P_t.1']) == 20 and load_bridge(tmp_path / '4', 0, [1], {}, 'cpu').rank == 20
+
+
 def test_collecting_goes_on_where_it_stopped(made, toy_dir, tmp_path, monkeypatch):
     """Cut in the middle of a line: the same answers, and the same bridge to the bit; whole answers are
     not sampled again. A line that was damaged is an error, as is another student's file."""
@@ -163,10 +212,44 @@ def test_collecting_goes_on_where_it_stopped(made, toy_dir, tmp_path, monkeypatc
     a, b = tensors(made)[0], tensors(out)[0]
     assert all(torch.equal(a[k], b[k]) for k in b)
     (out / 'rollouts.jsonl').write_text(text.replace('\n[', '\n[[', 1))
-    with pytest.raises(UserError, match='line 2 is damaged'):
+    with pytest.raises(UserError, match='rollouts.jsonl:2: damaged'):
         main(load_config(args(toy_dir, out)))
     with pytest.raises(UserError, match='sampled with other settings'):
         main(load_config(args(toy_dir, made, temperature=0.5)))
+    head, first, second, *rest = text.splitlines()
+    for lines in ([head, first, first, second, *rest], [head, second, *rest], [head, first, second, *rest, first],
+                  [head, first[:-len(', true]')] + ']', second, *rest], [head, '{}', second, *rest]):
+        (out / 'rollouts.jsonl').write_text('\n'.join(lines) + '\n')
+        with pytest.raises(UserError, match=r'line \d+ is not the answer that belongs there'):
+            main(load_config(args(toy_dir, out)))
+
+
+def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkeypatch):
+    """The file is not touched where nothing changes, and is replaced as a whole where its last line was cut off:
+    rewriting it in place lost answers when the disk was full."""
+    out = tmp_path / 'full'
+    out.mkdir()
+    file = out / 'rollouts.jsonl'
+    text = (made / 'rollouts.jsonl').read_text()
+    file.write_text(text)
+    before = file.stat()
+    main(load_config(args(toy_dir, out)))
+    after = file.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+    room = [3]
+
+    def full_disk(lines, row):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(28, os.strerror(28), lines.name)
+        lines.write(json.dumps(row) + '\n')
+        lines.flush()
+    file.write_text(text[:-9])
+    monkeypatch.setattr(bridge, 'append_row', full_disk)
+    with pytest.raises(OSError, match='No space'):
+        main(load_config(args(toy_dir, out)))
+    assert file.read_text() == text[:-9]
 
 
 def test_two_ranks_make_the_same_bridge(made, toy_dir, tmp_path):
@@ -209,13 +292,14 @@ def test_control_random(made, toy_dir, tmp_path):
     assert (got['b_s.3'] == 0).all()
 
 
-def fake_pair(monkeypatch, x, y, phi, parts):
+def fake_pair(monkeypatch, x, y, layer_map, parts, inside=None):
     """A Pair whose models' states are x {l: rows} and y {t: rows}, read in `parts` batches."""
-    place = SimpleNamespace(device='cpu', world=1)
+    inside = torch.zeros(len(x[1]), dtype=torch.bool) if inside is None else inside
+    env = SimpleNamespace(device='cpu', world=1)
     models = (SimpleNamespace(config=SimpleNamespace(L=len(m), d=m[1].shape[1])) for m in (x, y))
-    pair = bridge.Pair(*models, None, None, [], phi, {}, place)
+    pair = bridge.Pair(*models, None, None, [], layer_map, {}, env)
     read = [({l: v[i::parts] for l, v in x.items()}, {l: v[i::parts] for l, v in y.items()},
-             torch.zeros(len(x[1][i::parts]), dtype=torch.bool)) for i in range(parts)]
+             inside[i::parts]) for i in range(parts)]
     monkeypatch.setattr(pair, 'read', lambda *a: iter(read))
     return pair
 
@@ -230,6 +314,117 @@ def test_control_shuffled(monkeypatch):
     assert torch.allclose(torn['yy'], whole['yy']) and torch.equal(torn['xx'], whole['xx'])
 
 
+FIT = dict(bridge_ridge=1e-4, bridge_bias=True, bridge_lr=1e-3, seed=0)
+
+
+def test_a_shuffled_fit_is_the_fit_of_shuffled_pairs(monkeypatch):
+    """bridge_fit='shuffled' against the closed form on pairs that are torn apart by hand. If nothing were
+    shuffled, the control would be as good as the bridge."""
+    x, y, inside = rows()
+    pair = fake_pair(monkeypatch, {1: x}, {1: y}, {1: 1}, 3, inside)
+    got = bridge.fit(pair, [], FIT | {'bridge_fit': 'shuffled'})[1]
+    torn = Moments(D_S, D_T, 'cpu')
+    for i in range(3):
+        torn.add(x[i::3], torch.cat([y[i::3][50:], y[i::3][:50]]), inside[i::3])
+    mean, P_t, _ = principal_directions(torn)
+    P_s, b_s = ridge(torn, mean, P_t[:D_S], 1e-4, True)
+    assert torch.allclose(got.P_s, P_s, atol=1e-9) and torch.allclose(got.b_s, b_s, atol=1e-9)
+    held = summed(*rows(seed=1))
+    true_fit = bridge.fit(pair, [], FIT | {'bridge_fit': 'ridge'})[1]
+    assert predicted_share(held, true_fit)[1][0] > 0.5 > predicted_share(held, got)[1][0]
+
+
+def test_judged_cosines_and_their_controls(monkeypatch):
+    """Every cosine that is reported against one row and one rank at a time: the bridge, a random P_S, the pair
+    half a batch away, and the mean of the class alone. A control that is not what its name says would make
+    every bridge look honest."""
+    x, y, inside = rows(seed=1)
+    fitted = bridge.fit(fake_pair(monkeypatch, {1: rows()[0]}, {1: rows()[1]}, {1: 1}, 3, rows()[2]), [],
+                        FIT | {'bridge_fit': 'ridge'})[1]
+    judged = bridge.judge(fake_pair(monkeypatch, {1: x}, {1: y}, {1: 1}, 2, inside), [], {1: fitted}, 7)[1]
+    noise = torch.randn(D_S, D_S, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    want = {name: torch.zeros(D_S, dtype=torch.float64) for name in bridge.COSINES}
+    for i in range(2):
+        a, b, c = x[i::2], y[i::2], inside[i::2].long()
+        means = [a[c == k].mean(0) for k in (0, 1)]
+
+        def project(row, k):
+            return fitted.P_s[k] @ row + fitted.b_s[k]
+        for k in range(len(a)):
+            z_t = fitted.P_t @ (b[k] - fitted.mean)
+            other = k - len(a) // 2              # counts from the end where it is negative
+            guess = {'cos': project(a[k], c[k]), 'before': noise @ a[k], 'shuffled': project(a[other], c[other]),
+                     'mean_only': project(means[c[k]], c[k])}
+            for name, z_s in guess.items():
+                for r in range(1, D_S + 1):
+                    want[name][r - 1] += torch.cosine_similarity(z_s[:r], z_t[:r], dim=0) / N
+    for name in bridge.COSINES:
+        assert torch.allclose(judged[name], want[name], atol=1e-12), name
+    assert judged['cos'][-1] > 0.6 > judged['shuffled'][-1]
+    assert judged['rows'] == N and judged['class 1'] == pytest.approx(float(inside.double().mean()))
+
+
+def test_every_rank_up_to_the_full_width_is_judged(monkeypatch):
+    """300 and 310 numbers in a state: ranks beyond 256 are fitted, judged and reported, the last one included.
+    With so many rows the student predicts all of the teacher, so Theorem 3 wants all ranks."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 300, generator=g, dtype=torch.float64)
+    y = x @ torch.randn(300, 310, generator=g, dtype=torch.float64)
+    pair = fake_pair(monkeypatch, {1: x}, {1: y}, {1: 1}, 2)
+    fitted = bridge.fit(pair, [], FIT | {'bridge_fit': 'ridge'})
+    assert fitted[1].P_t.shape == (300, 310) and fitted[1].P_s.shape == (2, 300, 300)
+    judged = bridge.judge(pair, [], fitted, 0)
+    assert len(judged[1]['cos']) == len(judged[1]['E']) == 300
+    figures = bridge.report(judged, {1: 1}, 0)
+    assert list(figures['layers']['1']['cos']) == ['1', '2', '4', '8', '16', '32', '64', '128', '256', '300']
+    assert figures['rank'] == figures['used'] == figures['ranks'] == 300 and bridge.report(judged, {1: 1}, 5)['used'] == 5
+    few = fake_pair(monkeypatch, {1: x[:40]}, {1: y[:40]}, {1: 1}, 2)
+    assert fitted[1].P_t[:39].shape == bridge.fit(few, [], FIT | {'bridge_fit': 'ridge'})[1].P_t.shape
+
+
+def test_counts_are_summed_on_the_device(monkeypatch):
+    """nccl reduces no CPU tensor, and gloo does not mind: a bridge on several GPUs died after the fit."""
+    seen = []
+
+    def reduce(x):
+        seen.append(x.device.type)
+        return torch.tensor([3.0, 4.0])
+    monkeypatch.setattr(bridge, 'all_reduce', reduce)
+    assert bridge.align([(1.0, 2), (2.0, 2)], 'meta') == 0.75 and seen == ['meta']
+
+
+def test_only_positions_with_a_teacher_state_are_read(monkeypatch):
+    """Pair.read against whole hidden states, position by position. A position without a state (column -1) would
+    be paired with the last state of the row above."""
+    student, teacher = tiny_model(0), tiny_model(1, L=4, d=24, V=50)
+    problems = [SimpleNamespace(ids=[1, 2, 3], question=''), SimpleNamespace(ids=[4, 5], question='')]
+    answers = [bridge.Answer(1, [6, 7, 8, 9], True), bridge.Answer(0, [10, 11], False), bridge.Answer(1, [12], True)]
+    cfg = dict(token_budget=1000, positions='last_k', last_k=3, first_k=9, last_frac=1.0, first_frac=1.0,
+               pair='floor', teacher_ids='text')
+    tok = SimpleNamespace(chat=lambda question: [])
+    pair = bridge.Pair(student, teacher, tok, tok, problems, {1: 2, 3: 4}, cfg, SimpleNamespace(rank=0, world=1, device='cpu'))
+    ids_t = torch.arange(21).view(3, 7)
+    column = torch.tensor([[0, 1, 2, -1, 6, 5], [3, 3, 4, 5, -1, 0], [-1, -1, 2, 2, 2, 2]])
+    inside = column % 2 == 1
+    given = []
+
+    def read_rollout(roll, *rest):
+        given.append(roll)
+        return Reading(ids_t, torch.tensor([7, 7, 7]), column, inside, {}, 0.5)
+    monkeypatch.setattr(bridge, 'read_rollout', read_rollout)
+    (states_s, states_t, classes), = pair.read(answers)
+
+    # Supervised: the last three positions of an answer, in columns prompt_len - 1 + t; then those with a state.
+    at = [(0, 2), (0, 4), (1, 2), (1, 3)]
+    x, y = student.hidden(given[0].ids, [1, 3]), teacher.hidden(ids_t, [2, 4])
+    for k, (b, t) in enumerate(at):
+        for l, h in zip((1, 3), x, strict=True):
+            assert torch.allclose(states_s[l][k], h[b, t], atol=1e-6)
+        for l, h in zip((2, 4), y, strict=True):
+            assert torch.allclose(states_t[l][k], h[b, column[b, t]], atol=1e-6)
+    assert classes.tolist() == [bool(inside[b, t]) for b, t in at] and len(states_s[1]) == len(states_t[2]) == 4
+
+
 def test_layers_by_cka(made, toy_dir, tmp_path, monkeypatch):
     """Teacher layers that are a student's, turned, scaled and shifted, in another order, among noise: each
     is found, over batches. Through the script, and by hand: in the file, and read back by a run."""
@@ -238,8 +433,7 @@ def test_layers_by_cka(made, toy_dir, tmp_path, monkeypatch):
     turn = torch.linalg.qr(torch.randn(D_S, D_S, generator=g))[0]
     y = {1: x[2] @ turn * 3 + 1, 2: torch.randn(90, D_T, generator=g), 3: x[1] @ turn - 2, 4: x[3] * 0.1}
     pair = fake_pair(monkeypatch, x, y, {1: 1, 2: 2, 3: 4}, 3)
-    pair.match([])
-    assert pair.phi == {1: 3, 2: 1, 3: 4}
+    assert bridge.layers_by_cka(pair, []) == {1: 3, 2: 1, 3: 4}
     out = tmp_path / 'cka'
     shutil.copytree(made, out)
     main(load_config(args(toy_dir, out, layer_map='cka')))
@@ -357,6 +551,59 @@ def test_composite_through_a_bridge(toy_dir, budget):
         assert sums['weight'] == pytest.approx(1)
 
 
+def test_teacher_states_of_the_next_byte_term():
+    """opd='byte' is given the teacher's floor state of every position and the state before the teacher's last
+    token. Where the student is inside a token, the floor state is itself the state before it: one further back
+    has not read the token before."""
+    student, teacher, roll = tiny_model(0), tiny_model(1, L=4, d=24, V=50), rollout()
+    B, T = roll.ids.shape
+    m = position_mask(roll, 'all')
+    ids_t = torch.arange(B * T).view(B, T) % 50
+    column = torch.arange(T).expand(B, T)
+    inside = (torch.arange(T) % 3 == 1).expand(B, T)
+    written = {(b, t): b'x' for b, t in m.nonzero().tolist() if t % 2 or t % 3 == 1}
+    reading = Reading(ids_t, torch.full((B,), T), column, inside, written, 0.5)
+    given = []
+
+    class Spy(OutputTerm):
+        def __call__(self, head, h, teacher_h, rows):
+            given.append((teacher_h, rows.written, rows.inside))
+            return h.sum() * 0, torch.zeros(5)
+    objective = Objective({}, None, Spy(NextByte(None, None), teacher))
+    accumulate(student, teacher, cut_rollout(roll, position_weights(m), 10**6, reading), objective, 0.0, 1.0)
+    (h_t, words, classes), = given
+    states = teacher.hidden(ids_t, [4])[0].detach()
+    rounding = 64 * torch.finfo(torch.float32).eps * float(states.norm(dim=-1).max())    # rows in another order
+    K = len(h_t) // 2
+    order, = micro_batches(roll.length.tolist(), 10**6)
+    at = [(b, t) for b in order for t in m[b].nonzero().flatten().tolist()]
+    assert len(at) == K
+    for k, (b, t) in enumerate(at):
+        back = t - 1 if (b, t) in written and not inside[b, t] else t
+        assert (h_t[k] - states[b, t]).abs().max() < rounding and (h_t[K + k] - states[b, back]).abs().max() < rounding
+        assert words[k] == written.get((b, t), b'') and bool(classes[k]) == bool(inside[b, t])
+
+
+def test_positions_without_a_teacher_state_have_no_weight(made, toy_dir, tmp_path, monkeypatch):
+    """In a step of distill.py: the weights go to the other positions of the answer."""
+    readings, weights = [], []
+    read, weigh = distill.read_rollout, distill.position_weights
+
+    def reading_with_gaps(*a):
+        reading = read(*a)
+        reading.column[:, ::2] = -1
+        readings.append(reading)
+        return reading
+
+    def weighed(*a):
+        weights.append(weigh(*a))
+        return weights[-1]
+    monkeypatch.setattr(distill, 'read_rollout', reading_with_gaps)
+    monkeypatch.setattr(distill, 'position_weights', weighed)
+    distill.main(load_config(run_args(toy_dir, made, tmp_path / 'gaps', steps=1)))
+    assert (weights[0][readings[0].column < 0] == 0).all() and float(weights[0].sum()) == pytest.approx(1)
+
+
 def test_only_projections_of_the_teacher_are_kept():
     """r numbers a row and layer, not d_t: what hidden_rows returns."""
     teacher, roll = tiny_model(1, L=4, d=24), rollout()
@@ -393,7 +640,7 @@ def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, ca
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
         return err
-    assert 'rank 24, but bridge_rank=25; lower it' in refused(bridge_rank=25)
+    assert 'ranks 1 to 24, but bridge_rank=25; lower it' in refused(bridge_rank=25)
     assert "made for pair='floor', but here it is 'exact'" in refused(pair='exact')
     assert 'made for student=' in refused(seed=1)
     assert "the tokenizers differ; use opd='byte'" in refused(opd_weight=1)
@@ -406,6 +653,15 @@ def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, ca
     (two / 'rollouts.jsonl').write_text((made / 'rollouts.jsonl').read_text())
     main(load_config(args(toy_dir, two, layers=[1, 3])))
     assert 'has no layer 2; set layers=[1,3]' in refused(two)
+    got, about = tensors(two)
+    for layer, broken in (('mean.1', got['P_t.1']), ('P_t.3', got['P_t.3'] * float('nan')), ('P_s.1', got['P_s.1'][:, :5]),
+                          ('b_s.3', got['b_s.3'].int())):
+        save_file(got | {layer: broken.clone().contiguous()}, two / 'bridge.safetensors', {'bridge': json.dumps(about)})
+        assert f'layer {layer[-1]} is damaged; rerun bridge.py' in refused(two, layers=[1, 3])
+    save_file({k: v for k, v in got.items() if k != 'P_s.1'}, two / 'bridge.safetensors', {'bridge': json.dumps(about)})
+    assert 'layer 1 is damaged; rerun bridge.py' in refused(two, layers=[1, 3])
+    save_file(got, two / 'bridge.safetensors', {'bridge': json.dumps({k: v for k, v in about.items() if k != 'phi'})})
+    assert 'not a bridge; make one with bridge.py' in refused(two, layers=[1, 3])
     (two / 'bridge.safetensors').write_bytes((two / 'bridge.safetensors').read_bytes()[:2000])
     assert 'not a whole safetensors file' in refused(two, layers=[1, 3])
 

@@ -1,13 +1,17 @@
 """Text pairing: every student position against brute force over prefixes. Real vocabularies: test_real.py."""
 import random
+from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from cross_tokenizer.pairing import normalised, pair_text, readable
+from cross_tokenizer.pairing import normalised, pair_text, read_rollout, readable
 from formats.tokenizer import load_tokenizer
+from rollout import Rollout
 from support.files import write_json
 from support.runtime import UserError
 
@@ -75,6 +79,115 @@ def test_against_brute_force(toks):
             assert at[0] == 2 and not inside[0] and not inside[-1], 'the ends always meet'
             shares.append(1 - inside.mean())
     assert 0.3 < np.mean(shares) < 1
+
+
+def by_hand(pieces, ids):
+    """A tokenizer of given pieces, which cuts one text into given ids."""
+    return SimpleNamespace(pieces=pieces, words=dict(zip(pieces, range(9), strict=False)), normal=lambda text: text,
+                           encode=lambda text, special: ids, name='by hand',
+                           byte_ends=lambda ids: list(accumulate(len(pieces[i]) for i in ids)))
+
+
+def test_the_example_of_the_docstring():
+    """Student tokens 1, 2, +, 3 and a stop token; teacher tokens 12 and +3."""
+    tok_s = by_hand([b'1', b'2', b'+', b'3', b''], [0, 1, 2, 3])
+    tok_t = by_hand([b'12', b'+3', b'p', b'q'], [0, 1])
+    ids, column, inside, written = pair_text([0, 1, 2, 3, 4], tok_s, [2, 3], tok_t)
+    assert ids == [2, 3, 0, 1] and column.tolist() == [1, 1, 2, 2, 3]
+    assert inside.tolist() == [False, True, False, True, False]
+    assert written == {1: b'1', 2: b'12', 3: b'+', 4: b'+3'}
+
+
+def a_rollout(tok, texts):
+    """Answers of one token per byte now and then, under prompts of 1, 2, 3, ... tokens, right-padded; the
+    rows' prompts are numbered backwards."""
+    rng = random.Random(5)
+    rows = []
+    for text in texts:
+        answer = []
+        for word in tok.encode(text, special=False):
+            split = [tok.words[bytes([b])] for b in tok.pieces[word]]
+            answer += split if rng.random() < 0.3 else [word]
+        rows.append(answer + tok.stop_ids)
+    prompt_len = torch.arange(1, len(rows) + 1)
+    resp_len = torch.tensor([len(answer) for answer in rows])
+    ids = torch.zeros(len(rows), int((prompt_len + resp_len).max()) + 2, dtype=torch.long)
+    for b, answer in enumerate(rows):
+        ids[b, :b + 1] = 5
+        ids[b, b + 1:b + 1 + len(answer)] = torch.tensor(answer)
+    return Rollout(ids, prompt_len, resp_len, resp_len > 0, torch.arange(len(rows)).flip(0))
+
+
+def test_a_batch_is_laid_where_its_answers_are(toks):
+    """Every cell of a batch of answers under prompts of different lengths, from the ids alone: student column c has
+    read the answer up to and with c, teacher column j its own text up to and with j. One column to the right
+    would hand every position the target of its neighbour."""
+    s, t, _ = toks
+    roll = a_rollout(s, TEXTS[:7])
+    prompts_t = [[5] * (2 + number) for number in range(len(roll.ids))]
+    reading = read_rollout(roll, prompts_t, s, t)
+    met = 0
+    for b, (P, n, number) in enumerate(zip(roll.prompt_len, roll.resp_len, roll.prompt, strict=True)):
+        first_t = len(prompts_t[number])
+        for c in range(roll.ids.shape[1]):
+            j = int(reading.column[b, c])
+            if not P - 1 <= c < P - 1 + n:
+                assert j == -1 and not reading.inside[b, c] and (b, c) not in reading.written
+                continue
+            have = b''.join(s.pieces[i] for i in roll.ids[b, P:c + 1].tolist())
+            read = b''.join(t.pieces[i] for i in reading.ids[b, first_t:j + 1].tolist())
+            word = t.pieces[reading.ids[b, j + 1]] if j + 1 < reading.length[b] else None
+            assert have.startswith(read) and bool(reading.inside[b, c]) == (have != read)
+            assert have == read or not have.startswith(read + word), 'the last such state'
+            last = have[len(read):] if have != read else t.pieces[reading.ids[b, j]] if j >= first_t else b''
+            assert reading.written.get((b, c), b'') == last
+            met += have == read
+    assert reading.align == pytest.approx(met / int(roll.resp_len.sum())) and 0.3 < reading.align < 0.95
+
+
+def test_exact_pairs_leave_no_state_inside_a_token(toks):
+    """pair='exact' takes the state of every position of class 1 and leaves all others as they are."""
+    s, t, _ = toks
+    roll = a_rollout(s, TEXTS[:7])
+    prompts_t = [[5] * (2 + number) for number in range(len(roll.ids))]
+    floor, exact = (read_rollout(roll, prompts_t, s, t, pair=pair) for pair in ('floor', 'exact'))
+    assert floor.inside.any() and (floor.column[floor.inside] >= 0).all()
+    assert (exact.column[floor.inside] == -1).all()
+    assert torch.equal(exact.column[~floor.inside], floor.column[~floor.inside])
+    assert torch.equal(exact.ids, floor.ids) and exact.align == floor.align
+
+
+def test_a_short_context_takes_the_states_behind_its_end(toks):
+    """Through read_rollout: no column points behind what the teacher reads, and those before are unchanged."""
+    s, t, _ = toks
+    roll = a_rollout(s, TEXTS[:7])
+    prompts_t = [[5] * (2 + number) for number in range(len(roll.ids))]
+    whole, short = (read_rollout(roll, prompts_t, s, t, context) for context in (None, 12))
+    assert int(short.length.max()) == short.ids.shape[1] == 12 < whole.ids.shape[1]
+    assert torch.equal(short.column, torch.where(whole.column < 12, whole.column, -1)) and (whole.column >= 12).any()
+
+
+def test_the_reading_of_some_rows_and_positions(toks):
+    """Reading.part against indexing cell by cell, rows in another order, fewer columns."""
+    s, t, _ = toks
+    roll = a_rollout(s, TEXTS[:7])
+    reading = read_rollout(roll, [[5] * (2 + number) for number in range(len(roll.ids))], s, t)
+    rows = [4, 1, 6]
+    T = int(roll.length[rows].max())
+    cells = [(k, c) for k in range(3) for c in range(T) if reading.column[rows[k], c] >= 0][::2]
+    ids, at_t, inside, written = reading.part(rows, T, torch.tensor([k * T + c for k, c in cells]))
+    assert torch.equal(ids, reading.ids[rows][:, :ids.shape[1]]) and ids.shape[1] == int(reading.length[rows].max())
+    for i, (k, c) in enumerate(cells):
+        assert divmod(int(at_t[i]), ids.shape[1]) == (k, int(reading.column[rows[k], c]))
+        assert inside[i] == reading.inside[rows[k], c] and written[i] == reading.written.get((rows[k], c), b'')
+
+
+def test_unknown_kinds_of_pairing_are_errors(toks):
+    """Not the other kind, in silence."""
+    roll = a_rollout(toks[0], ['cat'])
+    for kind in (dict(pair='nearest'), dict(feed='teacher')):
+        with pytest.raises(AssertionError):
+            read_rollout(roll, [[5]], *toks[:2], **kind)
 
 
 def test_one_vocabulary_is_the_identity(toks):
