@@ -31,7 +31,7 @@ from configs import default, load_config
 from formats.huggingface import load_model, snapshot
 from formats.problems import load_problems
 from formats.tokenizer import check_ids, load_tokenizer
-from grading.grader import equal, extract, grade
+from grading.grader import equal, grade, judge
 from rollout import stream
 from studies import toy
 from support.files import digest, remove, whole, write_json
@@ -270,8 +270,8 @@ def main(cfg, regrade=False):
 
 
 def verdict(text, problem):
-    """The answer a text gives, and whether it is right."""
-    return {'extracted': extract(text), 'correct': grade(text, problem.answer)}
+    """The answer a text gives, whether it is right, and which part of the grader decided that."""
+    return judge(text, problem.answer)._asdict()
 
 
 def sample_rest(cfg, place, tok, folder, numbered, done):
