@@ -1,22 +1,24 @@
 """
 The child process in which math-verify compares two answers. grader.py starts it; nobody imports it.
 
-math-verify reads LaTeX into SymPy and simplifies. SymPy has no limits: `9^{9^{9}}` fills the memory, some
-integrals take for ever, and the text comes from a model, so it may be chosen to do harm. A process of its own
-can be limited and killed, which a function call cannot. The operating system keeps these limits:
+math-verify reads LaTeX into SymPy and simplifies. SymPy has no limits: `9^{9^{9}}` fills the memory,
+some integrals take for ever, and the text comes from a model, so it may be chosen to do harm. A process
+of its own can be limited and killed, which a function call cannot. The operating system keeps these
+limits:
 
     processor time: `cpu_seconds` for each comparison; a process that takes more is killed by the kernel
     memory: `memory_bytes`; an allocation beyond it is a MemoryError, which counts as "not equal"
     files: nothing can be written, and few files can be open; no new processes can be started (not for root)
 
 An audit hook also refuses what no comparison needs: starting a process, the network, opening a file for
-writing, loading a library. It is there because SymPy turns digits into numbers with Python's `eval`. No other
-text of an answer should get that far: of math-verify we use the reader of LaTeX alone, not its reader of plain
-expressions, which hands them to `eval` whole.
+writing, loading a library. It is there because SymPy turns digits into numbers with Python's `eval`. No
+other text of an answer should get that far: of math-verify we use the reader of LaTeX alone, not its
+reader of plain expressions, which hands them to `eval` whole.
 
-The protocol: one line of JSON for each comparison, [answer, found], and one line back, [equal, worn]. `worn`
-says that this process has needed much memory, so that a new one should take over. The first line that comes
-back is null, or it says what went wrong. The process ends when the pipe is closed, because its parent ended.
+The protocol: one line of JSON for each comparison, [answer, found], and one line back, [equal, worn].
+`worn` says that this process holds much memory, so that a new one should take over. The first line that
+comes back is null, or it says what went wrong. The process ends when the pipe is closed, because
+its parent ended.
 
     python grading/child.py CPU_SECONDS MEMORY_BYTES
 """
@@ -26,9 +28,9 @@ import sys
 import time
 
 # The beginnings of the names of audit events that are refused.
-OUTSIDE = ('subprocess', 'socket', 'ctypes', 'urllib', 'shutil', 'os.system', 'os.exec', 'os.fork', 'os.spawn',
-           'os.posix_spawn', 'os.kill', 'os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.chmod', 'os.link',
-           'os.symlink', 'os.truncate')
+OUTSIDE = ('subprocess', 'socket', 'ctypes', 'urllib', 'shutil', 'os.system', 'os.exec', 'os.fork',
+           'os.spawn', 'os.posix_spawn', 'os.kill', 'os.remove', 'os.rename', 'os.mkdir', 'os.rmdir',
+           'os.chmod', 'os.link', 'os.symlink', 'os.truncate')
 
 
 def refuse(event, arguments):
@@ -46,6 +48,15 @@ def limit(memory_bytes):
         bounds |= {'RLIMIT_AS': memory_bytes, 'RLIMIT_NPROC': 0}
     for name, bound in bounds.items():
         resource.setrlimit(getattr(resource, name), (bound, bound))
+
+
+def memory_held():
+    """Bytes that this process holds at the moment; 0 where the system does not say."""
+    if sys.platform != 'linux':
+        return 0
+    with open('/proc/self/statm') as file:
+        pages = int(file.read().split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE')
 
 
 def main(cpu_seconds, memory_bytes):
@@ -91,8 +102,7 @@ def main(cpu_seconds, memory_bytes):
         spent = int(time.process_time())
         resource.setrlimit(resource.RLIMIT_CPU, (spent + cpu_seconds + 1, resource.RLIM_INFINITY))
         verdict = equal(*json.loads(line))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == 'linux' else 1)
-        replies.write(json.dumps([verdict, peak > memory_bytes / 2]) + '\n')
+        replies.write(json.dumps([verdict, memory_held() > memory_bytes / 2]) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,18 +1,18 @@
 """
 The exact part of the grader: do two short answers mean the same? `decide(found, answer)`.
 
-It knows integers, decimals (repeating ones too), fractions, mixed numbers, percentages, units, the letters
-of multiple choice, and tuples, lists and sets of these. It computes with `fractions.Fraction`, so that nothing
-is rounded, and says True or False. Whatever else it meets (roots, powers, variables, functions) it does not
-guess at: it says None, "cannot decide", and grader.py asks math-verify.
+It knows integers, decimals (repeating ones too), fractions, mixed numbers, percentages, units, the
+letters of multiple choice, and tuples, lists and sets of these. It computes with `fractions.Fraction`,
+so that nothing is rounded, and says True or False. Whatever else it meets (roots, powers, variables,
+functions) it does not guess at: it says None, "cannot decide", and grader.py asks math-verify.
 
     decide('0.5', r'\\frac{1}{2}') -> True
     decide('0.333', r'\\frac{1}{3}') -> False
     decide('x+1', '1+x') -> None
 
 Conventions: 50% is 50 or 0.5. A unit may be left out, but different units are not compared. x = 5 is 5.
-A list is unordered unless it stands in brackets. 1,234 is a number, or a list of two numbers, whichever fits
-the other side; in brackets it is a list. Decimals are what they say.
+A list is unordered unless it stands in brackets. 1,234 is a number, or a list of two numbers, whichever
+fits the other side; in brackets it is a list. Decimals are what they say.
 
 Nothing here evaluates text, imports a module or takes long: grader.py bounds the length of what comes here.
 """
@@ -24,14 +24,15 @@ from typing import NamedTuple
 DEPTH = 3               # brackets within brackets
 SCALES = {'dozen': 12, 'hundred': 100, 'thousand': 10**3, 'million': 10**6, 'billion': 10**9,
           'trillion': 10**12}
-CASELESS_WORDS = {'yes', 'no', 'true', 'false', 'none'}     # others are known as words by \text{...} around them
+CASELESS_WORDS = {'yes', 'no', 'true', 'false', 'none'}     # others are known as words by their \text{...}
 
 # A unit is known by its singular. A word that is not in this table is no unit: `5 factorial` is not 5.
-UNITS = {name: name for name in '''degree unit dollar cent euro pound acre gallon mile yard foot inch cm mm km kg
-    m g liter mph second minute hour day week month year point step way page book box card coin ball apple
-    orange person people student child children boy girl man men woman women team game face edge side'''.split()}
-UNITS |= {'deg': 'degree', 'inche': 'inch', 'in': 'inch', 'feet': 'foot', 'ft': 'foot', 'meter': 'm', 'metre': 'm',
-          'centimeter': 'cm', 'millimeter': 'mm', 'kilometer': 'km', 'gram': 'g', 'kilogram': 'kg', 'boxe': 'box'}
+UNITS = {name: name for name in '''degree unit dollar cent euro pound acre gallon mile yard foot inch cm mm km
+    kg m g liter mph second minute hour day week month year point step way page book box card coin ball apple
+    orange person people student child children boy girl man men woman women team game face edge'''.split()}
+UNITS |= {'deg': 'degree', 'inche': 'inch', 'in': 'inch', 'feet': 'foot', 'ft': 'foot', 'meter': 'm',
+          'metre': 'm', 'centimeter': 'cm', 'millimeter': 'mm', 'kilometer': 'km', 'gram': 'g',
+          'kilogram': 'kg', 'boxe': 'box'}
 
 
 class Number(NamedTuple):
@@ -72,9 +73,10 @@ def boxed(text):
 # ---- one spelling for what is spelled in several ways ---------------------------------------------
 
 CHARACTERS = {'\u2212': '-', '\u2013': '-', '\u00a0': ' ', '\u200b': '', '×': '\\times ', '·': '\\cdot ',
-              '∙': '\\cdot ', '⋅': '\\cdot ', '÷': '/', 'π': '\\pi ', '∞': '\\infty ', '√': '\\sqrt ', '≤': '\\le ',
-              '≥': '\\ge ', '≠': '\\ne ', '±': '\\pm ', '∪': '\\cup ', '∈': '\\in ', '°': '^\\circ ',
-              '½': '\\frac{1}{2}', '⅓': '\\frac{1}{3}', '⅔': '\\frac{2}{3}', '¼': '\\frac{1}{4}', '¾': '\\frac{3}{4}'}
+              '∙': '\\cdot ', '⋅': '\\cdot ', '÷': '/', 'π': '\\pi ', '∞': '\\infty ', '√': '\\sqrt ',
+              '≤': '\\le ', '≥': '\\ge ', '≠': '\\ne ', '±': '\\pm ', '∪': '\\cup ', '∈': '\\in ',
+              '°': '^\\circ ', '½': '\\frac{1}{2}', '⅓': '\\frac{1}{3}', '⅔': '\\frac{2}{3}',
+              '¼': '\\frac{1}{4}', '¾': '\\frac{3}{4}'}
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'\\! ?', ''),                                                         # 32,\!348
     (r'\{,\}', ','),                                                        # 32{,}348
@@ -243,7 +245,7 @@ def read_named(text, depth=0):
 def read_list(text, depth=0):
     """Items between commas, with one name for all or none: `x=1, x=2` -> ('x', Sequence); else ('', None)."""
     parts = split_items(SEPARATOR.sub(',', text))
-    one_number = re.search(r',0\d', text)                                           # 1,050 is no list of 1 and 50
+    one_number = re.search(r',0\d', text)                                       # 1,050 is not 1 and 50
     if depth > DEPTH or len(parts) < 2 or one_number:
         return '', None
     named_items = [read_named(part, depth) for part in parts]

@@ -3,11 +3,11 @@ Does a model's answer equal the known one? `grade(text, answer)`, or `judge` for
 
     judge('... so \\boxed{\\frac12}', '0.5') -> Judgement('\\frac12', True, 'exact')
 
-Two parts decide. The exact part (exact.py) knows numbers, choices and lists of these. What it cannot decide
-goes to math-verify, the library of the field. Model output is hostile, so math-verify runs in a child process
-(child.py) that has limits of time and memory, and that is killed and started again when it takes too long. The
-child starts when it is first needed, which takes about two seconds. A process keeps one child, so each rank of
-torchrun has its own.
+Two parts decide. The exact part (exact.py) knows numbers, choices and lists of these. What it cannot
+decide goes to math-verify, the library of the field. Model output is hostile, so math-verify runs in a
+child process (child.py) that has limits of time and memory, and that is killed and started again when
+it takes too long. The child starts when it is first needed, which takes about two seconds. A process
+keeps one child, so each rank of torchrun has its own.
 
 `decided_by` says how a verdict was reached:
     'exact'         the exact part
@@ -42,8 +42,9 @@ START_SECONDS = 120             # by the clock, for importing SymPy from a slow 
 MEMORY = 2**30                  # bytes of address space of the child
 REMEMBERED = 20_000             # comparisons whose verdicts are kept: answers repeat
 
-# What no reader of mathematics should guess at: two numbers side by side, a letter before a digit (is x2 2x, x^2
-# or x_2?), an equation with a number in its middle (x = 7 = 5), and characters that do not occur in formulas.
+# What no reader of mathematics should guess at: two numbers side by side, a letter before a digit (is x2
+# meant as 2x, x^2 or x_2?), an equation with a number in its middle (x = 7 = 5), and characters that do not
+# occur in formulas.
 AMBIGUOUS = re.compile(r'(?<![_^\d.])\d[\d.]* \d|(?<![\\a-zA-Z])[a-zA-Z]\d|= ?-?[\d.]+ ?=|["`#$@]|__')
 
 
@@ -66,7 +67,7 @@ class Child:
         """Start the child and wait until it has imported math-verify."""
         command = [sys.executable, '-P', str(Path(__file__).with_name('child.py')), str(SECONDS), str(MEMORY)]
         # It sees no GPU. In a session of its own it does not get our Ctrl-C: it ends when its pipe is closed.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, start_new_session=True,
                                         env=os.environ | {'CUDA_VISIBLE_DEVICES': ''})
         line, _ = self.reply(START_SECONDS)
@@ -103,13 +104,14 @@ class Child:
 
     def compare(self, answer, found):
         """Are two answers equal to math-verify? -> (verdict, decided_by)."""
+        if self.process is not None and self.process.poll() is not None:
+            self.stop()                                             # somebody else has killed it
         if self.process is None:
             self.start()
         try:
             self.process.stdin.write(json.dumps([answer, found]).encode() + b'\n')
-            self.process.stdin.flush()
             line, late = self.reply(WALL_SECONDS)
-        except BrokenPipeError:                                     # somebody else has killed it meanwhile
+        except BrokenPipeError:
             line, late = '', False
         if line:
             verdict, worn = json.loads(line)

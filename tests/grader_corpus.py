@@ -1,5 +1,8 @@
-"""Pairs of answers as models and solutions write them, and whether they mean the same: what grader.py is
-held to. PAIRS is judged by hand; `variants` spells an integer answer of a real set in other ways."""
+"""Pairs of answers as models and solutions write them, and whether they mean the same: what the grader is
+held to. PAIRS is judged by hand; `variants` spells an integer answer of a real set in other ways. Then answers
+that mean harm. Nothing here needs a package, so that any Python can read it."""
+import random
+import string
 
 # known answer: (spellings that are right), (answers that are wrong)
 TABLE = {
@@ -151,3 +154,35 @@ def variants(answer):
     n = int(float(answer))
     return [(f'{n}.0', True), (f'0{n}' if n > 0 else f'{n}', True), (f'\\text{{{n}}}', True), (f'{n}^\\circ', True), (f'\\frac{{{3 * n}}}{{3}}', True),
             (f'{n:,}', True), (f'x = {n}', True), (f'{n + 1}', False), (f'{n + 1}0', False), (f'{n}.5', False), (f'{-n - 3}', False), (f'\\frac{{{n + 1}}}{{7}}', False)]
+
+
+# ---- answers that mean harm -----------------------------------------------------------------------
+
+ROUTES = ['__import__("os").system("touch {f}")', 'eval("open(\'{f}\',\'w\')")', 'exec("open(\'{f}\',\'w\')")', 'open("{f}","w")',
+          '().__class__.__base__.__subclasses__()', '{{{{7*7}}}}', '${{{{open("{f}","w")}}}}', '%(x)s' , '{{0.__class__}}',
+          'lambda: open("{f}","w")', '[open("{f}","w") for x in [1]]', 'getattr(__builtins__,"open")("{f}","w")', '`touch {f}`',
+          '$(touch {f})', '; touch {f}', '\\input{{{f}}}', '\\write18{{touch {f}}}', 'sympify("open(\'{f}\',\'w\')")', '@open', 'import os',
+          'yield', 'f"{{open}}"', 'compile("1","{f}","exec")', 'breakpoint()', 'exit()', 'raise SystemExit', 'os._exit(0)', 'globals()']
+LARGE = ['9**9**9', '9^{9^{9}}', '9^9^9^9', '(10^{1000})^{1000}', '2^{100000000}', '1000000!', '9!!!!!!', '\\binom{10^9}{5\\cdot10^8}', '1' * 1999,
+         '10^{-999999999}', '0.' + '3' * 1900, '((2^{200})^{200})^{200}', '1' + '0' * 1000 + '/' + '7' * 900, '\\sqrt{' * 300 + '2' + '}' * 300, '2^{' * 500 + '2' + '}' * 500,
+         '\\frac{1}{' * 200 + '2' + '}' * 200, '1/0', '0^{-1}', '0^0', '\\log 0', '\\tan(\\pi/2)', '1e999999', '\\infty-\\infty', '\\frac{0}{0}', '\\sqrt[0]{2}', '(-8)^{1/3}',
+         '\\lfloor i\\rfloor', '\\lfloor\\infty\\rfloor', '10^{400}i', '\\sin(10^{400})', '\\exp(10^{30})', '|' * 999, '!' * 999, 'x' + '!' * 900, '+'.join(['9^{999}'] * 200),
+         '*'.join(['x'] * 900), '+'.join(['x^{999}'] * 200), 'x^{x^{x^{x^x}}}', '\\pm' * 600 + '1', '1' + '\\pm1' * 300, '\\cup'.join(['(0,1)'] * 200), ','.join(['x'] * 900),
+         ','.join(str(i) for i in range(400)), '(' + ','.join(['1'] * 900) + ')', '\\{' + ','.join(f'x^{i}' for i in range(59)) + '\\}']
+SLOW = ['+'.join(['\\sqrt{x^{990}+1}'] * 100), 'x' + '%' * 250, '+'.join(['\\sqrt{9^{2400}+1}'] * 40) + '+x', ','.join(['(a+b+c+d+e+f+g+h)/0'] * 60),
+        '\\sqrt[63]{9^{2400}+1}', '⁵', 'x^⁵', '₂', '②', '\\text{⁵}', '\\sqrt[]{2}', 'x^' * 900 + '2', '\\sqrt' * 300 + '2', '()' * 500]
+DEEP = ['(' * 10**6, '{' * 10**6 + '}' * 10**6, '(' * 900 + '1' + ')' * 900, '[' * 900 + ']' * 900, '\\{' * 600 + '\\}' * 600, '-' * 1900 + '1', '{' * 999 + '1' + '}' * 999,
+        '\\begin{pmatrix}' * 100, '\\begin{pmatrix}' + '1&' * 900, '\\begin{pmatrix}' + '1\\\\' * 600 + '\\end{pmatrix}', '\\left(' * 300, '_' * 900, '^' * 900, 'x_' * 900]
+STRANGE = ['\x00', '1\x00', '\x001', '\u202e241', '142\u202e', '\ud800', '\uffff' * 500, '\u0000' * 1999, '🙂' * 1000, 'e\u0301' * 500, '\u200b' * 1900, '\ufeff142', 'a' * 10**6,
+           '"' * 1000, '\\' * 1999, '\\text{' * 300, '\\text{a' * 200 + '}' * 200, '$' * 1999, ' ' * 1999, '\t\n\r' * 600, 'a' * 1998 + '!', ('a ' * 999), '1,' * 999, '1 ' * 999,
+           ('1 ' * 999) + 'x', '1,000' * 390, '.' * 1999, '1.' * 999, '.1' * 999, '&' * 999, '%' * 999, '1' + '%' * 999, '\\circ' * 300, '5 square ' * 200, 'sq ' * 600, '١' * 1999]
+
+
+def noise(count):
+    rng = random.Random(0)
+    parts = ['\\frac', '\\sqrt', '{', '}', '(', ')', '[', ']', '^', '_', '!', '|', '1', '23', 'x', '\\pm', ',', '\\text{', '\\begin{pmatrix}', '&', '\\\\', '\\end{pmatrix}',
+             '=', '<', '\\sin', '\\log', '%', '\\cup', '"', '\\lfloor', '\\binom', '-', '+', '*', '/', ' ', '\\in', '\\{', '\\}', '.', 'and', 'e', 'i', '\\infty']
+    for _ in range(count):
+        yield ''.join(rng.choice(parts) for _ in range(rng.randrange(1, 200)))
+    for _ in range(count):
+        yield ''.join(rng.choice(string.printable) for _ in range(rng.randrange(1, 300)))
