@@ -87,7 +87,9 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])', r'^\\circ '),
     (r'\\[dtc]frac(?![a-zA-Z])', r'\\frac'),
     (r'\\frac ?(\d) ?', r'\\frac{\1}'),                                     # \frac12
-    (r'(\\frac ?\{[^{}]*\}) ?(\d)', r'\1{\2}'),
+    (r'(\\frac ?\{[^{}]*\}|\\sqrt ?\[\d+\]) ?(\d)', r'\1{\2}'),               # and \sqrt[3]2
+    (r'\\text\{i\}', 'i'),
+    (r'(?<=\d) (?=[a-z](?![a-zA-Z]))', ''),                                 # 3+4 i is 3+4i
 )]
 AROUND_FORMULA = re.compile(r'\$\$?([^$]*[^$\\])\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]', re.DOTALL)
 
@@ -196,7 +198,7 @@ def read_number(text):
 
 LETTER = r'\(?([A-Z])\)?\.?'
 WORD = re.compile(r'\\text ?\{ ?([a-zA-Z][a-zA-Z ]+)\}|([a-zA-Z]{2,})')
-CHOICE_AND_VALUE = re.compile(r'\\text ?\{ ?' + LETTER + r' ?\} ?:? ?(.+)')         # \textbf{(B)} 5
+CHOICE_AND_VALUE = re.compile(r'\\text ?\{ ?\(([A-Z])\) ?\} ?:? ?(.+)')             # \textbf{(B)} 5
 AROUND_VALUE = re.compile(r'\\text ?\{([^{}]*)\}|\\?\{([^{},\\]*)\\?\}|\(([^(),]*)\)')
 SEPARATOR = re.compile(r',? ?(?:\\text ?\{,? ?(?:and|or) ?\}|\b(?:and|or)\b)')
 BRACKETED = re.compile(r'(\\\{|[(\[])(.*)(\\\}|[)\]])')

@@ -43,9 +43,10 @@ MEMORY = 2**30                  # bytes of address space of the child
 REMEMBERED = 20_000             # comparisons whose verdicts are kept: answers repeat
 
 # What no reader of mathematics should guess at: two numbers side by side, a letter before a digit (is x2
-# meant as 2x, x^2 or x_2?), an equation with a number in its middle (x = 7 = 5), and characters that do not
-# occur in formulas.
-AMBIGUOUS = re.compile(r'(?<![_^\d.])\d[\d.]* \d|(?<![\\a-zA-Z])[a-zA-Z]\d|= ?-?[\d.]+ ?=|["`#$@]|__')
+# meant as 2x, x^2 or x_2?), an equation with a number in its middle (x = 7 = 5), an ellipsis, and characters
+# that do not occur in formulas.
+AMBIGUOUS = re.compile(r'(?<![_^\d.])\d[\d.]* \d|(?<![\\a-zA-Z])[a-zA-Z]\d|= ?-?[\d.]+ ?=|dots|\.\.'
+                       r'|["`#$@]|__|\d\'')
 
 
 class Judgement(NamedTuple):
