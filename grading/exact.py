@@ -135,6 +135,7 @@ UNIT_AT_END = re.compile(r'(.*[\d})]) ?(?:(\^\\circ|\\%)|(?:\\text ?\{([^{}]+)\}
 
 def read_fraction(text):
     """A decimal, a mixed number or a fraction, with at most one sign -> Fraction; else None."""
+    # The sign, and the separators of thousands.
     signed = SIGNED.fullmatch(text)
     if signed is None:
         return None
@@ -151,10 +152,14 @@ def read_fraction(text):
         whole, fixed, repeated = repeating.groups()
         numerator = int(whole + fixed + repeated) - int(whole + fixed or '0')
         return sign * Fraction(numerator, 10**len(fixed) * (10**len(repeated) - 1))
+
+    # 3\frac{1}{2} is mixed; 3\frac{6}{2} may be a product, so it is not read.
     mixed = MIXED.fullmatch(text)
     if mixed:
         whole, numerator, denominator = (int(part) for part in mixed.groups() if part)
         return sign * (whole + Fraction(numerator, denominator)) if numerator < denominator else None
+
+    # The parts of a fraction are read in the same way. A denominator of 0 gives no number.
     fraction = FRACTION.fullmatch(text)
     if fraction is None:
         return None
@@ -179,12 +184,16 @@ def read_number(text):
     text = money[1] + money[2] if money else text
     unit = 'dollar' if money else ''
     scale = 1
+
+    # Words at the end: first a scale if there is one, then the unit. A word that is neither: no number.
     ending = UNIT_AT_END.fullmatch(text)
     if ending:
         text, sign, quoted, bare, power = ending.groups()
         words = (quoted or bare or '').lower().replace('.', '').split()
         if words and words[0] in SCALES:
             scale = SCALES[words.pop(0)]
+        if power and not words:
+            return None                                                             # million^2 is no unit
         if sign or words:
             its_unit = {'\\%': '%', '^\\circ': 'degree'}.get(sign) or read_unit(words, power)
             if its_unit is None or unit not in ('', its_unit):
@@ -221,9 +230,12 @@ def split_items(text):
 def read_value(text, depth=0):
     """A choice, a sequence in brackets or a number; else None."""
     text = text.strip()
+    # What stands around a single value says nothing: \text{5}, (5), {5}.
     around = AROUND_VALUE.fullmatch(text)
     if around:
         text = around[around.lastindex].strip()
+
+    # A letter of multiple choice, alone or with the value that it stands for.
     letter = re.fullmatch(LETTER, text)
     if letter:
         return Choice(letter[1], None)
@@ -231,6 +243,8 @@ def read_value(text, depth=0):
     if choice:
         value = read_number(choice[2])
         return Choice(choice[1], value) if value else None
+
+    # A list in brackets. A named item has no place in it.
     bracketed = BRACKETED.fullmatch(text)
     name, sequence = read_list(bracketed[2], depth + 1) if bracketed else ('', None)
     if sequence and not name:
@@ -274,6 +288,8 @@ def same_sequence(one, other):
     if len(brackets) > 1 and not unordered:
         pairs = len(one.items) == len(other.items) == 2 and brackets <= {'()', '[]', '(]', '[)'}
         return False if pairs else None                                             # [0,1) is not (0,1)
+
+    # Match the items one for one, each with the first that is left and equal.
     left = list(dict.fromkeys(one.items) if '{}' in brackets else one.items)
     right = list(dict.fromkeys(other.items) if '{}' in brackets else other.items)
     if len(left) != len(right):

@@ -88,7 +88,7 @@ TABLE = {
     '0.333': ([r'\frac{333}{1000}'], ['0.333...', r'\frac13', r'0.3\ldots']),
     'e^{-40}': ([r'\frac{1}{e^{40}}', r'\exp(-40)'], ['0', 'e^{-50}', 'e^{40}']),
     '3+4\\mathrm{i}': (['3+4i'], ['7', '3+4', '3-4i']),
-    r'5\text{ million}': ([r'5 \text{ million}'], ['5', '5000']),
+    r'5\text{ million}': ([r'5 \text{ million}', '5000000'], ['5', '5000', r'5\text{ million}^2', r'5\text{ million million}']),
     r'5': ([r'5\text{ apples}', '5.'], ['5\'', r'5\ldots', '5!', r'\ne 5', '5>x', r'\sqrt{5}', '|5-x|', r'5 \pmod 7', '5i', '5;6', r'5^\circ C', '5/2/1', r'5\text{ or }7', r'5\text{ dozen}', r'5\text{ million}', '5 or 7', r'5\pm1']),
     r'7': ([r'7\text{ cm}^{2}', r'7\text{ cm}^2', '7 sq cm'], ['7x', '7i', '7!']),
     r'\$5': (['5', '5 dollars', r'5\text{ dollars}', '$5$'], [r'5\text{ cents}', '5 cents', r'\$50']),
