@@ -14,8 +14,8 @@ problems and suffix mean eval_data, eval_n and so on; model means student.
 
 Everything is written to out/eval/<model>-<digest>: samples.jsonl holds every answer, appended as it ends,
 and results.json the scores. The same command goes on where it stopped. Simpler than usual: one process
-samples and grades. Grading is bounded work, about a millisecond an answer, so it runs between two decode
-steps, and no server, queue or worker is needed. A finished answer's slot in the batch is refilled at once,
+samples and grades. Grading is bounded work (a tenth of a millisecond for most answers, some tens of
+milliseconds for formulas), so it runs between two decode steps, and no server or queue is needed. A finished answer's slot in the batch is refilled at once,
 so a few long answers do not keep the others waiting. It does not run code or tools that an answer asks for.
 
     Avg@n       share of right answers; the interval is a bootstrap over problems, of which 30 are few
@@ -40,7 +40,7 @@ from configs import default, load_config
 from formats.huggingface import load_model, read_config, snapshot
 from formats.problems import load_problems
 from formats.tokenizer import check_ids, load_tokenizer
-from grading.grader import equal, extract, grade
+from grading.grader import equal, grade, judge
 from rollout import stream
 from studies import toy
 from support.files import digest, remove, whole, write_json
@@ -165,8 +165,9 @@ def graded_rows(new_answers, tokenizer, numbered, seed):
 
 
 def verdict(text, problem):
-    """The answer that a text gives (None if it gives none), and whether it is right."""
-    return {'extracted': extract(text), 'correct': grade(text, problem.answer)}
+    """The answer that a text gives (None if it gives none), whether it is right, and which part of the
+    grader decided that."""
+    return judge(text, problem.answer)._asdict()
 
 
 def with_progress(rows, total, label):

@@ -1,5 +1,8 @@
-"""Pairs of answers as models and solutions write them, and whether they mean the same: what grader.py is
-held to. PAIRS is judged by hand; `variants` spells an integer answer of a real set in other ways."""
+"""Pairs of answers as models and solutions write them, and whether they mean the same: what the grader is
+held to. PAIRS is judged by hand; `variants` spells an integer answer of a real set in other ways. Then answers
+that mean harm. Nothing here needs a package, so that any Python can read it."""
+import random
+import string
 
 # known answer: (spellings that are right), (answers that are wrong)
 TABLE = {
@@ -79,14 +82,14 @@ TABLE = {
     r'\log_{2}3': ([r'\log_2(3)'], [r'\log_{23}', r'\log 23']),
     r'\pi r^2': ([r'r^2\pi', 'πr²'], [r'\pi R^2', r'2\pi r', r'\pi^2 r']),
     r'\arctan 2': ([r'\tan^{-1} 2', r'\tan^{-1}(2)'], [r'\cot 2', r'\frac{1}{\tan 2}', r'\tan 2']),
-    'TFT': (['TFT', 'tft'], ['FTT', 'TTF', 'TF']),
+    'TFT': (['TFT'], ['FTT', 'TTF', 'TF', 'tft']),
     'no': (['No', r'\text{no}'], ['on', 'yes']),
     r'\sqrt2': (['√2', r'\sqrt{2}', r'2^{1/2}', r'2^{0.5}'], ['1.4142135624', '1.41421356237', '1.414']),
     '0.333': ([r'\frac{333}{1000}'], ['0.333...', r'\frac13', r'0.3\ldots']),
     'e^{-40}': ([r'\frac{1}{e^{40}}', r'\exp(-40)'], ['0', 'e^{-50}', 'e^{40}']),
     '3+4\\mathrm{i}': (['3+4i'], ['7', '3+4', '3-4i']),
-    r'5\text{ million}': ([r'5 \text{ million}'], ['5', '5000']),
-    r'5': ([r'5\text{ apples}', '5.'], [r'5\text{ or }7', r'5\text{ dozen}', r'5\text{ million}', '5 or 7', r'5\pm1']),
+    r'5\text{ million}': ([r'5 \text{ million}', '5000000'], ['5', '5000', r'5\text{ million}^2', r'5\text{ million million}']),
+    r'5': ([r'5\text{ apples}', '5.'], ['5\'', r'5\ldots', '5!', r'\ne 5', '5>x', r'\sqrt{5}', '|5-x|', r'5 \pmod 7', '5i', '5;6', r'5^\circ C', '5/2/1', r'5\text{ or }7', r'5\text{ dozen}', r'5\text{ million}', '5 or 7', r'5\pm1']),
     r'7': ([r'7\text{ cm}^{2}', r'7\text{ cm}^2', '7 sq cm'], ['7x', '7i', '7!']),
     r'\$5': (['5', '5 dollars', r'5\text{ dollars}', '$5$'], [r'5\text{ cents}', '5 cents', r'\$50']),
     r'5\%': (['5', '0.05', r'5\text{ percent}', '5 percent'], [r'5\text{ cm}', r'500\%', '0.5']),
@@ -105,6 +108,43 @@ TABLE = {
     'x^5': (['x⁵', 'x·x⁴'], ['5x', 'x5']),
     r'\sqrt[3]{2-\sqrt5}': ([r'\frac{1-\sqrt5}{2}', r'-\sqrt[3]{\sqrt5-2}'], [r'\frac{1+\sqrt5}{2}', r'\sqrt[3]{2+\sqrt5}']),
     r'\textbf{(B)}\ 5': (['5', 'B', '(B)', r'\textbf{(B)} 5'], ['C', '6', '(C)']),
+    # letters of multiple choice, units and scales: a word after a number is a unit only if it is one
+    'A': ([r'\text{A}', '(A)', r'\textbf{(A)}', r'\text{(A)}', 'A.'],
+          [r'\text{A}\text{B}\text{C}\text{D}\text{E}', 'B', 'a', 'A,B', 'AB', r'\text{A or B}', '1', 'not A']),
+    'E': ([r'\mathrm{(E)}'], [r'\text{A}\text{B}\text{C}\text{D}\text{E}', 'A,B,C,D,E']),
+    r'\textbf{(C)}\ 12': ([r'\textbf{(C) }12', 'C', '12', r'\text{(C)} 12.0'], [r'\textbf{(D)}\ 12', r'\textbf{(C)}\ 13', 'D', '13']),
+    '8': ([r'8\text{ apples}', '8 apples', r'8 \text{ people}', '8 ways', '8.0'],
+          [r'8 \text{ trillion}', r'8 \text{ thousandths}', r'8\text{ factorial}', r'8 \text{ never}', r'\text{not } 8', '8 or 9', r'8\text{ squared}',
+           r'8 \text{ times } 2', r'8\text{ halves}', r'8 \text{ mod } 3', r'8\text{ minus }1', r'8 \text{ percent of } 9', r'8 \text{ or less}']),
+    r'12\text{ dollars}': ([r'\$12', '12 dollars', '12', r'\$12.00', '$12'], ['12 cents', '13 dollars', r'12\text{ hundred dollars}', '1200']),
+    r'1\text{ million}': (['1000000', r'10^6', '1,000,000', '1 million', r'1000\text{ thousand}'], [r'1\text{ billion}', '1', r'1\text{ thousand}']),
+    r'2.5\text{ million dollars}': (['2500000', r'\$2.5\text{ million}', '2.5 million', r'\$2,500,000'], ['2.5', '2.5 million cents', r'\$2.5']),
+    r'6\text{ square inches}': (['6', r'6\text{ in}^2', r'6 \text{ inches}^2', '6 square inches'], [r'6\text{ cubic inches}', r'6\text{ inches}', '36']),
+    # digits, quotes and dollars that stand side by side are no number
+    '42': (['42', '$42$', r'\(42\)', r'\text{42}', '(42)', r'\{42\}', '42.'], ['4\\$2', '4"2"', '4 2', '4$2$', r'4\text{2}', '4_2', '4,2', '4..2']),
+    '6': ([r'2\cdot3', r'2\times 3', '(2)(3)'], ['2 3', '23', '2.3', '2,3']),
+    '2x': (['x+x', r'x\cdot2', '2 x', 'x = 2x'], ['x2', 'x^2', 'x_2', '2X']),
+    'ab': (['ba', r'a\cdot b', 'a b'], ['AB', 'Ab', 'a', 'b']),
+    'AB': ([r'AB', r'\overline{AB}'], ['ab', 'A', 'AC']),
+    'x=5': (['5', 'x = 5', r'x=\frac{10}{2}', r'x=\frac{10}{2}=5'], ['x=7=5', 'y=5', 'x=6', '5=7']),
+    r'0.\overline{3}': ([r'\frac13', '1/3', r'0.\overline{33}', r'.\overline{3}'], ['0.3', '0.33', '0.3333333333', r'0.\overline{6}', '3']),
+    '1,050': (['1050', '1050.0'], ['1, 50', '1,50', '(1,050)']),
+    r'\frac{1}{6}': ([r'0.1\overline{6}', r'\frac{0.5}{3}'], ['0.16', '0.1666667', r'0.\overline{16}', '6']),
+    # large, small and nearly equal
+    r'10^{15}+\sqrt2': ([r'\sqrt2+10^{15}', r'1000000000000000+\sqrt{2}'], [r'10^{15}+\sqrt3', '10^{15}', r'10^{15}+1.41421356']),
+    '1000000000000001': (['1,000,000,000,000,001'], ['1000000000000002', r'10^{15}', '1000000000000001.5']),
+    '0.00000000000000000001': ([r'10^{-20}', r'\frac{1}{100000000000000000000}'], ['0', '0.00000000000000000002']),
+    # expressions, relations, intervals and matrices: math-verify's part
+    '|x-25|': (['|25-x|'], ['25-x', 'x-25']),
+    '25-x': (['-x+25', '-(x-25)'], ['|x-25|', 'x-25', '25+x']),
+    'x>2': ([r'(2,\infty)', '2<x', r'x \in (2, \infty)'], [r'[2,\infty)', 'x<2', r'x\ge2', '2']),
+    '(0,1)': (['0<f<1', '0 < x < 1'], ['[0,1]', '(0,1]', r'0\le f\le1', '0', '(1,0)']),
+    '2x+y=3': (['4x+2y=6', 'y=3-2x', 'y+2x-3=0'], ['2x+y=4', 'x+2y=3', '2x-y=3']),
+    '4, 5': (['AB=4,CD=5', '5, 4', r'4\text{ and }5'], ['AB=4,CD=6', '4', '45', '4.5', '(4,5,6)']),
+    r'\left[\begin{array}{cc}1&2\\3&4\end{array}\right]': ([r'\begin{pmatrix}1&2\\3&4\end{pmatrix}', r'\begin{bmatrix}1&2\\3&4\end{bmatrix}'],
+                                                          [r'\begin{pmatrix}1&2\\3&5\end{pmatrix}', r'\begin{pmatrix}1&3\\2&4\end{pmatrix}']),
+    '(1,2),(3,4)': (['(3,4),(1,2)', r'\{(1,2),(3,4)\}', r'(1, 2) \text{ and } (3, 4)'], ['(1,2)', '(2,1),(3,4)', '(1,2,3,4)', '1,2,3,4']),
+    '100,200': (['100, 200', '200,100', '100200'], ['300', '100', '100,201']),
 }
 PAIRS = [(answer, other, right) for answer, sides in TABLE.items() for right, some in zip((True, False), sides, strict=True) for other in some]
 
@@ -114,3 +154,35 @@ def variants(answer):
     n = int(float(answer))
     return [(f'{n}.0', True), (f'0{n}' if n > 0 else f'{n}', True), (f'\\text{{{n}}}', True), (f'{n}^\\circ', True), (f'\\frac{{{3 * n}}}{{3}}', True),
             (f'{n:,}', True), (f'x = {n}', True), (f'{n + 1}', False), (f'{n + 1}0', False), (f'{n}.5', False), (f'{-n - 3}', False), (f'\\frac{{{n + 1}}}{{7}}', False)]
+
+
+# ---- answers that mean harm -----------------------------------------------------------------------
+
+ROUTES = ['__import__("os").system("touch {f}")', 'eval("open(\'{f}\',\'w\')")', 'exec("open(\'{f}\',\'w\')")', 'open("{f}","w")',
+          '().__class__.__base__.__subclasses__()', '{{{{7*7}}}}', '${{{{open("{f}","w")}}}}', '%(x)s' , '{{0.__class__}}',
+          'lambda: open("{f}","w")', '[open("{f}","w") for x in [1]]', 'getattr(__builtins__,"open")("{f}","w")', '`touch {f}`',
+          '$(touch {f})', '; touch {f}', '\\input{{{f}}}', '\\write18{{touch {f}}}', 'sympify("open(\'{f}\',\'w\')")', '@open', 'import os',
+          'yield', 'f"{{open}}"', 'compile("1","{f}","exec")', 'breakpoint()', 'exit()', 'raise SystemExit', 'os._exit(0)', 'globals()']
+LARGE = ['9**9**9', '9^{9^{9}}', '9^9^9^9', '(10^{1000})^{1000}', '2^{100000000}', '1000000!', '9!!!!!!', '\\binom{10^9}{5\\cdot10^8}', '1' * 1999,
+         '10^{-999999999}', '0.' + '3' * 1900, '((2^{200})^{200})^{200}', '1' + '0' * 1000 + '/' + '7' * 900, '\\sqrt{' * 300 + '2' + '}' * 300, '2^{' * 500 + '2' + '}' * 500,
+         '\\frac{1}{' * 200 + '2' + '}' * 200, '1/0', '0^{-1}', '0^0', '\\log 0', '\\tan(\\pi/2)', '1e999999', '\\infty-\\infty', '\\frac{0}{0}', '\\sqrt[0]{2}', '(-8)^{1/3}',
+         '\\lfloor i\\rfloor', '\\lfloor\\infty\\rfloor', '10^{400}i', '\\sin(10^{400})', '\\exp(10^{30})', '|' * 999, '!' * 999, 'x' + '!' * 900, '+'.join(['9^{999}'] * 200),
+         '*'.join(['x'] * 900), '+'.join(['x^{999}'] * 200), 'x^{x^{x^{x^x}}}', '\\pm' * 600 + '1', '1' + '\\pm1' * 300, '\\cup'.join(['(0,1)'] * 200), ','.join(['x'] * 900),
+         ','.join(str(i) for i in range(400)), '(' + ','.join(['1'] * 900) + ')', '\\{' + ','.join(f'x^{i}' for i in range(59)) + '\\}']
+SLOW = ['+'.join(['\\sqrt{x^{990}+1}'] * 100), 'x' + '%' * 250, '+'.join(['\\sqrt{9^{2400}+1}'] * 40) + '+x', ','.join(['(a+b+c+d+e+f+g+h)/0'] * 60),
+        '\\sqrt[63]{9^{2400}+1}', '⁵', 'x^⁵', '₂', '②', '\\text{⁵}', '\\sqrt[]{2}', 'x^' * 900 + '2', '\\sqrt' * 300 + '2', '()' * 500]
+DEEP = ['(' * 10**6, '{' * 10**6 + '}' * 10**6, '(' * 900 + '1' + ')' * 900, '[' * 900 + ']' * 900, '\\{' * 600 + '\\}' * 600, '-' * 1900 + '1', '{' * 999 + '1' + '}' * 999,
+        '\\begin{pmatrix}' * 100, '\\begin{pmatrix}' + '1&' * 900, '\\begin{pmatrix}' + '1\\\\' * 600 + '\\end{pmatrix}', '\\left(' * 300, '_' * 900, '^' * 900, 'x_' * 900]
+STRANGE = ['\x00', '1\x00', '\x001', '\u202e241', '142\u202e', '\ud800', '\uffff' * 500, '\u0000' * 1999, '🙂' * 1000, 'e\u0301' * 500, '\u200b' * 1900, '\ufeff142', 'a' * 10**6,
+           '"' * 1000, '\\' * 1999, '\\text{' * 300, '\\text{a' * 200 + '}' * 200, '$' * 1999, ' ' * 1999, '\t\n\r' * 600, 'a' * 1998 + '!', ('a ' * 999), '1,' * 999, '1 ' * 999,
+           ('1 ' * 999) + 'x', '1,000' * 390, '.' * 1999, '1.' * 999, '.1' * 999, '&' * 999, '%' * 999, '1' + '%' * 999, '\\circ' * 300, '5 square ' * 200, 'sq ' * 600, '١' * 1999]
+
+
+def noise(count):
+    rng = random.Random(0)
+    parts = ['\\frac', '\\sqrt', '{', '}', '(', ')', '[', ']', '^', '_', '!', '|', '1', '23', 'x', '\\pm', ',', '\\text{', '\\begin{pmatrix}', '&', '\\\\', '\\end{pmatrix}',
+             '=', '<', '\\sin', '\\log', '%', '\\cup', '"', '\\lfloor', '\\binom', '-', '+', '*', '/', ' ', '\\in', '\\{', '\\}', '.', 'and', 'e', 'i', '\\infty']
+    for _ in range(count):
+        yield ''.join(rng.choice(parts) for _ in range(rng.randrange(1, 200)))
+    for _ in range(count):
+        yield ''.join(rng.choice(string.printable) for _ in range(rng.randrange(1, 300)))

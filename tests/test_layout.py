@@ -12,7 +12,7 @@ FOLDERS = ('bridge_parts', 'configs', 'kernels', 'formats', 'cross_tokenizer', '
 ROOT_FILES = sorted(p.name for p in ROOT.glob('*.py'))
 FILES = ROOT_FILES + sorted(str(p.relative_to(ROOT)) for name in FOLDERS for p in (ROOT / name).glob('*.py'))
 RUN_TIME = {'torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'tqdm', 'huggingface_hub', 'jinja2',
-            'pyarrow', 'matplotlib', 'triton'}
+            'pyarrow', 'matplotlib', 'math_verify', 'triton'}
 
 # What each part may import of the project. Imports run one way: a script is never imported by a library.
 LIBRARIES = {'losses', 'output_losses', 'model', 'rollout', 'step', 'teacher'}
