@@ -80,7 +80,8 @@ def answer_by_hand(model, prompt, numbers, *, max_new_tokens, stop, vocab=None, 
 
 @pytest.mark.parametrize('change', [
     dict(seed=4), dict(step=-1), dict(which=[3, 0, 9, 10**12, 1]), dict(temperature=0.5),
-    dict(temperature=0.0), dict(top_k=3), dict(top_p=0.5), dict(vocab=15), dict(stop=[7, 30]), dict(max_new_tokens=5),
+    dict(temperature=0.0), dict(top_k=3), dict(top_p=0.5), dict(vocab=15), dict(stop=[7, 30]),
+    dict(max_new_tokens=5),
     dict(seed=-8, step=2, which=[5, 4, 3, 2, 1], temperature=1.7, top_k=9, top_p=0.8, vocab=30, stop=[1])])
 def test_every_setting_of_a_call_reaches_the_token(change):
     """seed, step, which, temperature, top_k, top_p, vocab or stop taken and then ignored, by `sample` or by
@@ -260,14 +261,23 @@ LONGROPE = dict(rope_type='longrope', short_factor=[1.0, 1.1, 1.2], long_factor=
                 original_max_position_embeddings=12)
 
 
+def longrope_model():
+    """Larger weights than usual, so that attention, and with it the rotation, decides most tokens."""
+    model = tiny_model(family='phi3', rope=LONGROPE)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight *= 4
+            block.attn.out.weight *= 4
+    return model
+
+
 @pytest.mark.parametrize('rows, budget', [(1, 10**6), (3, 4), (99, 10**6)])
 def test_longrope_reads_a_prompt_with_the_frequencies_of_the_whole_answer(rows, budget):
     """The prompts end within the original context of 12 tokens, their answers do not. The frequencies of the
     piece that is read, or of the prompt, would be the short ones; those of the longest text to come are the
     long ones, for which `naive` needs to be told `reach`."""
-    shape = dict(family='phi3', rope=LONGROPE)
     how = HOW | dict(max_new_tokens=20, stop=[])
-    told, untold = tiny_model(**shape), tiny_model(**shape)
+    told, untold = longrope_model(), longrope_model()
     told.reach = max(map(len, PROMPTS)) + 20
     want = naive(told, PROMPTS, 2, **how).answers()
     got = {i: ids for i, ids, _ in stream(untold, requests_of(2), rows=rows, budget=budget, **how)}
@@ -279,7 +289,7 @@ def test_longrope_reads_a_prompt_with_the_frequencies_of_the_whole_answer(rows, 
 
 def test_longrope_within_the_original_context_has_the_short_frequencies():
     """Long ones from the start would be those of another model; and a `reach` beyond decides for all."""
-    model = tiny_model(family='phi3', rope=LONGROPE)
+    model = longrope_model()
     how = HOW | dict(max_new_tokens=4, stop=[])
     short = sample(model, PROMPTS, 2, **how)
     assert same(short, naive(model, PROMPTS, 2, **how))
