@@ -9,8 +9,7 @@ import torch
 from conftest import tiny_model
 
 import rollout
-from rollout import (Replay, Request, Sampling, Slots, distribution, naive, pick, sample, stream, stream_keys,
-                     uniform)
+from rollout import Request, Sampling, Slots, distribution, naive, pick, sample, stream, stream_keys, uniform
 from studies.measure import Waits
 
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7, 8, 9], [3], [10, 11, 12, 13, 14], [4, 4, 4, 4]]
@@ -251,7 +250,7 @@ def test_replay_runs_records_then_replays(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
     monkeypatch.setattr(torch.cuda, 'graph', Recording)
-    replay = Replay()
+    replay = rollout.Replay()
     for _ in range(4):
         replay(lambda: did.append('ran'))
     assert did == ['ran', 'recording', 'replayed', 'replayed', 'replayed']
