@@ -102,6 +102,29 @@ if triton:
         return a * c + tl.where(first_half, -b, b) * s
 
     @triton.jit
+    def read_share(q, m, l, a, kv, first, end, n, kv_side, kv_token, column, real_column, scale,
+                   N: tl.constexpr, FACTOR: tl.constexpr):
+        """Add the tokens first to end - 1 of a row, which holds n, to m, l and a of the queries q (M, E)."""
+        for start in range(first, end, N):
+            token = start + tl.arange(0, N)
+            offset = token[:, None] * kv_token + column[None, :]
+            held = (token < n)[:, None] & real_column[None, :]
+            keys = tl.load(kv + offset, mask=held, other=0.0)                # (N, E)
+            s = tl.dot(q.to(FACTOR), tl.trans(keys.to(FACTOR)), input_precision='ieee')      # (M, N)
+            s = tl.where((token < n)[None, :], s * scale, float('-inf'))
+
+            # When the maximum rises, rescale what was summed so far. It is finite, because start < n.
+            new_m = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - new_m[:, None])                                  # (M, N)
+            rescale = tl.exp2(m - new_m)
+            l = l * rescale + tl.sum(p, 1)
+            values = tl.load(kv + kv_side + offset, mask=held, other=0.0)    # (N, E)
+            p = p.to(values.dtype).to(FACTOR)
+            a = tl.dot(p, values.to(FACTOR), a * rescale[:, None], input_precision='ieee')
+            m = new_m
+        return m, l, a
+
+    @triton.jit
     def attend(qkv, kv, length, cos, sin, q_norm, k_norm, share_a, share_m, share_l, eps, scale,
                kv_row, kv_side, kv_head, kv_token, H: tl.constexpr, G: tl.constexpr, e: tl.constexpr,
                R: tl.constexpr, S: tl.constexpr, M: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
@@ -151,23 +174,11 @@ if triton:
             l += 1.0
             a += v.to(tl.float32)[None, :]
 
-        # Read the share, N tokens at a time, and rescale l and a whenever the maximum rises.
+        # Then its share of the tokens that the cache already holds.
         share = tl.cdiv(n, S * N) * N
-        for start in range(i * share, tl.minimum((i + 1) * share, n), N):
-            token = start + tl.arange(0, N)
-            offset = token[:, None] * kv_token + column[None, :]
-            held = (token < n)[:, None] & real_column[None, :]
-            keys = tl.load(kv + offset, mask=held, other=0.0)                # (N, E)
-            s = tl.dot(q.to(FACTOR), tl.trans(keys.to(FACTOR)), input_precision='ieee')      # (M, N)
-            s = tl.where((token < n)[None, :], s * scale, float('-inf'))
-            new_m = tl.maximum(m, tl.max(s, 1))                              # finite: start < n
-            p = tl.exp2(s - new_m[:, None])                                  # (M, N)
-            rescale = tl.exp2(m - new_m)
-            l = l * rescale + tl.sum(p, 1)
-            values = tl.load(kv + kv_side + offset, mask=held, other=0.0)    # (N, E)
-            p = p.to(values.dtype).to(FACTOR)
-            a = tl.dot(p, values.to(FACTOR), a * rescale[:, None], input_precision='ieee')
-            m = new_m
+        end = tl.minimum((i + 1) * share, n)
+        m, l, a = read_share(q, m, l, a, kv, i * share, end, n, kv_side, kv_token, column, real_column, scale,
+                             N, FACTOR)
 
         # One share is the whole row: divide. Otherwise leave m, l and a to `join`.
         output = (b * H + g * (H // G) + head) * S + i
