@@ -2,17 +2,18 @@
 The student answers prompts: a batched sampler with a KV cache, and the naive sampler that it must equal.
 
 `naive` is the obvious version: for every new token it reads the whole text again. `sample` gives the same
-answers, many at a time. `stream` is the loop behind `sample`. Each turn of it does this:
+answers, many at a time. `stream` is the loop behind `sample`. Each turn of this loop has three steps:
 
     1. admit or decode   read the prompts of waiting requests into free slots (prefill); if too few slots are
                          free, sample a few more tokens in every slot
     2. poll              ask the device which answers are finished
     3. retire            free the slots of these answers, and yield the answers
 
-A slot is one row of the batch and of the KV cache. A finished answer gives its slot to the next request at
-once (continuous batching). Every decode step reads all the weights for one token per slot, so memory
-bandwidth limits it. On CUDA the launch of its kernels would cost as much again; so the step, sampling
-included, is recorded as a CUDA graph and replayed, and the host polls only every 32 tokens.
+A slot is one row of the batch and of the KV cache. When an answer is finished, the next request gets its
+slot, while the other answers go on (continuous batching). A decode step reads all the weights for one token
+per slot, so memory bandwidth limits it. On CUDA the host could not launch its several hundred kernels as
+fast as they run. Therefore the step, sampling included, is recorded as a CUDA graph and replayed, and the
+host polls only every 32 tokens.
 
 Randomness is counter-based: the uniform number behind a token is a function of (seed, step, prompt number,
 sample number, position) alone. There is no generator state to save. In float32 an answer therefore does not
@@ -23,8 +24,8 @@ numbers are the same, but an answer can differ when it is sampled in another bat
 every dtype: a longrope model chooses its frequencies by the longest text that the call may produce, unless
 `model.reach` says more.
 
-Simpler than usual: the cache has one row per slot and no pages; requests are admitted in their order. What it
-does not do: beam search, repetition penalties, prompts shared beyond equal lists, several models at once.
+Simpler than usual: the cache has one row per slot and no pages, and requests are admitted in their order.
+What it does not do: beam search, repetition penalties, reading once what two different prompts begin with.
 
 This file is a library and has no command of its own. On any device:
 
@@ -316,8 +317,8 @@ class Slots:
         self.count = zeros.clone()           # how many there are
         self.max_count = zeros.clone()       # max_new_tokens
         self.keys = zeros.clone()            # of the random numbers, see `stream_keys`
-        self.done = zeros == 0
-        self.stopped = zeros == 0            # by a stop token
+        self.done = torch.ones_like(zeros, dtype=torch.bool)
+        self.stopped = torch.zeros_like(zeros, dtype=torch.bool)             # by a stop token
 
         # is_stop[token]: a table on the device. The model cannot sample a stop id beyond its vocabulary.
         V = model.config.V
@@ -514,7 +515,7 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
             slots.reserve(longest, steps)
             slots.decode(steps)
 
-        # 2. Poll: the one moment when the host waits for the device.
+        # 2. Poll: wait until the device has done all these steps, and see which answers are finished.
         done, stopped, count, length = slots.poll()
 
         # 3. Retire the finished answers.
