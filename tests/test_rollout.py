@@ -271,10 +271,11 @@ def longrope_model():
 
 
 @pytest.mark.parametrize('rows, budget', [(1, 10**6), (3, 4), (99, 10**6)])
-def test_longrope_reads_a_prompt_with_the_frequencies_of_the_whole_answer(rows, budget):
+def test_longrope_reads_a_prompt_with_the_frequencies_of_the_whole_answer(rows, budget, monkeypatch):
     """The prompts end within the original context of 12 tokens, their answers do not. The frequencies of the
-    piece that is read, or of the prompt, would be the short ones; those of the longest text to come are the
-    long ones, for which `naive` needs to be told `reach`."""
+    piece that is read, of the prompt, or of the room that the cache has before it grows would be the short
+    ones; those of the longest text to come are the long ones, for which `naive` must be told `reach`."""
+    monkeypatch.setattr(rollout, 'ROOM', 2)
     how = HOW | dict(max_new_tokens=20, stop=[])
     told, untold = longrope_model(), longrope_model()
     told.reach = max(map(len, PROMPTS)) + 20
