@@ -15,8 +15,9 @@ problems and suffix mean eval_data, eval_n and so on; model means student.
 Everything is written to out/eval/<model>-<digest>: samples.jsonl holds every answer, appended as it ends,
 and results.json the scores. The same command goes on where it stopped. Simpler than usual: one process
 samples and grades. Grading is bounded work (a tenth of a millisecond for most answers, some tens of
-milliseconds for formulas), so it runs between two decode steps, and no server or queue is needed. A finished answer's slot in the batch is refilled at once,
-so a few long answers do not keep the others waiting. It does not run code or tools that an answer asks for.
+milliseconds for formulas), so it runs between two decode steps, and no server or queue is needed. A
+finished answer's slot in the batch is refilled at once, so a few long answers do not keep the others
+waiting. It does not run code or tools that an answer asks for.
 
     Avg@n       share of right answers; the interval is a bootstrap over problems, of which 30 are few
     Best@n      share of problems with a right answer among the n

@@ -1,23 +1,41 @@
 """
-The student's own answers: a KV-cached batched sampler, and the naive one it must equal.
+The student answers prompts: a batched sampler with a KV cache, and the naive sampler that it must equal.
 
-The slow text is `naive`: read everything again for every token. `Places` holds the answers in the making:
-it reads each prompt once, copies its cache for its answers, then feeds one token a row. Decoding lives on
-memory bandwidth: every token reads every weight, so on CUDA a step with its sampling is one CUDA graph,
-and the host looks in only every 32 tokens. `stream` is the schedule: a finished row's place goes to the
-next answer that waits (continuous batching), or, if none does, leaves the batch. `sample` is a stream
-with a place for all.
+`naive` is the obvious version: for every new token it reads the whole text again. `sample` gives the same
+answers, many at a time. `stream` is the loop behind `sample`. Each turn of this loop has three steps:
 
-Randomness is counter-based: the uniform number behind a token is a function of (seed, step, prompt,
-sample, position) alone. So an answer does not depend on its batch neighbours, on the number of
-ranks, or on a restart, and there is no generator state to save. (Logits of a row may differ in the
-last bit between batch shapes, as matrix products do; a token changes only if its uniform number
-falls within that bit.)
+    1. admit or decode   read the prompts of waiting requests into free slots (prefill); if too few slots are
+                         free, sample a few more tokens in every slot
+    2. poll              ask the device which answers are finished
+    3. retire            free the slots of these answers, and yield the answers
 
-Letters: B rows, T tokens, V vocabulary.
+A slot is one row of the batch and of the KV cache. When an answer is finished, the next request gets its
+slot, while the other answers go on (continuous batching). A decode step reads all the weights for one token
+per slot, so memory bandwidth limits it. On CUDA the host could not launch its several hundred kernels as
+fast as they run. Therefore the step, sampling included, is recorded as a CUDA graph and replayed, and the
+host polls only every 32 tokens.
+
+Randomness is counter-based: the uniform number behind a token is a function of (seed, step, prompt number,
+sample number, position) alone. There is no generator state to save. In float32 an answer therefore does not
+depend on the other answers in its batch, on the number of ranks or on a restart, up to a tie in the last
+bit: matrix products round differently in batches of different shapes, and a token changes if its uniform
+number falls between the two roundings. In bfloat16 this rounding is about 65,000 times coarser: the random
+numbers are the same, but an answer can differ when it is sampled in another batch. One exception holds in
+every dtype: a longrope model chooses its frequencies by the longest text that the call may produce, unless
+`model.reach` says more.
+
+Simpler than usual: the cache has one row per slot and no pages, and requests are admitted in their order.
+What it does not do: beam search, repetition penalties, reading once what two different prompts begin with.
+
+This file is a library and has no command of its own. On any device:
+
+    roll = sample(model, [[1, 5, 9], [2, 3]], n=4, max_new_tokens=100, stop=[0], temperature=0.6)
+    roll.answers()                           # 8 lists of ids
+
+Letters: B slots or answers, n a part of them, T tokens, V vocabulary, d width.
 """
+from collections import deque
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,43 +47,114 @@ from model import Cache
 
 @dataclass
 class Rollout:
-    """Sampled answers, right-padded with id 0. Lengths, never ids, say what is padding."""
+    """Sampled answers, right-padded with id 0. The lengths, never the ids, say what is padding."""
     ids: torch.Tensor           # (B, T) prompt, answer, padding
     prompt_len: torch.Tensor    # (B,)
     resp_len: torch.Tensor      # (B,) tokens sampled, the stop token included
     stopped: torch.Tensor       # (B,) True: ended by a stop token; False: cut at max_new_tokens
-    prompt: torch.Tensor        # (B,) index of the row's prompt in the call's list
+    prompt: torch.Tensor        # (B,) index of the row's prompt in the list that `sample` was given
 
     @property
     def length(self):
         return self.prompt_len + self.resp_len
 
     def answers(self):
-        """Each row's sampled ids, as lists."""
-        spans = zip(self.ids.tolist(), self.prompt_len.tolist(), self.length.tolist(), strict=True)
-        return [ids[a:b] for ids, a, b in spans]
+        """The sampled ids of each row, as lists."""
+        answers = []
+        spans = zip(self.prompt_len.tolist(), self.length.tolist(), strict=True)
+        for ids, (start, end) in zip(self.ids.tolist(), spans, strict=True):
+            answers.append(ids[start:end])
+        return answers
 
 
-# ---- randomness: splitmix64, one stream per sample --------------------------------------------
+@dataclass(frozen=True)
+class Request:
+    """One answer to sample. The two numbers name its stream of random numbers."""
+    prompt: list                # ids
+    prompt_number: int          # number of the prompt in its problem set
+    sample_number: int          # 0 for the first answer to this prompt, 1 for the second, ...
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, the same for all requests of a call."""
+    stop: list                  # ids that end an answer
+    seed: int = 0
+    step: int = 0               # training step: another step gives other answers
+    temperature: float = 1.0    # 0: always the likeliest token
+    top_k: int = 0              # keep the k likeliest tokens; 0: keep all
+    top_p: float = 1.0          # keep the likeliest tokens up to this probability; 1: keep all
+    vocab: int | None = None    # ids from here on are padding of the embedding, and are never drawn
+
+
+# ---- the obvious version ----------------------------------------------------------------------
+
+def naive_answer(model, request, sampling):
+    """Answer one request; for every token the model reads the whole text again -> ids, stopped."""
+    device = model.embed.weight.device
+    prompt_number = torch.tensor([request.prompt_number], device=device)
+    sample_number = torch.tensor([request.sample_number], device=device)
+    keys = stream_keys(sampling.seed, sampling.step, prompt_number, sample_number)       # (1,)
+
+    answer = []
+    stopped = False
+    while len(answer) < request.max_new_tokens and not stopped:
+        # The logits at the last token of the text are those of the next token.
+        text = torch.tensor([request.prompt + answer], device=device)        # (1, T)
+        logits = model(text)[:, -1]                                          # (1, V)
+
+        # The position in the answer chooses the uniform number, and this chooses the token.
+        u = uniform(keys, len(answer))                                       # (1,)
+        token = pick(logits, u, sampling.temperature, sampling.top_k, sampling.top_p, sampling.vocab)
+        answer.append(token.item())
+        stopped = answer[-1] in sampling.stop
+    return answer, stopped
+
+
+@torch.no_grad()
+def naive(model, prompts, n=1, *, max_new_tokens, which=None, **sampling):
+    """What `sample` computes, one answer after the other. Arguments as in `sample`."""
+    requests = numbered(prompts, n, which)
+    answers = []
+    for index, request in enumerate(with_limits(requests, max_new_tokens)):
+        ids, stopped = naive_answer(model, request, Sampling(**sampling))
+        answers.append((index, ids, stopped))
+    return collect(requests, n, answers, model.embed.weight.device)
+
+
+# ---- randomness: splitmix64, one stream per answer --------------------------------------------
 
 GOLDEN = -0x61c8864680b583eb    # 2^64 / golden ratio, as a signed 64-bit number
 
 
 def signed(x):
-    """A Python integer, modulo 2^64, as the signed 64-bit number torch holds."""
+    """A Python integer, modulo 2^64, as the signed 64-bit number that torch holds: 2^64 - 1 -> -1."""
     x &= 2**64 - 1
     return x - 2**64 if x >= 2**63 else x
 
 
+def shift_right(z, bits):
+    """Shift an int64 tensor as if it were unsigned: `>>` copies the sign bit, the mask removes the copies."""
+    return z >> bits & (1 << 64 - bits) - 1
+
+
 def mix(z):
-    """Splitmix64's finaliser on an int64 tensor; products wrap, shifts are made logical by masks."""
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * signed(0xbf58476d1ce4e5b9)
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * signed(0x94d049bb133111eb)
-    return z ^ (z >> 31 & (1 << 33) - 1)
+    """The output function of splitmix64 on an int64 tensor: one bit of z changes half the bits of the result.
+
+    Products wrap around modulo 2^64, in int64 as in uint64.
+    """
+    z = (z ^ shift_right(z, 30)) * signed(0xbf58476d1ce4e5b9)
+    z = (z ^ shift_right(z, 27)) * signed(0x94d049bb133111eb)
+    return z ^ shift_right(z, 31)
 
 
 def stream_keys(seed, step, prompt, sample):
-    """Start of each sample's stream; prompt and sample are int64 tensors (B,) -> (B,)."""
+    """The key of each answer's stream of random numbers. prompt, sample: int64 (B,) -> int64 (B,).
+
+    The key is a hash: it takes in one number after the other and mixes after each, so that answers whose
+    numbers differ in one place only have unrelated keys.
+    """
     key = torch.zeros_like(prompt)
     for part in (signed(seed), signed(step), prompt, sample):
         key = mix(key + GOLDEN ^ part)
@@ -73,115 +162,124 @@ def stream_keys(seed, step, prompt, sample):
 
 
 def uniform(keys, position):
-    """The number of each stream at `position`, an int or (B,) -> float64 (B,) in [0, 1), 53 bits."""
-    if keys.device.type == 'mps':            # no float64 there
-        keys, position = keys.cpu(), torch.as_tensor(position).cpu()
-    step = (position + 1) * GOLDEN if torch.is_tensor(position) else signed(GOLDEN * (position + 1))
-    return (mix(keys + step) >> 11 & (1 << 53) - 1).double() * 2.0**-53
+    """The number of each stream at `position`, an int or (B,) -> float64 (B,) in [0, 1).
+
+    Splitmix64 is a counter that is mixed: number t of the stream is mix(key + (t + 1) * GOLDEN), so any
+    number can be computed without the ones before it. Its upper 53 bits, divided by 2^53, are a float64.
+    Example: key 1234567, position 0 -> mix gives 6457827717110365317 -> 0.3500795420214081.
+    """
+    # Apple's GPUs have no float64: compute these few numbers on the CPU.
+    if keys.device.type == 'mps':
+        keys = keys.cpu()
+        position = torch.as_tensor(position).cpu()
+    if torch.is_tensor(position):
+        counter = (position + 1) * GOLDEN
+    else:
+        counter = signed(GOLDEN * (position + 1))
+    upper_bits = shift_right(mix(keys + counter), 11)
+    return upper_bits.double() * 2.0**-53
 
 
 # ---- one token --------------------------------------------------------------------------------
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (B, V) -> probabilities (B, V) in fp32: temperature, then top-k, then top-p of what is
-    left. Ties at the k-th place all stay. Sums to 1 up to rounding."""
+    """Logits (B, V) -> probabilities (B, V) in float32, after temperature, top-k and top-p, in this order.
+
+    A tie at rank k keeps all of the tied tokens. What is removed last is not handed to the others, so a row
+    can sum to less than 1; `pick` multiplies u by the sum.
+    """
     p = (logits.float() / temperature).softmax(-1)
     if 0 < top_k < p.shape[-1]:
-        p = p.where(p >= p.topk(top_k).values[:, -1:], 0.0)
+        smallest_kept = p.topk(top_k).values[:, -1:]                         # (B, 1)
+        p = p.where(p >= smallest_kept, 0.0)
     if top_p < 1:
+        # Keep a token if the likelier tokens together have less than top_p: the likeliest always stays.
         p = p / p.sum(-1, keepdim=True)
         ranked, order = p.sort(descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked                  # mass of the likelier ones
-        p = torch.zeros_like(p).scatter(-1, order, ranked.where(before < top_p, 0.0))
+        mass_before = ranked.cumsum(-1) - ranked
+        ranked = ranked.where(mass_before < top_p, 0.0)
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
     return p
 
 
-def invert(mass, x):
-    """First place of each row where the cumulative mass (B, n) passes x (B, 1), whose own mass is therefore
-    positive: x, though it was rounded, stays below the total. -> (B, 1)."""
-    x = torch.minimum(x, torch.nextafter(mass[:, -1:], torch.zeros_like(x)))
-    return torch.searchsorted(mass, x, right=True).clamp(max=mass.shape[-1] - 1)     # NaN would be beyond
+def first_above(mass, x):
+    """The first column of each row where the cumulative mass (B, n) is above x (B, 1) -> (B, 1).
+
+    The mass rises in this column, so the token there has a positive probability. Rounding can lift x to the
+    total mass, which nothing is above: x is kept just below it. The clamp is for NaN.
+    """
+    just_below_total = torch.nextafter(mass[:, -1:], torch.zeros_like(x))
+    column = torch.searchsorted(mass, torch.minimum(x, just_below_total), right=True)
+    return column.clamp(max=mass.shape[-1] - 1)
+
+
+def invert(p, u):
+    """Probabilities (B, V) and u (B,) -> the token (B, 1) at which the cumulative sum passes u.
+
+    Example: p = [.2, .5, .3] has the cumulative sum [.2, .7, 1.]; u = .6 gives token 1, u = .75 token 2.
+    """
+    mass = p.to(u).cumsum(-1)                                                # (B, V)
+    return first_above(mass, u[:, None] * mass[:, -1:])
+
+
+def invert_in_blocks(p, u, block_size=512):
+    """`invert` in two stages: first the block of 512 tokens, then the token within it.
+
+    No running sum is longer than a block or than the number of blocks, instead of 150,000 tokens.
+    """
+    B, V = p.shape
+    blocks = F.pad(p, (0, -V % block_size)).view(B, -1, block_size)          # (B, blocks, 512)
+    block_mass = blocks.sum(-1, dtype=u.dtype).cumsum(-1)                    # (B, blocks)
+    mass = F.pad(block_mass, (1, 0))                                         # (B, 1 + blocks), from 0
+    x = u[:, None] * mass[:, -1:]                                            # (B, 1)
+    block = first_above(mass[:, 1:].contiguous(), x)                         # (B, 1)
+
+    # What is left of x after the blocks before is looked for within the block.
+    inside = blocks.take_along_dim(block[..., None], 1).squeeze(1)           # (B, 512)
+    token = first_above(inside.to(u).cumsum(-1), x - mass.gather(-1, block))
+    return block * block_size + token
 
 
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0, vocab=None):
-    """One token a row by inverting the cumulative distribution at u (B,) in [0, 1) -> (B,).
+    """One token a row: invert the cumulative distribution of the logits (B, V) at u (B,) in [0, 1) -> (B,).
 
-    In float64: with 150k tokens an fp32 sum could end below 1 and hand the rest to a token that
-    top-p removed. A large vocabulary in two stages, a block of 512 tokens and then a token of it, so that
-    no running sum is as long as a row. Temperature 0 is greedy. vocab: ids from here on are padding of the
-    embedding that no token stands for, and are never drawn.
+    The sums are float64. In float32 a sum over 150,000 tokens could end below 1, and a u above it would go
+    to the last token, although top-p removed it. The settings are those of `Sampling`.
     """
     logits = logits[:, :vocab]
     if temperature == 0:
         return logits.argmax(-1)
     p = distribution(logits, temperature, top_k, top_p).to(u.device)         # (B, V)
-    B, V = p.shape
-    if V <= 4096:
-        mass = p.to(u).cumsum(-1)
-        token = invert(mass, u[:, None] * mass[:, -1:])
+    if p.shape[-1] <= 4096:
+        token = invert(p, u)
     else:
-        p = F.pad(p, (0, -V % 512)).view(B, -1, 512)
-        mass = F.pad(p.sum(-1, dtype=u.dtype).cumsum(-1), (1, 0))            # (B, 1 + blocks)
-        x = u[:, None] * mass[:, -1:]
-        block = invert(mass[:, 1:].contiguous(), x)                          # (B, 1)
-        inside = p.take_along_dim(block[..., None], 1).squeeze(1).to(u).cumsum(-1)       # (B, 512)
-        token = block * 512 + invert(inside, x - mass.gather(-1, block))
-    # logits of NaN could give any: stay in the vocabulary, so that the loss says what is wrong
-    return token.squeeze(-1).clamp(max=V - 1).to(logits.device)
+        token = invert_in_blocks(p, u)
+
+    # NaN in the logits can give any column. Stay in the vocabulary: the loss then says what is wrong.
+    return token.squeeze(-1).clamp(max=p.shape[-1] - 1).to(logits.device)
 
 
-# ---- whole answers ----------------------------------------------------------------------------
+# ---- slots: the answers in the making ---------------------------------------------------------
 
-def limits(max_new_tokens, n):
-    """A number, or one for each of n answers -> a list."""
-    return max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * n
-
-
-def layout(prompts, n, max_new_tokens, which, device):
-    """Right-padded prompts, n rows each -> an empty Rollout and (prompt, sample) numbers of its rows."""
-    P = torch.tensor([len(p) for p in prompts])
-    ids = torch.zeros(len(prompts), int(P.max()) + max(limits(max_new_tokens, 1)), dtype=torch.long)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[:len(prompt)] = torch.tensor(prompt)
-    which = torch.arange(len(prompts)) if which is None else torch.as_tensor(which)
-    prompt = torch.arange(len(prompts)).repeat_interleave(n)                 # (B,)
-    none = torch.zeros_like(prompt)
-    roll = Rollout(*(x.to(device) for x in (ids[prompt], P[prompt], none, none.bool(), prompt)))
-    return roll, which.to(device)[roll.prompt], torch.arange(n, device=device).repeat(len(prompts))
-
-
-@torch.no_grad()
-def naive(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=None, **how):
-    """What `sample` computes, written down: every token reads the whole text again. Same arguments."""
-    roll, prompt, number = layout(prompts, n, max_new_tokens, which, model.embed.weight.device)
-    keys = stream_keys(seed, step, prompt, number)
-    for b in range(len(roll.ids)):
-        for position in range(limits(max_new_tokens, len(keys))[b]):
-            end = int(roll.length[b])
-            logits = model(roll.ids[b:b + 1, :end])[:, -1]
-            token = pick(logits, uniform(keys[b:b + 1], position), **how)
-            roll.ids[b, end] = token
-            roll.resp_len[b] += 1
-            if token.item() in stop:
-                roll.stopped[b] = True
-                break
-    return trim(roll)
-
-
-ROOM = 1024                     # tokens beyond the longest prompt that a cache begins with
+ROOM = 1024                     # tokens that a new cache holds beyond the longest prompt
 
 
 class Replay:
-    """A function of tensors that stay where they are, as one CUDA graph: the first call runs it, which
-    compiles its kernels, the second records it, and from then on a call is a single launch. It holds no
-    reference to the function: a cycle would keep the cache until Python's collector comes by."""
+    """Call a function of no arguments, and from the third call on replay it as a CUDA graph.
+
+    The first call runs it, which compiles its kernels. The second call records it and replays the record.
+    The tensors of the function must keep their storage. Replay keeps no reference to the function: a cycle
+    through the slots would keep the cache in memory until Python's collector runs.
+    """
     def __init__(self):
-        self.graph, self.warm = None, False
+        self.graph = None
+        self.warm = False
 
     def __call__(self, step):
+        # Recording runs nothing: this call's own run is the replay below.
         if self.graph is None and self.warm:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):    # records, runs nothing
+            with torch.cuda.graph(graph):
                 step()
             self.graph = graph
         if self.graph is None:
@@ -191,189 +289,316 @@ class Replay:
             self.graph.replay()
 
 
-class Places:
-    """B answers in the making. What a step touches are tensors of fixed size and place (until `keep` or
-    `grow` makes others), and it looks at no value: so it can be recorded.
+class Slots:
+    """B answers in the making. Slot b is row b of the KV cache and of the tensors below.
 
-    limit: the longest a prompt with its answer may become. longest: the longest prompt. The rest is as
-    in `stream`.
+    A decode step looks at no value on the host, and its tensors keep their storage: it can be a CUDA graph.
+    Only `compact` and `reserve` replace the tensors, and they reset the graph.
+
+    longest_prompt: the longest of all requests to come. limit: the most tokens that a prompt and its answer
+    may have together. budget: the most prompt tokens that are read at once.
     """
-    def __init__(self, model, B, longest, limit, stop, seed, step, budget, how):
-        c, device = model.config, model.embed.weight.device
-        self.model, self.seed, self.at_step, self.budget, self.how = model, seed, step, budget, how
-        self.cache = Cache(c, B, min(limit, longest + ROOM), device, model.embed.weight.dtype, limit)
-        self.ids = torch.zeros(B, limit + 1, dtype=torch.long, device=device)            # last: never read
-        self.token, self.count, self.most, self.keys, self.cache.length = (
-            torch.zeros(B, dtype=torch.long, device=device) for _ in range(5))
-        self.done, self.stopped = (torch.ones(B, dtype=torch.bool, device=device) for _ in range(2))
-        self.ends = torch.zeros(c.V, dtype=torch.bool, device=device)
-        self.ends[[t for t in stop if t < c.V]] = True
-        self.every = torch.arange(B, device=device)
-        self.moved()
+    def __init__(self, model, B, longest_prompt, limit, budget, sampling):
+        weight = model.embed.weight
+        device = weight.device
+        self.model = model
+        self.budget = budget
+        self.sampling = sampling
 
-    def moved(self):
-        """Tensors are elsewhere: a graph of the old ones would read where they were."""
+        # The cache grows with the answers, from a little more than the prompts need up to `limit`.
+        tokens = min(limit, longest_prompt + ROOM)
+        self.cache = Cache(model.config, B, tokens, device, weight.dtype, limit)
+
+        # The state of each slot. A free slot counts as done.
+        zeros = torch.zeros(B, dtype=torch.long, device=device)              # (B,)
+        self.cache.length = zeros.clone()    # tokens in the cache
+        self.ids = torch.zeros(B, limit + 1, dtype=torch.long, device=device)            # sampled tokens
+        self.token = zeros.clone()           # the last one, which the model has not read yet
+        self.count = zeros.clone()           # how many there are
+        self.max_count = zeros.clone()       # max_new_tokens
+        self.keys = zeros.clone()            # of the random numbers, see `stream_keys`
+        self.done = torch.ones_like(zeros, dtype=torch.bool)
+        self.stopped = torch.zeros_like(zeros, dtype=torch.bool)             # by a stop token
+
+        # is_stop[token]: a table on the device. The model cannot sample a stop id beyond its vocabulary.
+        V = model.config.V
+        self.is_stop = torch.zeros(V, dtype=torch.bool, device=device)
+        self.is_stop[[token for token in sampling.stop if token < V]] = True
+        self.all_slots = torch.arange(B, device=device)
+        self.reset_graph()
+
+    def reset_graph(self):
+        """The tensors were reallocated. Drop the CUDA graph: it still points at the old ones."""
         self.replay = Replay() if kernels.fused(self.model.embed.weight) else None
 
-    def advance(self):
-        """`step`, replayed where there are graphs."""
-        if self.replay:
-            self.replay(self.step)
-        else:
-            self.step()
+    def tensor(self, values):
+        """A list as a tensor on the slots' device."""
+        return torch.tensor(values, device=self.ids.device)
 
-    def draw(self, at, logits):
-        """The next token of the places `at` (n,), logits (n, V)."""
-        t = pick(logits, uniform(self.keys[at], self.count[at]), **self.how)
-        going = ~self.done[at]
-        self.ids[at, self.count[at]] = t
-        self.count[at] += going
-        self.token[at] = t
-        ended = self.ends[t] & going
-        self.stopped[at] |= ended
-        self.done[at] |= ended | (self.count[at] == self.most[at])
+    def prefill(self, slots, requests):
+        """Put the requests into these slots: read the prompts and sample the first token of each answer."""
+        prompts, prompt_of = distinct_prompts(requests)
+        ids = right_pad(prompts).to(self.ids.device)                         # (prompts, T)
+        length = self.tensor([len(prompt) for prompt in prompts])            # (prompts,)
 
-    def step(self):
-        """One more token in every place; finished ones write into the void."""
-        logits = self.model(self.token[:, None], self.cache)[:, 0]                       # (B, V)
-        self.cache.length += ~self.done
-        self.draw(self.every, logits)
+        # Read as many prompts at once as the budget allows. The cache of such a group has the `limit` of
+        # the whole answers, because longrope chooses its frequencies by it.
+        T = ids.shape[1]
+        dtype = self.cache.kv[0].dtype
+        group_size = max(1, self.budget // T)
+        states = []
+        for start in range(0, len(prompts), group_size):
+            end = min(start + group_size, len(prompts))
+            cache = Cache(self.model.config, end - start, T, ids.device, dtype, self.cache.limit)
+            states.append(self.read_prompts(ids[start:end], length[start:end], cache))
 
-    def fill(self, places, requests, most):
-        """Read the prompts of `requests`, each once, and draw the first token of each answer, in `places`."""
-        c, device = self.model.config, self.ids.device
-        put = partial(torch.tensor, device=device)
-        own = list({id(p): p for p, _, _ in requests}.values())              # an answer's neighbours share it
-        number = {id(p): i for i, p in enumerate(own)}
-        of = [number[id(p)] for p, _, _ in requests]
-        T, states = max(map(len, own)), []
-        read = put([p + [0] * (T - len(p)) for p in own])                    # (prompts, T)
-        length, each = put([len(p) for p in own]), max(1, self.budget // T)
-        for i in range(0, len(own), each):   # so many prompts at once; one longer than that is read in pieces
-            # right padding is harmless: causal attention never looks right, and the padding's keys are
-            # overwritten by answers before any row's length reaches them
-            last, state = length[i:i + each] - 1, 0.0
-            row = torch.arange(len(last), device=device)
-            new = Cache(c, len(last), T, device, self.cache.kv[0].dtype, self.cache.limit)
-            for a in range(0, T, self.budget):
-                h = self.model.trunk(read[i:i + each, a:a + self.budget], new)           # (n, T', d)
-                here = (last // self.budget == a // self.budget)[:, None]
-                state = torch.where(here, h[row, (last - a).clamp(0, h.shape[1] - 1)], state)    # (n, d)
-            states.append(state)
-            mine = [j for j, p in enumerate(of) if i <= p < i + each]
-            self.cache.put(put([places[j] for j in mine]), new, put([of[j] - i for j in mine]))
+            # Copy the keys and values of each prompt to the slots of all its answers.
+            to_slots = []
+            from_rows = []
+            for slot, prompt in zip(slots, prompt_of, strict=True):
+                if start <= prompt < end:
+                    to_slots.append(slot)
+                    from_rows.append(prompt - start)
+            self.cache.put(self.tensor(to_slots), cache, self.tensor(from_rows))
+
+        # The state of the slots before the first token.
+        slots = self.tensor(slots)                                           # (n,)
+        prompt_of = self.tensor(prompt_of)                                   # (n,)
+        seed = self.sampling.seed
+        prompt_number = self.tensor([request.prompt_number for request in requests])
+        sample_number = self.tensor([request.sample_number for request in requests])
+        self.keys[slots] = stream_keys(seed, self.sampling.step, prompt_number, sample_number)
+        self.count[slots] = 0
+        self.max_count[slots] = self.tensor([request.max_new_tokens for request in requests])
+        self.done[slots] = False
+        self.stopped[slots] = False
+        self.cache.length[slots] = length[prompt_of]
+
+        # The logits at the last token of a prompt give the first token of all its answers.
         logits = self.model.head(torch.cat(states))                          # (prompts, V)
-        at, of, (_, prompt, sample) = put(places), put(of), zip(*requests, strict=True)
-        self.keys[at] = stream_keys(self.seed, self.at_step, put(prompt), put(sample))
-        self.count[at], self.most[at] = 0, put(most)
-        self.done[at], self.stopped[at], self.cache.length[at] = False, False, length[of]
-        self.draw(at, logits[of])
+        self.sample_next(slots, logits[prompt_of])
 
-    def look(self):
-        """Wait for the device once -> done, stopped, count, tokens held, a list of each."""
+    def read_prompts(self, ids, length, cache):
+        """Read right-padded prompts (n, T) into an empty cache -> the state at the last token of each (n, d).
+
+        Long prompts are read in pieces of `budget` tokens, so that the largest activation does not grow with
+        the prompt. Padding on the right is harmless: attention is causal, and an answer overwrites the
+        keys of the padding before its row is long enough to see them.
+        """
+        row = torch.arange(len(ids), device=ids.device)                      # (n,)
+        last_token = length - 1                                              # (n,)
+        last_state = None
+        for start in range(0, ids.shape[1], self.budget):
+            piece = ids[:, start:start + self.budget]                        # (n, T')
+            states = self.model.trunk(piece, cache)                          # (n, T', d)
+
+            # Some prompts end inside this piece: keep their last state.
+            column = (last_token - start).clamp(0, piece.shape[1] - 1)       # (n,)
+            candidate = states[row, column]                                  # (n, d)
+            ends_in_piece = (last_token >= start) & (last_token < start + self.budget)
+            if last_state is None:
+                last_state = torch.zeros_like(candidate)
+            last_state = torch.where(ends_in_piece[:, None], candidate, last_state)
+        return last_state
+
+    def sample_next(self, slots, logits):
+        """Sample one token for each of these slots (n,) from its logits (n, V), and record it."""
+        sampling = self.sampling
+        u = uniform(self.keys[slots], self.count[slots])                     # (n,)
+        token = pick(logits, u, sampling.temperature, sampling.top_k, sampling.top_p, sampling.vocab)
+
+        # A finished slot keeps its count. Its token goes to the column after its answer, which is never read.
+        active = ~self.done[slots]                                           # (n,)
+        self.ids[slots, self.count[slots]] = token
+        self.count[slots] += active
+        self.token[slots] = token
+
+        # An answer ends with a stop token, or at its greatest length. Both can happen at once.
+        stopped = self.is_stop[token] & active
+        self.stopped[slots] |= stopped
+        self.done[slots] |= stopped | (self.count[slots] == self.max_count[slots])
+
+    def decode_step(self):
+        """One more token in every slot. The cache of a finished slot does not get longer."""
+        logits = self.model(self.token[:, None], self.cache)[:, 0]           # (B, V)
+        self.cache.length += ~self.done
+        self.sample_next(self.all_slots, logits)
+
+    def decode(self, steps):
+        """So many decode steps, replayed on CUDA. `reserve` must have made room for them."""
+        for _ in range(steps):
+            if self.replay:
+                self.replay(self.decode_step)
+            else:
+                self.decode_step()
+
+    def poll(self):
+        """Wait for the device once -> done, stopped, count and tokens in the cache, a list of B each."""
         return torch.stack([self.done, self.stopped, self.count, self.cache.length]).tolist()
 
-    def take(self, places):
-        """The ids in these, a list of each; they are free, and shall not make the others wait."""
-        self.cache.length[places] = 0
-        return self.ids[places].tolist()
+    def retire(self, slots):
+        """Free these slots -> the rows of `ids` for them, as lists; the first `count` ids are the answer.
 
-    def keep(self, places):
-        """Free places leave the batch."""
-        rows = torch.tensor(places, device=self.ids.device)
+        A free slot holds no tokens, so attention has nothing to read for it.
+        """
+        self.cache.length[slots] = 0
+        return self.ids[slots].tolist()
+
+    def compact(self, slots):
+        """Keep only these slots, numbered from 0 again: a smaller batch makes a cheaper step."""
+        rows = self.tensor(slots)
         self.cache.rows(rows)
-        for name in ('ids', 'token', 'count', 'most', 'keys', 'done', 'stopped'):
-            setattr(self, name, getattr(self, name)[rows])
-        self.every = self.every[:len(rows)]
-        self.moved()
+        self.ids = self.ids[rows]
+        self.token = self.token[rows]
+        self.count = self.count[rows]
+        self.max_count = self.max_count[rows]
+        self.keys = self.keys[rows]
+        self.done = self.done[rows]
+        self.stopped = self.stopped[rows]
+        self.all_slots = self.all_slots[:len(rows)]
+        self.reset_graph()
 
-    def reserve(self, held, tokens):
-        """Room for so many more tokens, the longest row holding `held`."""
-        self.cache.longest = held
-        if held + tokens > self.cache.room and self.cache.room < self.cache.limit:
-            self.cache.grow(held + tokens)
-            self.moved()
+    def reserve(self, longest, steps):
+        """Make room for `steps` more tokens in every slot. longest: the most tokens that a slot holds now."""
+        self.cache.longest = longest
+        needed = longest + steps
+        if needed > self.cache.room and self.cache.room < self.cache.limit:
+            self.cache.grow(needed)
+            self.reset_graph()
 
+
+# ---- the loop ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def stream(model, requests, *, rows, max_new_tokens, stop, seed=0, step=0, budget=32768, look=0, **how):
-    """Answers as they end -> (index of the request, its ids, ended by a stop token?), one by one.
+def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0, **sampling):
+    """Answer the requests -> (index of the request, its ids, ended by a stop token?), each as it ends.
 
-    requests: (prompt ids, prompt number, sample number) each; seed, step and the two numbers fix the answer,
-    whatever is answered beside it. rows: answers in the making at once, which bounds the cache. budget:
-    tokens of prompts read at once. look: tokens between looks at which rows are done, each of which waits for
-    the device; 0: 32 on CUDA, else 1. max_new_tokens: a number, or one for each request. The rest is as in
-    `sample`.
+    requests: (prompt ids, prompt number, sample number) each; see `Request`. rows: the number of slots, which
+    bounds the memory of the cache. max_new_tokens: a number, or a list of one for each request. budget: the
+    most prompt tokens that are read at once. poll_every: decode steps between two polls; each poll waits
+    for the device; 0: 32 on CUDA, else 1. sampling: the fields of `Sampling`; stop is required.
     """
-    n, cuda = len(requests), model.embed.weight.is_cuda
-    most = limits(max_new_tokens, n)
-    longest = max(len(p) for p, _, _ in requests)
-    limit = max(len(p) + m for (p, _, _), m in zip(requests, most, strict=True))
-    places = Places(model, min(rows, n), longest, limit, stop, seed, step, budget, how)
-    who, begun, look = [-1] * min(rows, n), 0, look or (32 if cuda else 1)   # request in each place, or -1
-    crowd = 0.5 if cuda else 0.75    # rows leave when so many are left: on CUDA a graph is recorded anew
-    while True:
-        done, stopped, count, held = places.look()
-        over = [b for b, i in enumerate(who) if i >= 0 and done[b]]
-        if over:
-            for b, ids in zip(over, places.take(over), strict=True):
-                yield who[b], ids[:count[b]], bool(stopped[b])
-                who[b], held[b] = -1, 0
-        free = [b for b, i in enumerate(who) if i < 0]
-        if begun < n and len(free) >= max(1, len(who) // 8):     # some at once: a prompt is read as slowly
-            free = free[:n - begun]                              # as a token or two
-            end = begun + len(free)
-            places.fill(free, requests[begun:end], most[begun:end])
-            for b in free:
-                who[b], begun = begun, begun + 1
-            continue
-        if len(free) == len(who):
-            return
-        if begun == n and len(who) - len(free) <= crowd * len(who):          # nobody waits: rows leave
-            busy = [b for b, i in enumerate(who) if i >= 0]
-            places.keep(busy)
-            who, held, count = ([x[b] for b in busy] for x in (who, held, count))
-        left = min(look, max(most[i] - count[b] for b, i in enumerate(who) if i >= 0))
-        places.reserve(max(held), left)
-        for _ in range(left):
-            places.advance()
+    requests = with_limits(requests, max_new_tokens)
+    on_cuda = model.embed.weight.is_cuda
+    poll_every = poll_every or (32 if on_cuda else 1)
+    B = min(rows, len(requests))
+    longest_prompt = max(len(request.prompt) for request in requests)
+    limit = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    slots = Slots(model, B, longest_prompt, limit, budget, Sampling(**sampling))
 
+    # A prefill takes as long as one or two decode steps: wait until an eighth of the slots is free.
+    # On CUDA a smaller batch needs a new graph: compact when half of the slots are free, not at a quarter.
+    enough_free = max(1, B // 8)
+    compact_at = 0.5 if on_cuda else 0.75
+    waiting = deque(range(len(requests)))    # indices of requests
+    occupant = [None] * B                    # the index of the request in each slot; None: the slot is free
+    done, stopped, count, length = slots.poll()
+    while waiting or any(index is not None for index in occupant):
+        free = [slot for slot, index in enumerate(occupant) if index is None]
+        busy = [slot for slot, index in enumerate(occupant) if index is not None]
 
-def sample(model, prompts, n=1, *, max_new_tokens, stop, seed=0, step=0, which=None, progress='', **how):
-    """n answers to each prompt -> Rollout of B = len(prompts) * n rows, a prompt's rows together.
+        # 1. Admit waiting requests into free slots. Each answer gets its first token here.
+        if waiting and len(free) >= enough_free:
+            admitted = free[:len(waiting)]
+            for slot in admitted:
+                occupant[slot] = waiting.popleft()
+            slots.prefill(admitted, [requests[occupant[slot]] for slot in admitted])
 
-    prompts: lists of ids. max_new_tokens: a number, or a list of one for each of the B answers. stop: ids
-    that end an answer. how: temperature, top_k, top_p, vocab as in pick.
-    which: each prompt's number in its problem set (default: its place in the list); with seed, step
-    and the sample's number it fixes the answer. progress: label of a progress bar on a terminal.
-    """
-    roll, prompt, number = layout(prompts, n, max_new_tokens, which, model.embed.weight.device)
-    requests = [(prompts[i], q, k) for i, q, k in zip(*(x.tolist() for x in (roll.prompt, prompt, number)),
-                                                      strict=True)]
-    answers = stream(model, requests, rows=len(requests), max_new_tokens=max_new_tokens, stop=stop,
-                     seed=seed, step=step, **how)
-    ids, P = roll.ids.cpu(), roll.prompt_len.tolist()
-    for b, answer, stopped in tqdm(answers, total=len(requests), desc=progress, unit='answer', leave=False,
-                                   disable=None if progress else True):
-        ids[b, P[b]:P[b] + len(answer)] = torch.tensor(answer)
-        roll.resp_len[b], roll.stopped[b] = len(answer), stopped
-    roll.ids = ids.to(roll.ids.device)
-    return trim(roll)
-
-
-def trim(roll):
-    """Cut columns that no row uses."""
-    roll.ids = roll.ids[:, :int(roll.length.max())]
-    return roll
-
-
-def micro_batches(lengths, budget):
-    """Row lengths -> groups of row indices, longest first, each at most `budget` tokens with padding
-    (a longer row goes alone)."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(i)
+        # 1. Or decode until the next poll, but not beyond the greatest length of any answer.
         else:
-            groups.append([i])
-    return groups
+            longest = max(length[slot] for slot in busy)
+            tokens_left = [requests[occupant[slot]].max_new_tokens - count[slot] for slot in busy]
+            steps = min(poll_every, max(tokens_left))
+            if not waiting and len(busy) <= compact_at * len(occupant):
+                slots.compact(busy)
+                occupant = [occupant[slot] for slot in busy]
+            slots.reserve(longest, steps)
+            slots.decode(steps)
+
+        # 2. Poll: wait until the device has done all these steps, and see which answers are finished.
+        done, stopped, count, length = slots.poll()
+
+        # 3. Retire the finished answers.
+        finished = [slot for slot, index in enumerate(occupant) if index is not None and done[slot]]
+        if finished:
+            for slot, ids in zip(finished, slots.retire(finished), strict=True):
+                yield occupant[slot], ids[:count[slot]], bool(stopped[slot])
+                occupant[slot] = None
+
+
+def sample(model, prompts, n=1, *, max_new_tokens, which=None, progress='', **settings):
+    """n answers to each prompt -> Rollout of B = len(prompts) * n rows, those of a prompt together.
+
+    This is `stream` with as many slots as answers. prompts: lists of ids. max_new_tokens: a number, or a list
+    of one for each of the B answers. which: the number of each prompt in its problem set, which fixes its
+    random numbers (default: its index in the list). progress: label of a progress bar, shown on a terminal.
+    settings: the fields of `Sampling` (stop is required; seed, step, temperature, top_k, top_p, vocab), and
+    budget and poll_every of `stream`.
+    """
+    requests = numbered(prompts, n, which)
+    answers = stream(model, requests, rows=len(requests), max_new_tokens=max_new_tokens, **settings)
+
+    # tqdm: disable=None shows the bar on a terminal only.
+    hidden = None if progress else True
+    bar = tqdm(answers, total=len(requests), desc=progress, unit='answer', leave=False, disable=hidden)
+    return collect(requests, n, bar, model.embed.weight.device)
+
+
+# ---- between lists and tensors ----------------------------------------------------------------
+
+def distinct_prompts(requests):
+    """Requests -> their prompts, each list once, and for each request the index of its prompt among these.
+
+    Several answers to one prompt share the same list object: this is what is looked for, not equal ids.
+    """
+    prompts = []
+    prompt_of = []
+    index_of = {}                            # {id of the list object: its index in prompts}
+    for request in requests:
+        key = id(request.prompt)
+        if key not in index_of:
+            index_of[key] = len(prompts)
+            prompts.append(request.prompt)
+        prompt_of.append(index_of[key])
+    return prompts, prompt_of
+
+
+def numbered(prompts, n, which):
+    """n requests for each prompt: (prompt ids, prompt number, sample number) each."""
+    numbers = range(len(prompts)) if which is None else torch.as_tensor(which).tolist()
+    requests = []
+    for prompt, prompt_number in zip(prompts, numbers, strict=True):
+        for sample_number in range(n):
+            requests.append((prompt, prompt_number, sample_number))
+    return requests
+
+
+def with_limits(requests, max_new_tokens):
+    """(prompt ids, prompt number, sample number) each, and a limit or a list of limits -> list of Request."""
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(requests)
+    return [Request(*request, limit) for request, limit in zip(requests, limits, strict=True)]
+
+
+def right_pad(rows):
+    """Lists of ids -> one tensor (rows, T), padded with id 0 on the right."""
+    T = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), T, dtype=torch.long)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[:len(row)] = torch.tensor(row)
+    return ids
+
+
+def collect(requests, n, answers, device):
+    """Answers in any order, (index of the request, ids, stopped) each -> Rollout in the requests' order."""
+    texts = [prompt for prompt, _, _ in requests]
+    prompt_len = [len(prompt) for prompt in texts]
+    resp_len = [0] * len(texts)
+    stopped = [False] * len(texts)
+    for index, ids, ended in answers:
+        texts[index] = texts[index] + ids
+        resp_len[index] = len(ids)
+        stopped[index] = ended
+
+    columns = [torch.tensor(values, device=device) for values in (prompt_len, resp_len, stopped)]
+    prompt_index = torch.arange(len(texts), device=device) // n
+    return Rollout(right_pad(texts).to(device), *columns, prompt_index)

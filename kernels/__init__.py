@@ -45,5 +45,5 @@ def bridge_back(g, grad, at, P_s, inside, scale):
 
 def attend(qkv, *rest, **more):
     """kernels/decode_attention.py: one token a row over the cache."""
-    run = decode_attention.decode_attention if fused(qkv) else decode_attention.decode_attention_text
+    run = decode_attention.decode_attention if fused(qkv) else decode_attention.decode_attention_reference
     return run(qkv, *rest, **more)

@@ -1,21 +1,34 @@
 """
-One decode step's attention: a new token in each row over the key/value cache, every row at its own length.
+The attention of one decode step: each row of the batch adds one token and attends to its KV cache.
 
-    y = softmax(q K' / sqrt(e)) V                over the length + 1 tokens there are, the new one included
+    y = softmax(q K' / sqrt(e)) V                over the tokens in the cache and the new token
 
-The step costs what it costs to read the cache, so everything else rides along: norms, rotation and the
-cache's new entry are made in registers, and the H/G query heads that share a key head are the rows of one
-matrix product, for which that head is read once. A program for each row and key head would leave most of
-a GPU idle at small B, so S programs divide a row's tokens, and keep, with s = log2(exp 1) q k / sqrt(e),
+`decode_attention_reference` is the PyTorch reference implementation, for every device. `decode_attention` is
+the Triton kernel that must equal it. Every row has its own length, so that answers of different lengths can
+share a batch.
+
+The time of a step is the time to read the cache. The kernel therefore does everything else in registers: it
+applies RMSNorm and rotation to the new token's query and key, and writes the new key and value to the cache.
+The H / G query heads that share a key head are the rows of one matrix product, so a key head is read once.
+
+One program for each row and key head would leave most of a GPU idle at small B. So S programs divide the
+tokens of a row among them, a share each. With s = log2(exp 1) q k / sqrt(e), each computes over its share
 
     m = max s        l = sum of 2^(s - m)        a = sum of 2^(s - m) v
 
-over their own; with weights u_i = 2^(m_i - max m) these join to y = sum u_i a_i / sum u_i l_i. The new
-token is never read back: program 0 has it in registers and writes it where no other program reads.
-Lengths are read on the device: a CUDA graph of this launch stays right while the rows grow.
+and a second kernel joins the shares: y = sum u_i a_i / sum u_i l_i with u_i = 2^(m_i - max m). Example: two
+shares with the scores s = (0, 1) and (3) have m = 1 and 3, l = 1.5 and 1, so u = 1/4 and 1. The denominator
+is 1.5 / 4 + 1 = 1.375, which is 2^0 + 2^1 + 2^3 = 11 without the factor 2^-3 that all terms share.
 
-Letters: B rows, T tokens of room, H query heads, G key/value heads, e head width, R rotated numbers of a
-head, S shares of a row's tokens.
+The new token belongs to program 0. It takes its key and value from registers and writes them where no other
+program reads, so no program waits for another. The lengths are read on the device: a CUDA graph of this
+launch stays valid while the rows grow.
+
+What it does not do: several new tokens per row (prefill uses PyTorch's attention), float64, gradients.
+
+Letters: B rows, T tokens that a row has room for, H query heads, G key/value heads, e head width, R rotated
+numbers of a head, S shares of a row's tokens. In the kernel also: M query heads of a key head, E head width
+(both rounded up to a power of two), N tokens that are read at once.
 """
 import math
 
@@ -23,31 +36,44 @@ import torch
 import torch.nn.functional as F
 
 
-def decode_attention_text(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,
-                          mask=None):
-    """qkv (B, H + 2G, e): the new tokens' projections: query heads, key heads, value heads. kv
-    (B, 2, G, T, e): the cache, keys and values; *written* at position length (B,) of each row. cos, sin
-    (B, R). q_norm, k_norm: weights (e,) of a head's RMSNorm, which precedes the rotation. -> y (B, H e).
+def decode_attention_reference(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,
+                               mask=None):
+    """One decode step's attention in PyTorch -> y (B, H e). The new key and value are *written* into kv.
 
-    longest: no row holds more, the new token counted; only so much is read. mask (B, 1, 1, longest): 0 at
-    a row's tokens, -inf beyond; made once it serves every layer, and as floats no layer converts it.
+    qkv (B, H + 2G, e): the new token of each row: query heads, key heads, value heads. kv (B, 2, G, T, e):
+    the cache, keys and values. length (B,): the tokens that a row holds, and so the position of the new
+    one. cos, sin (B, R): of the rotation. q_norm, k_norm: weights (e,) of a head's RMSNorm, which precedes
+    the rotation. longest: no row holds more tokens, the new one included; only so much is read. mask (B, 1,
+    1, longest): 0 at a row's tokens, -inf beyond; the caller makes it once for all layers.
     """
     B, _, G, T, e = kv.shape
-    H, longest = qkv.shape[1] - 2 * G, longest or T
-    x = qkv.clone(memory_format=torch.contiguous_format)
-    for heads, weight in ((x[:, :H], q_norm), (x[:, H:H + G], k_norm)):
-        if weight is not None:
-            heads.copy_(F.rms_norm(heads, (e,), weight, eps))
-    turning = x[:, :H + G, :cos.shape[-1]]
-    a, b = turning.chunk(2, -1)
-    turned = torch.cat([-b, a], -1)          # a copy, before the next line overwrites a and b
-    turning.mul_(cos[:, None]).addcmul_(turned, sin[:, None])
-    kv[torch.arange(B, device=kv.device), :, :, length] = x[:, H:].view(B, 2, G, e)
+    H = qkv.shape[1] - 2 * G
+    longest = longest or T
+
+    # Norm of the query and key heads.
+    x = qkv.clone(memory_format=torch.contiguous_format)                     # (B, H + 2G, e)
+    if q_norm is not None:
+        x[:, :H] = F.rms_norm(x[:, :H], (e,), q_norm, eps)
+    if k_norm is not None:
+        x[:, H:H + G] = F.rms_norm(x[:, H:H + G], (e,), k_norm, eps)
+
+    # Rotation of their first R numbers, in place: a, b -> a cos - b sin, b cos + a sin.
+    rotated = x[:, :H + G, :cos.shape[-1]]                                   # (B, H + G, R)
+    a, b = rotated.chunk(2, -1)
+    partner = torch.cat([-b, a], -1)         # a copy, made before the next line overwrites a and b
+    rotated.mul_(cos[:, None]).addcmul_(partner, sin[:, None])
+
+    # Write the new key and value to the cache.
+    row = torch.arange(B, device=kv.device)
+    kv[row, :, :, length] = x[:, H:].view(B, 2, G, e)
+
+    # Attend to the tokens that each row holds. The H / G query heads of a key head stand where a sequence
+    # usually stands: attention treats them as H / G queries.
     if mask is None:
-        beyond = torch.arange(longest, device=kv.device) > length[:, None]
+        beyond = torch.arange(longest, device=kv.device) > length[:, None]   # (B, longest)
         mask = torch.zeros_like(beyond, dtype=x.dtype).masked_fill_(beyond, -math.inf)[:, None, None]
-    k, v = kv[:, :, :, :longest].unbind(1)
-    q = x[:, :H].view(B, G, H // G, e)       # a head group is the "sequence"
+    k, v = kv[:, :, :, :longest].unbind(1)                                   # (B, G, longest, e)
+    q = x[:, :H].view(B, G, H // G, e)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H * e)
 
 
@@ -59,108 +85,156 @@ except ImportError:
 
 if triton:
     @triton.jit
-    def turn(x, column, there, weight, cos, sin, eps, e: tl.constexpr, R: tl.constexpr):
-        """Heads at x, one or a column of them, normed and rotated, in float32."""
-        low = column < R // 2
-        partner = tl.where(low, column + R // 2, column - R // 2)            # beyond R: any, its sine is 0
-        a = tl.load(x + column, mask=there, other=0.0).to(tl.float32)
-        b = tl.load(x + partner, mask=there, other=0.0).to(tl.float32)
+    def norm_and_rotate(x, column, inside, weight, cos, sin, eps, e: tl.constexpr, R: tl.constexpr):
+        """Load the heads at x (one, or a column of them), apply norm and rotation -> float32."""
+        # Number i of a head is rotated together with number i + R / 2. Beyond R the sine is 0, so any
+        # partner will do.
+        first_half = column < R // 2
+        partner = tl.where(first_half, column + R // 2, column - R // 2)
+        a = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
         if weight is not None:
             scale = tl.rsqrt(tl.sum(a * a, -1, keep_dims=True) / e + eps)
             a *= scale * tl.load(weight + column, mask=column < e, other=0.0).to(tl.float32)
             b *= scale * tl.load(weight + partner, mask=column < e, other=0.0).to(tl.float32)
         c = tl.load(cos + column, mask=column < R, other=1.0).to(tl.float32)
         s = tl.load(sin + column, mask=column < R, other=0.0).to(tl.float32)
-        return a * c + tl.where(low, -b, b) * s
+        return a * c + tl.where(first_half, -b, b) * s
 
     @triton.jit
-    def attend(qkv, kv, length, cos, sin, q_norm, k_norm, part, most, total, eps, scale,
+    def read_share(q, m, l, a, kv, first, end, n, kv_side, kv_token, column, real_column, scale,
+                   N: tl.constexpr, FACTOR: tl.constexpr):
+        """Add the tokens first to end - 1 of a row, which holds n, to m, l and a of the queries q (M, E)."""
+        for start in range(first, end, N):
+            token = start + tl.arange(0, N)
+            offset = token[:, None] * kv_token + column[None, :]
+            held = (token < n)[:, None] & real_column[None, :]
+            keys = tl.load(kv + offset, mask=held, other=0.0)                # (N, E)
+            s = tl.dot(q.to(FACTOR), tl.trans(keys.to(FACTOR)), input_precision='ieee')      # (M, N)
+            s = tl.where((token < n)[None, :], s * scale, float('-inf'))
+
+            # When the maximum rises, rescale what was summed so far. It is finite, because start < n.
+            new_m = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - new_m[:, None])                                  # (M, N)
+            rescale = tl.exp2(m - new_m)
+            l = l * rescale + tl.sum(p, 1)
+            values = tl.load(kv + kv_side + offset, mask=held, other=0.0)    # (N, E)
+            p = p.to(values.dtype).to(FACTOR)
+            a = tl.dot(p, values.to(FACTOR), a * rescale[:, None], input_precision='ieee')
+            m = new_m
+        return m, l, a
+
+    @triton.jit
+    def attend(qkv, kv, length, cos, sin, q_norm, k_norm, share_a, share_m, share_l, eps, scale,
                kv_row, kv_side, kv_head, kv_token, H: tl.constexpr, G: tl.constexpr, e: tl.constexpr,
                R: tl.constexpr, S: tl.constexpr, M: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
                CPU: tl.constexpr):
-        """Program (b G + g, i): share i of row b for the query heads of key head g, N tokens at a time. The
-        cache is large: 64 bits to find a head in it, 32 within."""
-        # the interpreter holds bfloat16 as whole numbers, and would multiply those
+        """Program (b G + g, i): share i of row b, for the query heads of key head g.
+
+        kv_row, kv_side, kv_head, kv_token: strides of the cache. scale: log2(exp 1) / sqrt(e).
+        share_a, share_m, share_l: a, m and l of each share; with S = 1 share_a is y itself.
+        """
+        # The interpreter stores bfloat16 as integers, and tl.dot would multiply these: use float32 there.
         FACTOR: tl.constexpr = tl.float32 if CPU else kv.dtype.element_ty
+
+        # Find the row and the head. The cache can have more than 2^31 numbers: offsets of rows and heads
+        # are 64-bit, offsets within a head are 32-bit.
         i = tl.program_id(1)
-        b, g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
-        head, column = tl.arange(0, M), tl.arange(0, E)
-        ours, wide = head < H // G, column < e
+        b = (tl.program_id(0) // G).to(tl.int64)
+        g = tl.program_id(0) % G
+        head = tl.arange(0, M)
+        column = tl.arange(0, E)
+        real_head = head < H // G            # the others only fill up the power of two
+        real_column = column < e
         qkv += b * (H + 2 * G) * e
         kv += b * kv_row + g.to(tl.int64) * kv_head
         cos += b * R
         sin += b * R
+
+        # The query heads of this key head, rounded to the dtype of the cache.
         x = qkv + (g * (H // G) + head)[:, None] * e
-        q = turn(x, column[None, :], ours[:, None] & wide[None, :], q_norm, cos, sin, eps, e, R)
-        q = q.to(kv.dtype.element_ty)
+        inside = real_head[:, None] & real_column[None, :]
+        q = norm_and_rotate(x, column[None, :], inside, q_norm, cos, sin, eps, e, R)
+        q = q.to(kv.dtype.element_ty)                                        # (M, E)
+
+        # The running m, l and a of the header.
         n = tl.load(length + b).to(tl.int32)
         m = tl.full((M,), float('-inf'), tl.float32)
         l = tl.zeros((M,), tl.float32)
         a = tl.zeros((M, E), tl.float32)
-        if i == 0:                           # the new token, rounded as later steps will read it
-            k = turn(qkv + (H + g) * e, column, wide, k_norm, cos, sin, eps, e, R).to(q.dtype)
-            v = tl.load(qkv + (H + G + g) * e + column, mask=wide, other=0.0).to(q.dtype)
-            tl.store(kv + n * kv_token + column, k, mask=wide)
-            tl.store(kv + kv_side + n * kv_token + column, v, mask=wide)
+
+        # Program 0 also has the new token. Its key is rounded as later steps will read it from the cache.
+        if i == 0:
+            k = norm_and_rotate(qkv + (H + g) * e, column, real_column, k_norm, cos, sin, eps, e, R)
+            k = k.to(q.dtype)
+            v = tl.load(qkv + (H + G + g) * e + column, mask=real_column, other=0.0).to(q.dtype)
+            tl.store(kv + n * kv_token + column, k, mask=real_column)
+            tl.store(kv + kv_side + n * kv_token + column, v, mask=real_column)
             m = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
             l += 1.0
             a += v.to(tl.float32)[None, :]
+
+        # Then its share of the tokens that the cache already holds.
         share = tl.cdiv(n, S * N) * N
-        for start in range(i * share, tl.minimum((i + 1) * share, n), N):
-            token = start + tl.arange(0, N)
-            at = token[:, None] * kv_token + column[None, :]
-            held = (token < n)[:, None] & wide[None, :]
-            keys = tl.load(kv + at, mask=held, other=0.0)                    # (N, E)
-            s = tl.dot(q.to(FACTOR), tl.trans(keys.to(FACTOR)), input_precision='ieee')      # (M, N)
-            s = tl.where((token < n)[None, :], s * scale, float('-inf'))
-            higher = tl.maximum(m, tl.max(s, 1))                             # finite: every block has a token
-            p, fade = tl.exp2(s - higher[:, None]), tl.exp2(m - higher)
-            l = l * fade + tl.sum(p, 1)
-            values = tl.load(kv + kv_side + at, mask=held, other=0.0)
-            p = p.to(values.dtype).to(FACTOR)
-            a = tl.dot(p, values.to(FACTOR), a * fade[:, None], input_precision='ieee')
-            m = higher
-        place = (b * H + g * (H // G) + head) * S + i
+        end = tl.minimum((i + 1) * share, n)
+        m, l, a = read_share(q, m, l, a, kv, i * share, end, n, kv_side, kv_token, column, real_column, scale,
+                             N, FACTOR)
+
+        # One share is the whole row: divide. Otherwise leave m, l and a to `join`.
+        output = (b * H + g * (H // G) + head) * S + i
         if S == 1:
             a /= l[:, None]
         else:
-            tl.store(most + place, m, mask=ours)
-            tl.store(total + place, l, mask=ours)
-        tl.store(part + place[:, None] * e + column[None, :], a.to(part.dtype.element_ty),
-                 mask=ours[:, None] & wide[None, :])
+            tl.store(share_m + output, m, mask=real_head)
+            tl.store(share_l + output, l, mask=real_head)
+        tl.store(share_a + output[:, None] * e + column[None, :], a.to(share_a.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def join(part, most, total, y, e: tl.constexpr, S: tl.constexpr, E: tl.constexpr):
-        """Program b H + h: the shares of a query head. One without tokens has m = -inf, and no weight."""
-        place, column = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S), tl.arange(0, E)
-        wide = column < e
-        m = tl.load(most + place)
+    def join(share_a, share_m, share_l, y, e: tl.constexpr, S: tl.constexpr, E: tl.constexpr):
+        """Program b H + h: join the shares of one query head. One without tokens has m = -inf, so u = 0."""
+        share = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
+        column = tl.arange(0, E)
+        real_column = column < e
+        m = tl.load(share_m + share)                                         # (S,)
         u = tl.exp2(m - tl.max(m, 0))
-        a = tl.load(part + place[:, None] * e + column[None, :], mask=wide[None, :], other=0.0)      # (S, E)
-        a = tl.sum(a * u[:, None], 0) / tl.sum(tl.load(total + place) * u, 0)
-        tl.store(y + tl.program_id(0).to(tl.int64) * e + column, a.to(y.dtype.element_ty), mask=wide)
+        a = tl.load(share_a + share[:, None] * e + column[None, :], mask=real_column[None, :], other=0.0)
+        a = tl.sum(a * u[:, None], 0) / tl.sum(tl.load(share_l + share) * u, 0)          # (E,)
+        output = y + tl.program_id(0).to(tl.int64) * e + column
+        tl.store(output, a.to(y.dtype.element_ty), mask=real_column)
 
 
 def decode_attention(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,
                      mask=None, S=None):
-    """As decode_attention_text, at most float32; longest and mask are not needed here. S: a power of two;
-    if None, it makes two to four programs a multiprocessor, but at most 64, and no more than T has blocks."""
+    """`decode_attention_reference` as a Triton kernel, for at most float32.
+
+    longest and mask are not needed here. S: the number of shares, a power of two; None: as many as make two
+    to four programs per multiprocessor, but at most 64 and no more than T has blocks of N tokens.
+    """
     B, _, G, T, e = kv.shape
-    H, R = qkv.shape[1] - 2 * G, cos.shape[-1]
+    H = qkv.shape[1] - 2 * G
+    R = cos.shape[-1]
     if kv.dtype == torch.float64 or kv.stride(-1) != 1:
-        raise ValueError(f'decode_attention: at most float32, e contiguous; got {kv.dtype}, {kv.stride()}')
+        raise ValueError(f'decode_attention: kv is {kv.dtype} with strides {kv.stride()}; '
+                         'it must be at most float32, with stride 1 in the last axis')
     qkv, length, cos, sin = (x.contiguous() for x in (qkv, length, cos, sin))
-    M, E = (max(16, triton.next_power_of_2(n)) for n in (H // G, e))         # tl.dot takes no side below 16
-    N = 64 if E * kv.element_size() <= 256 else 32                           # 16 KB of keys
+
+    # tl.dot takes no side below 16. N tokens of one head are at most 16 KB.
+    M = max(16, triton.next_power_of_2(H // G))
+    E = max(16, triton.next_power_of_2(e))
+    N = 64 if E * kv.element_size() <= 256 else 32
     if S is None:
-        chips = torch.cuda.get_device_properties(kv.device).multi_processor_count if kv.is_cuda else 4
-        S = min(64, *(triton.next_power_of_2(triton.cdiv(a, b)) for a, b in ((2 * chips, B * G), (T, N))))
+        processors = torch.cuda.get_device_properties(kv.device).multi_processor_count if kv.is_cuda else 4
+        enough = triton.next_power_of_2(triton.cdiv(2 * processors, B * G))
+        blocks = triton.next_power_of_2(triton.cdiv(T, N))
+        S = min(64, enough, blocks)
+
+    # With one share the kernel writes y directly. Otherwise the shares are kept in float32 and joined.
     y = torch.empty(B, H * e, dtype=qkv.dtype, device=kv.device)
-    part = y if S == 1 else torch.empty(B * H, S, e, dtype=torch.float32, device=kv.device)
-    most, total = torch.empty(2, B * H, S, dtype=torch.float32, device=kv.device)
-    attend[B * G, S](qkv, kv, length, cos, sin, q_norm, k_norm, part, most, total, eps,
+    share_a = y if S == 1 else torch.empty(B * H, S, e, dtype=torch.float32, device=kv.device)
+    share_m, share_l = torch.empty(2, B * H, S, dtype=torch.float32, device=kv.device)
+    attend[B * G, S](qkv, kv, length, cos, sin, q_norm, k_norm, share_a, share_m, share_l, eps,
                      math.log2(math.e) / e**.5, *kv.stride()[:4], H, G, e, R, S, M, E, N, not kv.is_cuda,
                      num_warps=2 * kv.element_size(), num_stages=3)
     if S > 1:
-        join[B * H,](part, most, total, y, e, S, E)
+        join[B * H,](share_a, share_m, share_l, y, e, S, E)
     return y

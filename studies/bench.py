@@ -52,7 +52,7 @@ from kernels.layer_loss import layer_rows_text
 from losses import HiddenTerm, layer_loss, oprd_loss, row_distance
 from model import PRESETS, Linear, Model
 from output_losses import HeadLoss, HeadRows, OutputTerm, make_objective, opd_rows, rows_at_once
-from rollout import Places, Rollout, naive, sample, stream
+from rollout import Rollout, Sampling, Slots, naive, sample, stream
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
 from studies.measure import MB, Case, counted, machine, measure
 from support.optimizer import adamw
@@ -267,7 +267,7 @@ def step_cases(args, place):
 
     def step(*terms, most=most, **how):
         with gathered(student) as sampler:
-            roll = sample(sampler, prompts, max_new_tokens=most, stop=[], look=32 * args.count)
+            roll = sample(sampler, prompts, max_new_tokens=most, stop=[], poll_every=32 * args.count)
         update(roll, *terms, **how)
     cases = {'OPRD': partial(step, 1.0, 0.0), 'OPD top-16': partial(step, 0.0, 1.0, kind='topk'),
              'OPD full KL': partial(step, 0.0, 1.0, kind='full')}
@@ -291,9 +291,9 @@ def decode_cases(args, place):
 
     @cache
     def filled(b, context):
-        """Places as if `context` tokens had been read; what keys they hold does not change the time."""
-        p = Places(model, b, context, context + steps, [], 0, 0, args.budget, {})
-        p.done[:], p.most[:] = False, steps + 1
+        """Slots as if `context` tokens had been read; what keys they hold does not change the time."""
+        p = Slots(model, b, context, context + steps, args.budget, Sampling(stop=[]))
+        p.done[:], p.max_count[:] = False, steps + 1
         return p
 
     def ours(b, context):
@@ -302,8 +302,7 @@ def decode_cases(args, place):
         p.count.zero_()
         p.reserve(context, steps)
         with torch.no_grad():
-            for _ in range(steps):
-                p.advance()
+            p.decode(steps)
 
     def plainly(b, context):
         """Without model.Linear's way of multiplying a few rows."""
@@ -359,7 +358,7 @@ def rollout_cases(args, place):
 
     def refilled(most):
         requests = [(p, i, 0) for i, p in enumerate(prompts)]
-        got = stream(model, requests, rows=B, max_new_tokens=most, look=32 * args.count, **how)
+        got = stream(model, requests, rows=B, max_new_tokens=most, poll_every=32 * args.count, **how)
         return [ids for _, ids, _ in sorted(got)]
 
     def batches(most, run):
@@ -367,7 +366,7 @@ def rollout_cases(args, place):
                 for ids, n in zip(run(prompts[i:i + B], most[i:i + B]), most[i:i + B], strict=True)]
 
     def static(some, most):
-        return sample(model, some, max_new_tokens=max(most), look=32 * args.count, **how).answers()
+        return sample(model, some, max_new_tokens=max(most), poll_every=32 * args.count, **how).answers()
 
     def slow(some, most):
         return naive(model, some, max_new_tokens=max(most), **how).answers()

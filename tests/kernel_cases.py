@@ -4,7 +4,7 @@ import sys
 import torch
 
 from kernels.bridge_loss import bridge_back, bridge_back_text, bridge_rows, bridge_rows_text
-from kernels.decode_attention import decode_attention, decode_attention_text
+from kernels.decode_attention import decode_attention, decode_attention_reference
 from kernels.layer_loss import KINDS, layer_rows, layer_rows_text
 
 WORST = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}     # of the largest entry: one rounding
@@ -72,7 +72,7 @@ def decode():
                 angle = 9 * torch.rand(B, R, generator=g)
                 cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
                 y = decode_attention(qkv, ours[window], length, cos, sin, *norms, S=S)
-                y_text = decode_attention_text(qkv, texts[window], length, cos, sin, *norms, 1e-6, max(length) + 1)
+                y_text = decode_attention_reference(qkv, texts[window], length, cos, sin, *norms, 1e-6, max(length) + 1)
                 at = row, slice(None), slice(None), length
                 (k, v), (k_text, v_text) = (x[window][at].unbind(1) for x in (ours, texts))
                 assert close(k, k_text, worst) and v.equal(v_text), (dtype, e, H, S)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import losses
 from kernels.bridge_loss import bridge_back_text, bridge_rows_text
-from kernels.decode_attention import decode_attention_text
+from kernels.decode_attention import decode_attention_reference
 from model import rotate
 from support.runtime import ROOT
 
@@ -40,7 +40,7 @@ def test_decode_text_equals_one_head_at_a_time(H, G, e, R, normed, masked):
     longest = 12 if masked else None
     mask = torch.where(torch.arange(12) > length[:, None], -torch.inf, 0.0).double()[:, None, None]
     before, raw = kv.clone(), qkv.clone()
-    y = decode_attention_text(qkv, kv, length, cos, sin, *norms, eps, longest, mask if masked else None)
+    y = decode_attention_reference(qkv, kv, length, cos, sin, *norms, eps, longest, mask if masked else None)
     assert qkv.equal(raw)
 
     def turned(x, b, weight):
