@@ -34,7 +34,7 @@ from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
 from formats.problems import load_problems, prompt_order
-from formats.tokenizer import check_ids, load_tokenizer
+from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from losses import positions
 from rollout import Rollout, micro_batches, sample
 from studies import toy
@@ -150,7 +150,7 @@ def cosines(z_s, z_t):
 
 # ---- 1. collect ------------------------------------------------------------------------------
 
-def collect(out, student, train, tok, stop, cfg, place):
+def collect(out, student, train, vocab, stop, cfg, place):
     """The student's answers to bridge_prompts problems -> [(problem, answer ids, stopped)], the same on
     every rank. They are appended to out/rollouts.jsonl as they come; what is there is not sampled again."""
     file, n = out / 'rollouts.jsonl', min(cfg['bridge_prompts'], len(train))
@@ -181,7 +181,7 @@ def collect(out, student, train, tok, stop, cfg, place):
             new = {}
             if mine:
                 roll = sample(student, [train[order[i]].ids for i in mine], which=list(mine), step=-2,
-                              stop=stop, vocab=tok.size, **{k: cfg[k] for k in draw})
+                              stop=stop, vocab=vocab, **{k: cfg[k] for k in draw})
                 new = dict(zip(mine, zip(roll.answers(), roll.stopped.tolist(), strict=True), strict=True))
             new = {i: row for part in all_gather(new) for i, row in part.items()}
             some = [[order[i], *new[i]] for i in slots]
@@ -432,9 +432,8 @@ def main(cfg):
     train = load_problems(cfg['data'], tok_s, longest=cfg['max_prompt_tokens'])
     student, teacher = (load_model(cfg[side], place.dtype, place.device).requires_grad_(False)
                         for side in ('student', 'teacher'))
-    theirs = tok_t.stop_ids if tok_s.words == tok_t.words else []            # ids of another mean others
-    stop = sorted({*tok_s.stop_ids, *theirs})
-    rows = collect(out, student, train, tok_s, stop, cfg, place)
+    stop = stop_set(tok_s, tok_t)
+    rows = collect(out, student, train, shared_size(tok_s, tok_t), stop, cfg, place)
     held = max(1, round(cfg['bridge_held_out'] * len(rows)))      # whole prompts, never rows of one
     fit_rows, held_rows = rows[:-held], rows[-held:]
     if len(fit_rows) < place.world or held < place.world:
@@ -468,7 +467,7 @@ def main(cfg):
     seconds = time.perf_counter() - clock
     judged = judge(pair, held_rows, bridge, cfg['seed'])
     same, count = (sum(x) for x in zip(*pair.aligned, strict=True))
-    same, count = all_reduce(torch.tensor([same, count], dtype=torch.float64)).tolist()
+    same, count = all_reduce(torch.tensor([same, count], dtype=torch.float64, device=place.device)).tolist()
     figures, lines = report(judged, pair.phi, cfg['bridge_rank'], same / count, forwards, seconds)
     print0('\n'.join(lines))
     if place.rank == 0:

@@ -37,7 +37,7 @@ from cross_tokenizer.pairing import read_rollout
 from eval_math import evaluate, exam_problems, table
 from formats.huggingface import load_model, read_config, save_model, snapshot
 from formats.problems import load_problems, prompt_order
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
 from losses import (
     bridge_loss,
@@ -171,7 +171,7 @@ class Setup:
     @property
     def same_ids(self):
         """Does the teacher read the student's ids as they are?"""
-        return self.tok.words == self.tok_t.words
+        return same_vocabulary(self.tok, self.tok_t)
 
 
 def prepare(cfg, place):
@@ -202,7 +202,7 @@ def prepare(cfg, place):
     if not setup.student.config.tied and not ever(cfg['opd_weight']):
         setup.student.head.requires_grad_(False)       # Eq. (6) never reaches it
     setup.student.checkpointing = cfg['checkpointing']
-    setup.student.reach = setup.teacher.reach = longest
+    setup.student.max_length = setup.teacher.max_length = longest
     if cfg['compile']:                               # before the shards are cut
         for block in [*setup.student.blocks, *setup.teacher.blocks]:
             block.compile()
@@ -217,13 +217,15 @@ def output_term(cfg, tok, tok_t, stop, device):
     heads = dict(direction=cfg['kl_direction'], temperature=cfg['student_temperature'],
                  teacher_temperature=cfg['teacher_temperature'], chunk=cfg['head_rows'])
     if cfg['opd'] == 'byte':
-        table_s, table_t = (ByteTable(t.pieces, ends, t.size, device)
-                            for t, ends in ((tok, stop), (tok_t, tok_t.stop_ids)))
+        table_s, table_t = (ByteTable(t.pieces, ends, count, device)
+                            for t, ends, count in ((tok, stop, shared_size(tok, tok_t)),
+                                                   (tok_t, tok_t.stop_ids, tok_t.size)))
         return partial(byte_loss, table_s=table_s, table_t=table_t, **heads)
-    if tok.words != tok_t.words:
+    if not same_vocabulary(tok, tok_t):
         return None
-    return partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], vocab=tok.size,
-                   tail=cfg['opd_tail'], future=cfg['opd_future'], baseline=cfg['opd_baseline'], **heads)
+    return partial(opd_loss, kind=cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'],
+                   vocab=shared_size(tok, tok_t), tail=cfg['opd_tail'], future=cfg['opd_future'],
+                   baseline=cfg['opd_baseline'], **heads)
 
 
 def open_log(out, asked, place, student, opt):
@@ -249,12 +251,13 @@ def examine(cfg, setup, place, name, side='student'):
     tok, problems, stop = setup.tok, setup.held_out, setup.stop
     if not problems:
         return {}
+    vocab = shared_size(setup.tok, setup.tok_t)
     if side == 'teacher' and not setup.same_ids:       # its own prompts and stop tokens
-        tok, stop = setup.tok_t, setup.tok_t.stop_ids
+        tok, stop, vocab = setup.tok_t, setup.tok_t.stop_ids, setup.tok_t.size
         problems = exam_problems(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     with gathered(getattr(setup, side)) as model:
         return evaluate(model, tok, problems, cfg['eval_n'], temperature=cfg['eval_temperature'],
-                        top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=tok.size,
+                        top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
                         rows=cfg['eval_rows'], rank=place.rank, world=place.world,
                         progress='' if place.rank else f'evaluate {name}')
@@ -302,7 +305,8 @@ def train(cfg, setup, place, out, log, done, began):
     rank, world, steps = place.rank, place.world, cfg['steps']
     source = snapshot(cfg['student'])                # its tokenizer goes along with every checkpoint
     draw = dict(temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
-                max_new_tokens=cfg['max_new_tokens'], stop=setup.stop, vocab=tok.size, seed=cfg['seed'])
+                max_new_tokens=cfg['max_new_tokens'], stop=setup.stop, seed=cfg['seed'],
+                vocab=shared_size(tok, tok_t))
     sequences = cfg['prompts_per_step'] * cfg['n']
     opd = output_term(cfg, tok, tok_t, setup.stop, place.device)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from configs import default, load_config
 from formats.huggingface import load_model, snapshot
 from formats.problems import load_problems
-from formats.tokenizer import check_ids, load_tokenizer
+from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from grading.grader import equal, extract, grade
 from rollout import stream
 from studies import toy
@@ -283,13 +283,11 @@ def sample_rest(cfg, place, tok, folder, numbered, done):
         raise UserError(f"{cfg['student']}: reads {model.config.context} tokens, but the longest prompt and "
                         f'{tokens} new tokens make {longest}; lower max_new_tokens')
     check_ids(cfg['student'], model.config.V, tok)
-    model.reach = longest
-    stop = set(tok.stop_ids)
-    if cfg['teacher']:                               # as in training: at either's stop tokens
-        tok_t = load_tokenizer(cfg['teacher'])
-        stop |= set(tok_t.stop_ids) if tok_t.words == tok.words else set()
+    model.max_length = longest
+    tok_t = load_tokenizer(cfg['teacher'] or cfg['student'])     # as in training: at either's stop tokens
     new = answers(model, numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=place.rank, world=place.world,
-                  done=done, max_new_tokens=tokens, stop=sorted(stop), vocab=tok.size, seed=cfg['seed'],
+                  done=done, max_new_tokens=tokens, stop=stop_set(tok, tok_t), vocab=shared_size(tok, tok_t),
+                  seed=cfg['seed'],
                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
 
     def rows():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from formats.tokenizer import same_vocabulary
 from support.runtime import UserError
 
 
@@ -74,7 +75,7 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     while to compare two).
     """
     last = len(prompt_t) - 1                 # the state that has read the prompt and no byte of the answer
-    if tok_s.words == tok_t.words if same is None else same:
+    if same_vocabulary(tok_s, tok_t) if same is None else same:
         ids, at = [*prompt_t, *answer], last + np.arange(len(answer))
         inside, written = np.zeros(len(answer), dtype=bool), {}
     else:
@@ -125,7 +126,7 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     if feed == 'student':
         every = torch.arange(T, device=device).expand(B, T)
         return Reading(roll.ids, roll.length, every, torch.zeros_like(every, dtype=torch.bool), {}, 1.0)
-    same = tok_s.words == tok_t.words
+    same = same_vocabulary(tok_s, tok_t)
     rows = [pair_text(answer, tok_s, prompts_t[p], tok_t, context, same)
             for answer, p in zip(answers, roll.prompt.tolist(), strict=True)]
     length = torch.tensor([len(ids) for ids, *_ in rows])

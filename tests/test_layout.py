@@ -21,7 +21,7 @@ MAY_IMPORT = {
     'kernels': {'kernels'},
     'support': {'support', 'formats', 'losses', 'cross_tokenizer'},
     'formats': {'formats', 'support', 'model'},
-    'cross_tokenizer': {'support', 'losses', 'output_losses'},
+    'cross_tokenizer': {'formats', 'support', 'losses', 'output_losses'},
     'grading': {'grading', 'support'},
     'losses.py': {'kernels'},
     'output_losses.py': {'losses'},

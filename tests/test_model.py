@@ -87,16 +87,16 @@ def test_rotary_scaling_equals_transformers(family, scaling, other, tmp_path):
 
 def test_longrope_cached_equals_uncached_across_the_original_context(tmp_path):
     """An answer that grows past the original context: the cache was made with the long factors from the
-    start, and a training forward of a short answer uses them too, once `reach` says what is to come."""
+    start, and a training forward of a short answer uses them too, once `max_length` says what is to come."""
     hugging_face('phi3', rope_scaling=LONG, original_max_position_embeddings=16).save_pretrained(tmp_path / 'hf')
     model = load_model(tmp_path / 'hf')
     how = dict(max_new_tokens=20, stop=[99], temperature=0.7, seed=1)
-    model.reach = 30
+    model.max_length = 30
     fast, slow = sample(model, [[1, 2, 3], [4] * 10], 2, **how), naive(model, [[1, 2, 3], [4] * 10], 2, **how)
     assert torch.equal(fast.ids, slow.ids) and fast.length.max() == 30
     ids = torch.arange(8).view(1, 8)
     long = model(ids)
-    model.reach = 0
+    model.max_length = 0
     assert (model(ids) - long).abs().max() > 1e-3
 
 
@@ -234,7 +234,7 @@ def test_host_memory_while_loading(tmp_path):
     c = ModelConfig('llama', V=4000, L=12, d=1024, H=8, G=8, e=128, ff=3072, tied=True)
     save_model(Model(c), tmp_path / 'm')
     size = (tmp_path / 'm/model.safetensors').stat().st_size
-    code = ('import resource, sys, torch; from model import Model, ModelConfig, load_model\n'
+    code = ('import resource, sys, torch; from formats.huggingface import load_model\n'
             'def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
             'before = peak(); m = load_model(sys.argv[1]); print(peak() - before)')
     p = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'm')], cwd=ROOT, capture_output=True, text=True)
@@ -297,7 +297,7 @@ def tensors(change):
      'names other.safetensors'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
     (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
-    (lambda f: edit(f, hidden_act='gelu'), 'hidden_act'),
+    (lambda f: edit(f, hidden_act='relu'), "hidden_act = 'relu'"),
     (lambda f: edit(f, num_hidden_layers=4), "'model.layers.3.self_attn.q_proj.weight' is missing"),
     (lambda f: edit(f, num_hidden_layers=2), "surplus tensor 'model.layers.2."),
     (lambda f: edit(f, intermediate_size=30), 'has shape [28, 20], but config.json says [30, 20]'),
