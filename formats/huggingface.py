@@ -136,7 +136,7 @@ def parse_rope(hf, family, e, expect):
         expect(isinstance(group, dict), key, group, 'not a group of names; fetch it again')
         rope |= group
 
-    # Which numbers must be there?
+    # Each kind of scaling has numbers of its own; nothing else is kept of what the group says.
     kind = rope.get('rope_type') or rope.get('type', 'default')
     numbers = {'default': [], 'linear': ['factor'], 'longrope': [original],
                'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', original]}
@@ -145,19 +145,32 @@ def parse_rope(hf, family, e, expect):
     for key in ('rope_theta', 'partial_rotary_factor', *numbers[kind]):
         value = rope.get(key)
         expect(is_positive(value), key, value, 'not a positive number; fetch it again')
-    theta = float(rope.pop('rope_theta'))
-    partial = rope.pop('partial_rotary_factor')
-    if family != 'phi3':                     # the other families ignore it
-        partial = 1.0
+    theta = float(rope['rope_theta'])
+    partial = rope['partial_rotary_factor'] if family == 'phi3' else 1.0     # the others ignore it
+    if kind == 'default':
+        return theta, partial, {}
+    scaling = {'rope_type': kind}
+    for key in numbers[kind]:
+        scaling[key] = rope[key]
+    if kind == 'longrope':
+        scaling |= parse_longrope(rope, int(e * partial) // 2, expect)
+    return theta, partial, scaling
 
-    # longrope has a divisor for each pair of numbers that rotate together.
-    pairs = int(e * partial) // 2
-    for key in ('long_factor', 'short_factor') if kind == 'longrope' else ():
+
+def parse_longrope(rope, pairs, expect):
+    """longrope's own settings: a divisor for each of the pairs of numbers that rotate together, within and
+    beyond the original context, and two numbers that may be missing."""
+    scaling = {}
+    for key in ('long_factor', 'short_factor'):
         divisors = rope.get(key)
-        expect(isinstance(divisors, list) and len(divisors) == pairs, key, divisors,
-               f'not the {pairs} numbers that {pairs} rotated pairs need')
-    rope['rope_type'] = kind
-    return theta, partial, {} if kind == 'default' else rope
+        fine = isinstance(divisors, list) and len(divisors) == pairs and all(map(is_positive, divisors))
+        expect(fine, key, divisors, f'not the {pairs} numbers that {pairs} rotated pairs need')
+        scaling[key] = divisors
+    for key in ('factor', 'attention_factor'):
+        if rope.get(key) is not None:
+            expect(is_positive(rope[key]), key, rope[key], 'not a positive number; fetch it again')
+            scaling[key] = rope[key]
+    return scaling
 
 
 SHAPE_KEYS = ('model_type', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',

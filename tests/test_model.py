@@ -1,4 +1,5 @@
 """The decoder against transformers, cached against uncached, folders in and out."""
+import copy
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ def hugging_face(family, tied=False, **other):
     """A random model of the reference library, with odd sizes and grouped heads."""
     torch.manual_seed(0)
     name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}[family]
+    other = copy.deepcopy(other)             # transformers writes into the settings it is given
     c = dict(vocab_size=37, pad_token_id=0, eos_token_id=2, hidden_size=24, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, rope_theta=5e4,
              initializer_range=0.3, **other)
@@ -290,7 +292,7 @@ def test_older_and_newer_rope_spellings(tmp_path):
 
 # ---- a changed model is saved as what it is -----------------------------------------------------
 
-CHANGES = [dict(L=2), dict(L=5), dict(H=2), dict(G=4), dict(G=1, H=3), dict(e=14), dict(d=30, ff=20), dict(V=50), dict(tied=True),
+CHANGES = [dict(L=2), dict(L=5), dict(H=2), dict(G=4), dict(G=1, H=3), dict(e=14), dict(d=28, ff=20), dict(V=50), dict(tied=True),
            dict(theta=123.0), dict(eps=0.3), dict(context=256), dict(activation='gelu_pytorch_tanh'),
            dict(rope={'rope_type': 'linear', 'factor': 4.0}), dict(rope=LLAMA3), dict(rope=LLAMA3, theta=99.0, L=1)]
 CHANGED = [(family, change) for family in ('qwen3', 'qwen2', 'llama') for change in CHANGES]
