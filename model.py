@@ -34,10 +34,19 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 
+def gelu_tanh(x):
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate='tanh')
+
+
+FAMILIES = ('qwen3', 'qwen2', 'llama', 'phi3')
+ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_pytorch_tanh': gelu_tanh}       # by Hugging Face's names
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides what a decoder computes, apart from its weights."""
-    family: str                 # 'qwen3' (norms on q and k), 'qwen2' (biases on q, k, v), 'llama', 'phi3'
+    family: str                 # of FAMILIES: 'qwen3' has norms on q and k, 'qwen2' has biases on q, k and v
     V: int                      # vocabulary: rows of the embedding and of the head
     L: int                      # layers, which are also called blocks
     d: int                      # width of a hidden state
@@ -51,8 +60,12 @@ class ModelConfig:
     context: int = 128          # longest sequence that the model was made for, tokens
     partial: float = 1.0        # share of each head that is rotated
     rope: dict = field(default_factory=dict)    # scaling of the frequencies, as config.json has it; {} = none
-    activation: str = 'silu'    # of the gated MLP, by its Hugging Face name: a key of ACTIVATIONS
+    activation: str = 'silu'    # of the gated MLP: a key of ACTIVATIONS
     hf: dict = field(default_factory=dict, compare=False, repr=False)       # the config.json it was read from
+
+    def __post_init__(self):
+        assert self.family in FAMILIES, f'family {self.family!r}; known: {FAMILIES}'
+        assert self.activation in ACTIVATIONS, f'activation {self.activation!r}; known: {tuple(ACTIVATIONS)}'
 
     @property
     def qkv_bias(self):
@@ -86,8 +99,7 @@ ROPE_KINDS = ('default', 'linear', 'llama3', 'longrope')
 
 
 def frequencies(c, length):
-    """Rotary frequencies (R/2,) of a model for sequences of up to `length` tokens, and the factor on cos
-    and sin.
+    """Rotary frequencies (R/2,) for sequences of up to `length` tokens, and the factor on cos and sin.
 
     A frequency is an angle per token. c.rope says how a model was stretched beyond its original context:
     'linear' divides every frequency, 'llama3' the low ones, 'longrope' each by a number of its own.
@@ -134,15 +146,16 @@ def rotary(position, inv, scale, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotate the first R of the e numbers on the last axis; the rest stays. x (..., e), cos and sin (...,
-    R)."""
+    """x (..., e) with the first R of its e numbers rotated and the rest as they are. cos, sin: (..., R)."""
     R = cos.shape[-1]
     x, rest = x.split([R, x.shape[-1] - R], -1)
 
     # The pairs that rotate together are half a head apart: number i and number i + R/2.
     a, b = x.chunk(2, -1)                                                    # (..., R/2) each
     x = x * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([x, rest], -1) if rest.shape[-1] else x
+    if rest.shape[-1]:
+        x = torch.cat([x, rest], -1)
+    return x
 
 
 # ---- the key/value cache ----------------------------------------------------------------------
@@ -170,8 +183,7 @@ class Cache:
         return self.kv[0].shape[3]
 
     def change(self, new):
-        """Replace every layer's tensor kv by new(kv). Layer by layer, so that only one layer exists
-        twice."""
+        """Replace each layer's tensor kv by new(kv), one after another: only one layer exists twice."""
         for layer, kv in enumerate(self.kv):
             self.kv[layer] = new(kv)
 
@@ -267,14 +279,6 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, c.H * c.e))
 
 
-def gelu_tanh(x):
-    """GELU by its tanh approximation."""
-    return F.gelu(x, approximate='tanh')
-
-
-ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_pytorch_tanh': gelu_tanh}
-
-
 class MLP(nn.Module):
     """The gated MLP: down(activation(gate(x)) * up(x))."""
     def __init__(self, c):
@@ -360,12 +364,12 @@ class Model(nn.Module):
         else:
             start = cache.read if cache else 0
             position = torch.arange(start, start + T, device=ids.device)     # (T,)
-        length = max(self.max_length, T if cache is None else cache.limit)
+        length = T if cache is None else cache.limit
+        length = max(length, self.max_length)
         inv, scale = self.rope_frequencies(length, ids.device)
         rope = rotary(position, inv, scale, h.dtype)                         # two of (T, R) or (B, R)
 
-        # The blocks. In training they are called in one way only, so that torch.compile makes one graph of
-        # it.
+        # The blocks. Training calls them in one way only, so torch.compile makes one graph of them.
         for l, block in enumerate(self.blocks, 1):
             if cache is not None:
                 h = block(h, rope, cache, l - 1, mask)
@@ -381,7 +385,9 @@ class Model(nn.Module):
         if cache is not None and cache.length is None:
             cache.read += T
         h = self.norm(h)
-        return tap(L, h) if tap else h
+        if tap:
+            h = tap(L, h)
+        return h
 
     def rope_frequencies(self, length, device):
         """`frequencies` for sequences of up to `length` tokens on a device, computed once.
@@ -414,7 +420,8 @@ class Model(nn.Module):
         """
         L = self.config.L
         layers = list(layers)
-        if not layers or layers != sorted({*layers}) or layers[0] < 1 or layers[-1] > L:
+        ascending = layers == sorted({*layers})
+        if not layers or not ascending or layers[0] < 1 or layers[-1] > L:
             raise ValueError(f'layers={layers} of a model with {L}; give ascending numbers from 1 to {L}')
         outs = []
 
@@ -455,8 +462,7 @@ class Model(nn.Module):
 
 
 def init_weights(model, seed):
-    """Normal matrices of variance 1 / (3 fan-in), zero biases, unit norms; the same numbers on every
-    machine.
+    """Normal matrices of variance 1 / (3 fan-in), zero biases, norms of one; the same on every machine.
 
     The usual standard deviation of 0.02 is too small at d = 96: one step of Adam would change a weight by a
     tenth of it.
@@ -466,7 +472,8 @@ def init_weights(model, seed):
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 fan_in = parameter.shape[1]
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (3 * fan_in) ** -0.5)
+                numbers = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(numbers * (3 * fan_in) ** -0.5)
             else:
                 parameter.fill_(0.0 if name.endswith('bias') else 1.0)
     return model

@@ -291,13 +291,13 @@ def test_pairing_is_exact(folders, small_model, pair):
     tok_s, tok_t = (load_tokenizer(folders[name]) for name in pair)
     is_real = tok_s.size > 100_000
     checked = 0
-    for text in mixed_text(2000 if is_real else 150):
+    for text in mixed_text(2000 if is_real else 300):
         text = tok_t.normal(tok_s.normal(text))[:120]
         answer = tok_s.encode(text, special=False) + tok_s.stop_ids[:1]
         ids, at, inside, _ = pair_text(answer, tok_s, [7, 7], tok_t)
         assert list(zip(at - 1, inside, strict=True)) == brute_force(answer, tok_s, ids[2:], tok_t), text
         checked += len(answer)
-    assert checked > (40_000 if is_real else 3000)
+    assert checked > (40_000 if is_real else 4000)
 
 
 @needs_vocabularies
