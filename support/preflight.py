@@ -121,7 +121,10 @@ def check_objective(cfg, same=True):
         raise UserError(f"opd={opd!r} compares token by token, but the tokenizers differ; use opd='byte'")
     if not same and opd == 'byte' and cfg['teacher_ids'] == 'student':
         raise UserError("opd='byte' needs a teacher that reads the text; set teacher_ids=text")
-    for step in range(1, cfg['steps'] + 1):
+
+    # A step without any loss would be a rollout for nothing. For constant weights one look is enough.
+    schedules = [cfg[key] for key in ('oprd_weight', 'opd_weight') if isinstance(cfg[key], list)]
+    for step in range(1, cfg['steps'] + 1 if schedules else 2):
         weights = [weight_at(step, cfg['steps'], cfg[key]) for key in ('oprd_weight', 'opd_weight')]
         if not any(weights):
             raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there; raise one')
