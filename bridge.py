@@ -57,7 +57,7 @@ from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
 from formats.problems import load_problems, prompt_order
-from formats.tokenizer import check_ids, load_tokenizer
+from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from rollout import Rollout, sample
 from step import micro_batches, position_mask
 from studies import toy
@@ -81,7 +81,7 @@ class Answer(NamedTuple):
     stopped: bool               # True: ended by a stop token; False: cut at max_new_tokens
 
 
-def collect(student, problems, tok, stop, cfg, env):
+def collect(student, problems, vocab, stop, cfg, env):
     """The student's answers to `bridge_prompts` problems -> [Answer], the same on every process.
 
     Answers are appended to rollouts.jsonl as they come; what is there is not sampled again.
@@ -116,7 +116,7 @@ def collect(student, problems, tok, stop, cfg, env):
         if my_slots:
             prompts = [problems[order[slot]].ids for slot in my_slots]
             roll = sample(student, prompts, which=list(my_slots), step=-2, stop=stop,
-                          vocab=tok.size, **draw)
+                          vocab=vocab, **draw)
             columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
             for slot, ids, stopped in columns:
                 sampled[slot] = Answer(order[slot], ids, stopped)
@@ -434,11 +434,10 @@ def main(cfg):
     pair = load_pair(cfg, env)
     cfg = pair.cfg
 
-    # 1. collect. The teacher's stop tokens count where its ids mean the same strings.
-    stop = set(pair.tok_s.stop_ids)
-    if pair.tok_s.words == pair.tok_t.words:
-        stop |= set(pair.tok_t.stop_ids)
-    answers = collect(pair.student, pair.problems, pair.tok_s, sorted(stop), cfg, env)
+    # 1. collect
+    vocab = shared_size(pair.tok_s, pair.tok_t)
+    stop = stop_set(pair.tok_s, pair.tok_t)
+    answers = collect(pair.student, pair.problems, vocab, stop, cfg, env)
 
     # Whole prompts are held out, never single rows of one.
     held_out = max(1, round(cfg['bridge_held_out'] * len(answers)))

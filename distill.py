@@ -41,7 +41,7 @@ from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, evaluate, load_eval_sets, table
 from formats.huggingface import load_model, read_config, save_model, snapshot
 from formats.problems import load_problems, prompt_order
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
 from losses import BridgeTerm, HiddenTerm
 from output_losses import OutputTerm, make_objective
@@ -100,15 +100,16 @@ def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
     token by token, but the vocabularies differ."""
     heads = dict(temperature=cfg['student_temperature'], teacher_temperature=cfg['teacher_temperature'],
                  chunk=cfg['head_rows'])
+    vocab = shared_size(tok, tok_t)
     if cfg['opd'] == 'byte':
-        student_table = ByteTable(tok.pieces, stop, tok.size, device)
+        student_table = ByteTable(tok.pieces, stop, vocab, device)
         teacher_table = ByteTable(tok_t.pieces, tok_t.stop_ids, tok_t.size, device)
         return NextByte(student_table, teacher_table, direction=cfg['kl_direction'], **heads)
     if not same_ids:
         return None
     return make_objective(cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], tail=cfg['opd_tail'],
                           direction=cfg['kl_direction'], future=cfg['opd_future'],
-                          baseline=cfg['opd_baseline'], vocab=tok.size, **heads)
+                          baseline=cfg['opd_baseline'], vocab=vocab, **heads)
 
 
 # ---- before the loop ---------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class Setup:
     @property
     def same_ids(self):
         """Does the teacher read the student's ids as they are?"""
-        return self.tok.words == self.tok_t.words
+        return same_vocabulary(self.tok, self.tok_t)
 
 
 def prepare(cfg, place):
@@ -173,8 +174,8 @@ def load_models(cfg, setup, place, longest):
     if not student.config.tied and not ever_positive(cfg['opd_weight']):
         student.head.requires_grad_(False)   # Eq. (6) never reaches it
     student.checkpointing = cfg['checkpointing']
-    student.reach = longest
-    teacher.reach = longest
+    student.max_length = longest
+    teacher.max_length = longest
     if cfg['compile']:                       # before the weights are cut into shards
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
@@ -208,14 +209,15 @@ def open_log(out, asked, place, student, opt):
 def evaluate_model(cfg, setup, place, name, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
     tok, sets, stop = setup.tok, setup.held_out, setup.stop
+    vocab = shared_size(setup.tok, setup.tok_t)
     if not sets:
         return {}
     if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
-        tok, stop = setup.tok_t, setup.tok_t.stop_ids
+        tok, stop, vocab = setup.tok_t, setup.tok_t.stop_ids, setup.tok_t.size
         sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     with gathered(getattr(setup, side)) as model:
         return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
-                        top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=tok.size,
+                        top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
                         rows=cfg['eval_rows'], rank=place.rank, world=place.world,
                         progress='' if place.rank else f'evaluate {name}')
@@ -298,8 +300,9 @@ def sample_answers(cfg, setup, place, problems, slots, step, clock):
     with gathered(setup.student) as sampler:
         return sample(sampler, [problem.ids for problem in problems], cfg['n'], which=slots, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
-                      max_new_tokens=cfg['max_new_tokens'], stop=setup.stop, vocab=setup.tok.size,
-                      seed=cfg['seed'], progress='rollout' if place.rank == 0 and clock.cuda else '')
+                      max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,
+                      vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'],
+                      progress='rollout' if place.rank == 0 and clock.cuda else '')
 
 
 def supervised_positions(cfg, setup, roll, problems):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from configs import default, load_config
 from formats.huggingface import load_model, read_config, snapshot
 from formats.problems import load_problems
-from formats.tokenizer import check_ids, load_tokenizer
+from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from grading.grader import equal, grade, judge
 from rollout import stream
 from studies import toy
@@ -545,20 +545,18 @@ def sample_rest(cfg, env, tokenizer, folder, numbered, samples):
     # The lengths fit; only now are the weights loaded.
     model = load_model(cfg['student'], env.dtype, env.device)
     check_ids(cfg['student'], model.config.V, tokenizer)
-    model.reach = longest                    # longrope chooses its factors by the longest sequence to come
+    model.max_length = longest                    # longrope chooses its factors by the longest sequence to come
 
     # As in training, an answer ends at a stop token of either model, if both have the same tokens.
-    stop = set(tokenizer.stop_ids)
-    if cfg['teacher']:
-        teacher_tokenizer = load_tokenizer(cfg['teacher'])
-        if teacher_tokenizer.words == tokenizer.words:
-            stop |= set(teacher_tokenizer.stop_ids)
+    teacher_tokenizer = load_tokenizer(cfg['teacher'] or cfg['student'])
+    stop = stop_set(tokenizer, teacher_tokenizer)
+    vocab = shared_size(tokenizer, teacher_tokenizer)
 
     # What is there is not sampled again.
     done = {((name, number), sample) for name, number, sample in samples}
     new = answers(model, numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=env.rank, world=env.world,
                   done=done, max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
-                  stop=sorted(stop), vocab=tokenizer.size, seed=cfg['seed'],
+                  stop=stop, vocab=vocab, seed=cfg['seed'],
                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
     graded = graded_rows(new, tokenizer, numbered, cfg['seed'])
     share = (len(numbered) * cfg['eval_n'] - len(done)) // env.world

@@ -1,14 +1,24 @@
 """
-One decoder for the Qwen3, Qwen2, Llama and Phi-3 / Phi-4-mini families; Hugging Face folders in and out.
+One decoder for the Qwen3, Qwen2, Llama and Phi-3 / Phi-4-mini families: the mathematics only.
 
     h = embed(ids);  for each block: h += attention(norm(h)); h += mlp(norm(h));  logits = head(norm(h))
 
-Simpler than usual: rows are right-padded and attention is causal, so a training forward needs no
-attention mask; rotary angles are computed where they are used, so there are no buffers; q, k, v and
-gate, up are one matrix each, split only in files. What it does not know: sliding windows, mixtures
-of experts, quantised weights, YaRN (read_config refuses what it does not know by name).
+Simpler than usual:
+- Rows are right-padded and attention is causal, so a training forward needs no attention mask.
+- Rotary angles are computed where they are used, so there are no buffers.
+- q, k and v are one matrix, gate and up are one matrix. They are split in files only
+  (formats/huggingface.py).
 
-Letters: B rows, T tokens, K selected rows, L layers, d width, V vocabulary,
+What it does not do: sliding windows, mixtures of experts, quantised weights, YaRN. The reader of
+config.json refuses what is not here by name.
+
+How to try it on a CPU (one GPU: the same after .to('cuda'); eight GPUs: support/runtime.py shards it):
+
+    from model import PRESETS, Model, init_weights
+    model = init_weights(Model(PRESETS['toy']), seed=0)
+    logits = model(torch.tensor([[1, 5, 9]]))                                # (1, 3, 21)
+
+Letters: B rows, T tokens, K selected rows, L layers, d width, V vocabulary, ff width of the MLP,
          H query heads, G key/value heads, e head width, R rotated numbers of a head.
 """
 import math
@@ -17,30 +27,45 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 
 
+def gelu_tanh(x):
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate='tanh')
+
+
+FAMILIES = ('qwen3', 'qwen2', 'llama', 'phi3')
+ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_pytorch_tanh': gelu_tanh}       # by Hugging Face's names
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder. `hf` keeps the config.json it came from, so that saving loses nothing."""
-    family: str                 # 'qwen3' has qk_norm, 'qwen2' has qkv_bias, 'llama' and 'phi3' neither
-    V: int
-    L: int
-    d: int
-    H: int
-    G: int
-    e: int
+    """Everything that decides what a decoder computes, apart from its weights."""
+    family: str                 # of FAMILIES: 'qwen3' has norms on q and k, 'qwen2' has biases on q, k and v
+    V: int                      # vocabulary: rows of the embedding and of the head
+    L: int                      # layers, which are also called blocks
+    d: int                      # width of a hidden state
+    H: int                      # query heads
+    G: int                      # key/value heads, each shared by H / G query heads
+    e: int                      # width of a head
     ff: int                     # width of the gated MLP
-    tied: bool = False          # head shares the embedding's weights
-    theta: float = 1e4          # rotary base
+    tied: bool = False          # the head shares the embedding's weights
+    theta: float = 1e4          # base of the rotary frequencies
     eps: float = 1e-6           # of every RMSNorm
-    context: int = 128          # longest sequence the model was made for
+    context: int = 128          # longest sequence that the model was made for, tokens
     partial: float = 1.0        # share of each head that is rotated
-    rope: dict = field(default_factory=dict)    # frequency scaling as config.json has it; {} = none
-    hf: dict = field(default_factory=dict, compare=False, repr=False)
+    rope: dict = field(default_factory=dict)    # scaling of the frequencies, as config.json has it; {} = none
+    activation: str = 'silu'    # of the gated MLP: a key of ACTIVATIONS
+    hf: dict = field(default_factory=dict, compare=False, repr=False)       # the config.json it was read from
+
+    def __post_init__(self):
+        assert self.family in FAMILIES, f'family {self.family!r}; known: {FAMILIES}'
+        assert self.activation in ACTIVATIONS, f'activation {self.activation!r}; known: {tuple(ACTIVATIONS)}'
 
     @property
     def qkv_bias(self):
@@ -51,7 +76,7 @@ class ModelConfig:
         return self.family == 'qwen3'
 
     def count(self):
-        """Number of weights, without making them."""
+        """Number of weights, without allocating them."""
         with torch.device('meta'):
             return sum(p.numel() for p in Model(self).parameters())
 
@@ -68,172 +93,249 @@ PRESETS = {
 }
 
 
-# ---- the decoder ----------------------------------------------------------------------------
+# ---- rotary positions -------------------------------------------------------------------------
+
+ROPE_KINDS = ('default', 'linear', 'llama3', 'longrope')
+
+
+def frequencies(c, length):
+    """Rotary frequencies (R/2,) for sequences of up to `length` tokens, and the factor on cos and sin.
+
+    A frequency is an angle per token. c.rope says how a model was stretched beyond its original context:
+    'linear' divides every frequency, 'llama3' the low ones, 'longrope' each by a number of its own.
+    """
+    rope = c.rope
+    kind = rope.get('rope_type', 'default')
+    assert kind in ROPE_KINDS, f'rope_type {kind!r}; known: {ROPE_KINDS}'
+    R = int(c.e * c.partial)
+    inv = c.theta ** -(torch.arange(0, R, 2, dtype=torch.float32) / R)       # (R/2,)
+    scale = 1.0
+
+    if kind == 'linear':
+        inv /= rope['factor']
+
+    # Waves that turn often within the original context keep their frequency, waves that turn seldom are
+    # divided by the factor, and in between there is a ramp.
+    if kind == 'llama3':
+        turns = rope['original_max_position_embeddings'] * inv / (2 * math.pi)           # (R/2,)
+        low = rope['low_freq_factor']
+        high = rope['high_freq_factor']
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv = inv * keep + inv / rope['factor'] * (1 - keep)
+
+    # Two lists of divisors: one for sequences within the original context, one for longer ones. The factor
+    # on cos and sin makes attention sharper, in the same way for both.
+    if kind == 'longrope':
+        original = rope['original_max_position_embeddings']
+        divisors = rope['long_factor'] if length > original else rope['short_factor']
+        inv /= torch.tensor(divisors)
+        stretch = rope.get('factor') or c.context / original
+        if stretch > 1:
+            scale = math.sqrt(1 + math.log(stretch) / math.log(original))
+        scale = rope.get('attention_factor') or scale
+    return inv, scale
+
+
+def rotary(position, inv, scale, dtype):
+    """cos and sin of the rotary angles at the positions (...,) -> two tensors (..., R)."""
+    angle = position[..., None].float() * inv                                # (..., R/2)
+    angle = torch.cat([angle, angle], -1)                                    # (..., R)
+    cos = (angle.cos() * scale).to(dtype)
+    sin = (angle.sin() * scale).to(dtype)
+    return cos, sin
+
+
+def rotate(x, cos, sin):
+    """x (..., e) with the first R of its e numbers rotated and the rest as they are. cos, sin: (..., R)."""
+    R = cos.shape[-1]
+    x, rest = x.split([R, x.shape[-1] - R], -1)
+
+    # The pairs that rotate together are half a head apart: number i and number i + R/2.
+    a, b = x.chunk(2, -1)                                                    # (..., R/2) each
+    x = x * cos + torch.cat([-b, a], -1) * sin
+    if rest.shape[-1]:
+        x = torch.cat([x, rest], -1)
+    return x
+
+
+# ---- the key/value cache ----------------------------------------------------------------------
+
+class Cache:
+    """Keys and values of B rows, a tensor (B, 2, G, T, e) for each layer, written in place.
+
+    It is used in two phases:
+    - prefill: `length` is None. All rows hold `read` tokens, and a forward reads on from there, so a prompt
+      may come whole or in pieces.
+    - decode: the caller has set `length` (B,). Each row has its own length, and a forward takes one more
+      token per row. The caller increases `length` afterwards.
+    limit: the longest that a row may become.
+    """
+    def __init__(self, c, B, T, device, dtype, limit=0):
+        self.kv = [torch.zeros(B, 2, c.G, T, c.e, device=device, dtype=dtype) for _ in range(c.L)]
+        self.read = 0
+        self.length = None
+        self.limit = max(T, limit)
+        self.longest = 0                     # an upper bound of `length` that the host knows without a sync
+
+    @property
+    def room(self):
+        """T, the number of tokens that a row has room for."""
+        return self.kv[0].shape[3]
+
+    def change(self, new):
+        """Replace each layer's tensor kv by new(kv), one after another: only one layer exists twice."""
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = new(kv)
+
+    def grow(self, tokens):
+        """Make room for `tokens` tokens per row, or for half as many again as now if that is more, but for
+        no more than `limit`. Growing by half each time keeps the copying cheap."""
+        T = min(self.limit, max(tokens, self.room * 3 // 2))
+        self.change(lambda kv: F.pad(kv, (0, 0, 0, T - kv.shape[3])))
+
+    def put(self, rows, other, other_rows):
+        """Copy the rows `other_rows` (n,) of another, shorter cache into `rows` (n,) of this one, without
+        their lengths."""
+        for kv, other_kv in zip(self.kv, other.kv, strict=True):
+            kv[rows, :, :, :other_kv.shape[3]] = other_kv[other_rows]
+
+    def rows(self, keep):
+        """Keep (or repeat) the rows with the numbers `keep` (B',)."""
+        self.change(lambda kv: kv[keep])
+        self.length = self.length[keep]
+
+
+# ---- the decoder ------------------------------------------------------------------------------
 
 class Norm(nn.Module):
     """RMSNorm."""
     def __init__(self, d, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def frequencies(c, length):
-    """Rotary frequencies (R/2,) of a model for sequences up to `length`, and the factor on cos and sin."""
-    R, r, kind = int(c.e * c.partial), c.rope, c.rope.get('rope_type', 'default')
-    inv = c.theta ** -(torch.arange(0, R, 2, dtype=torch.float32) / R)
-    if kind == 'linear':
-        inv /= r['factor']
-    if kind == 'llama3':                     # long waves stretched, short ones kept, a ramp between
-        turns = r['original_max_position_embeddings'] * inv / (2 * math.pi)  # in the original context
-        low, high = r['low_freq_factor'], r['high_freq_factor']
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        inv = inv * keep + inv / r['factor'] * (1 - keep)
-    if kind != 'longrope':
-        return inv, 1.0
-    original = r['original_max_position_embeddings']
-    inv /= torch.tensor(r['long_factor' if length > original else 'short_factor'])
-    stretch = r.get('factor') or c.context / original
-    scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-    return inv, r.get('attention_factor') or scale
-
-
-def rotary(pos, inv, scale, dtype):
-    """cos and sin of the rotary angles at positions `pos` (...,) -> two of (..., R)."""
-    angle = pos[..., None].float() * inv                                     # (..., R/2)
-    angle = torch.cat([angle, angle], -1)
-    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
-
-
-def rotate(x, cos, sin):
-    """Rotate the first R of the last axis's e numbers; the rest stays."""
-    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    a, b = x.chunk(2, -1)
-    x = x * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([x, rest], -1) if rest.shape[-1] else x
-
-
-class Cache:
-    """Keys and values of B rows, (B, 2, G, T, e) for each layer, written in place.
-
-    As long as `length` is None all rows hold `read` tokens, and a forward reads on from there: a prompt
-    whole, or in pieces. Once the caller has set it, (B,), each row is at its own length, and a forward
-    takes one more token a row, after which the caller advances it. limit: the longest a row may become.
-    """
-    def __init__(self, c, B, T, device, dtype, limit=0):
-        self.kv = [torch.zeros(B, 2, c.G, T, c.e, device=device, dtype=dtype) for _ in range(c.L)]
-        self.read, self.length, self.limit = 0, None, max(T, limit)
-        self.longest = 0                     # an upper bound of `length`, known to the host without a sync
-
-    @property
-    def room(self):
-        """T, the tokens a row has room for."""
-        return self.kv[0].shape[3]
-
-    def change(self, new):
-        """Every layer's (B, 2, G, T, e) becomes new(it); the old one goes before the next layer's turn."""
-        for l, kv in enumerate(self.kv):
-            self.kv[l] = new(kv)
-
-    def grow(self, tokens):
-        """Room for so many tokens a row, and half as many again, up to the limit: what has been written is
-        copied a few times in all, and of one layer at most there are two."""
-        T = min(self.limit, max(tokens, self.room * 3 // 2))
-        self.change(lambda kv: F.pad(kv, (0, 0, 0, T - kv.shape[3])))
-
-    def put(self, places, other, rows):
-        """Copy `rows` (n,) of another, shorter cache to `places` (n,) of this one, but not their lengths."""
-        for mine, its in zip(self.kv, other.kv, strict=True):
-            mine[places, :, :, :its.shape[3]] = its[rows]
-
-    def rows(self, keep):
-        """Keep (or repeat) rows: `keep` is an index (B',)."""
-        self.change(lambda kv: kv[keep])
-        self.length = self.length[keep]
-
-
 class Linear(nn.Linear):
-    """nn.Linear. On a CPU 5 to 32 rows without a gradient, a decode step, are computed as (W x')': with the
-    weights as left factor the matrix library is faster (`bench.py decode`)."""
+    """nn.Linear, computed as (W x')' for 5 to 32 rows on a CPU without a gradient, which is a decode step:
+    with the weights as the left factor the matrix library is faster there (studies/bench.py measures
+    it)."""
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() or not x.is_cpu or not 4 < rows <= 32:
             return super().forward(x)
-        columns = x.reshape(rows, -1).t()
-        y = self.weight @ columns
-        y = y if self.bias is None else y.add_(self.bias[:, None])
+        columns = x.reshape(rows, -1).t()                                    # (in, rows)
+        y = self.weight @ columns                                            # (out, rows)
+        if self.bias is not None:
+            y = y.add_(self.bias[:, None])
         return y.t().view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions, H query heads and G key/value heads."""
     def __init__(self, c):
         super().__init__()
-        self.c = c
-        self.qkv = Linear(c.d, (c.H + 2 * c.G) * c.e, bias=c.qkv_bias)
+        self.config = c
+        self.qkv = Linear(c.d, (c.H + 2 * c.G) * c.e, bias=c.qkv_bias)      # queries, keys, values
         self.out = Linear(c.H * c.e, c.d, bias=False)
         if c.qk_norm:
-            self.q_norm, self.k_norm = Norm(c.e, c.eps), Norm(c.e, c.eps)
+            self.q_norm = Norm(c.e, c.eps)
+            self.k_norm = Norm(c.e, c.eps)
 
-    def forward(self, x, rope, cache=None, l=0, mask=None):
-        c, (B, T, _) = self.c, x.shape
+    def forward(self, x, rope, cache=None, layer=0, mask=None):
+        """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it;
+        mask: the one that `decode_mask` makes."""
+        c = self.config
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, c.H + 2 * c.G, c.e)
-        if cache is not None and cache.length is not None:                   # one token a row
+
+        # Decode: one token per row. Norm, rotation, the write into the cache and attention are one kernel.
+        if cache is not None and cache.length is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
-            y = kernels.attend(qkv[:, 0], cache.kv[l], cache.length, *rope, *norms, c.eps,
-                               cache.longest, mask)
+            y = kernels.attend(qkv[:, 0], cache.kv[layer], cache.length, *rope, *norms, c.eps,
+                               cache.longest, mask)                          # (B, H e)
             return self.out(y[:, None])
-        q, k, v = qkv.transpose(1, 2).split([c.H, c.G, c.G], 1)              # (B, H, T, e), (B, G, T, e)
+
+        # Otherwise every row has T tokens: split the heads, norm them, rotate them.
+        q, k, v = qkv.transpose(1, 2).split([c.H, c.G, c.G], 1)              # (B, H or G, T, e)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        how = {'is_causal': True}
-        if cache is not None:                # a piece of a prompt: it sees the pieces before
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+
+        # Prefill: store keys and values. A later piece of a prompt also sees the pieces before it.
+        causal = {'is_causal': True}
+        if cache is not None:
             end = cache.read + T
-            cache.kv[l][:, 0, :, cache.read:end], cache.kv[l][:, 1, :, cache.read:end] = k, v
+            cache.kv[layer][:, 0, :, cache.read:end] = k
+            cache.kv[layer][:, 1, :, cache.read:end] = v
             if cache.read:
-                k, v = cache.kv[l][:, :, :, :end].unbind(1)
-                how = {'attn_mask': causal_lower_right(T, end)}
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=c.H != c.G, **how)
+                k, v = cache.kv[layer][:, :, :, :end].unbind(1)              # (B, G, end, e) each
+                causal = {'attn_mask': causal_lower_right(T, end)}
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=c.H != c.G, **causal)     # (B, H, T, e)
         return self.out(y.transpose(1, 2).reshape(B, T, c.H * c.e))
 
 
 class MLP(nn.Module):
+    """The gated MLP: down(activation(gate(x)) * up(x))."""
     def __init__(self, c):
         super().__init__()
+        self.activation = ACTIVATIONS[c.activation]
         self.gate_up = Linear(c.d, 2 * c.ff, bias=False)
         self.down = Linear(c.ff, c.d, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        gate, up = self.gate_up(x).chunk(2, -1)                              # (B, T, ff) each
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each added to the states it reads."""
     def __init__(self, c):
         super().__init__()
-        self.norm1, self.attn = Norm(c.d, c.eps), Attention(c)
-        self.norm2, self.mlp = Norm(c.d, c.eps), MLP(c)
+        self.norm1 = Norm(c.d, c.eps)
+        self.attn = Attention(c)
+        self.norm2 = Norm(c.d, c.eps)
+        self.mlp = MLP(c)
 
-    def forward(self, h, *where):
-        h = h + self.attn(self.norm1(h), *where)
+    def forward(self, h, rope, cache=None, layer=0, mask=None):
+        h = h + self.attn(self.norm1(h), rope, cache, layer, mask)
         return h + self.mlp(self.norm2(h))
 
 
 class Head(Linear):
-    """States (K, d) -> logits (K, V). Given a function of (states, weight), what that makes of them: a
-    loss can take the vocabulary in pieces, and FSDP, which gathers the weight for a call, need not know."""
+    """States (K, d) -> logits (K, V); or, given a function loss(states, weight), what that returns.
+
+    So a loss can take the vocabulary in pieces, and it needs to know nothing about FSDP, which gathers the
+    weight for the time of a call.
+    """
     def forward(self, h, loss=None):
         return super().forward(h) if loss is None else loss(h, self.weight)
 
 
+def decode_mask(cache, like):
+    """Which cached tokens may each row's new token see? 0 there, -inf beyond -> (B, 1, 1, longest)."""
+    column = torch.arange(cache.longest, device=like.device)
+    visible = column <= cache.length[:, None]                                # (B, longest)
+    mask = torch.zeros_like(visible, dtype=like.dtype)
+    return mask.masked_fill_(~visible, -math.inf)[:, None, None]
+
+
 class Model(nn.Module):
-    """ids (B, T) -> logits (B, T, V); `hidden` stops short of the vocabulary."""
+    """ids (B, T) -> logits (B, T, V). `hidden` gives the states of chosen layers and never calls the head.
+
+    checkpointing: recompute each block in the backward. max_length: the longest sequence to come, if the
+    caller knows it (see `rope_frequencies`).
+    """
     def __init__(self, c):
         super().__init__()
-        self.config, self.checkpointing = c, False
-        self.reach, self.turning = 0, {}     # longest sequence to come, if known; frequencies by device
+        self.config = c
+        self.checkpointing = False
+        self.max_length = 0
+        self.rope_cache = {}                 # what `rope_frequencies` has computed
         self.embed = nn.Embedding(c.V, c.d)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.L))
         self.norm = Norm(c.d, c.eps)
@@ -242,94 +344,136 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
 
     def trunk(self, ids, cache=None, tap=None, last=None):
-        """ids (B, T) -> final-normed states (B, T, d). `tap(l, h) -> h` is called after each block
-        l = 1..last; for l = L it sees the final-normed state, as Hugging Face's hidden_states do."""
-        c, T = self.config, ids.shape[1]
+        """ids (B, T) -> final-normed states (B, T, d).
+
+        tap: called as tap(l, h) -> h after each block l = 1..L; what it returns goes on. For l = L it sees
+        the final-normed state, as the last of Hugging Face's hidden_states is. last: stop after this block.
+        """
+        L = self.config.L
+        T = ids.shape[1]
         h = self.embed(ids)                                                  # (B, T, d)
-        mask, start = None, cache.read if cache else 0
-        if cache is not None and cache.length is not None:                   # one more token a row
-            assert T == 1, f'{T} tokens onto rows of different lengths: one at a time'
-            cache.longest = min(cache.longest + 1, cache.room)               # finished rows may go on
-            pos = cache.length                                               # (B,)
-            if not kernels.fused(h):         # the kernel reads lengths itself
-                there = torch.arange(cache.longest, device=ids.device) <= pos[:, None]       # (B, longest)
-                mask = torch.zeros_like(there, dtype=h.dtype).masked_fill_(~there, -math.inf)[:, None, None]
+
+        # Where do these tokens stand? In decode at each row's length, otherwise behind what has been read.
+        mask = None
+        if cache is not None and cache.length is not None:
+            assert T == 1, f'{T} tokens for rows of different lengths; give one token per row'
+            cache.longest = min(cache.longest + 1, cache.room)               # finished rows stay at the end
+            position = cache.length                                          # (B,)
+            if not kernels.fused(h):         # the Triton kernel reads the lengths itself
+                mask = decode_mask(cache, h)
         else:
-            pos = torch.arange(start, start + T, device=ids.device)          # (T,)
-        reach = max(self.reach, T if cache is None else cache.limit)
-        rope = rotary(pos, *self.frequencies(reach, ids.device), h.dtype)    # (T, R) or (B, R)
+            start = cache.read if cache else 0
+            position = torch.arange(start, start + T, device=ids.device)     # (T,)
+        length = T if cache is None else cache.limit
+        length = max(length, self.max_length)
+        inv, scale = self.rope_frequencies(length, ids.device)
+        rope = rotary(position, inv, scale, h.dtype)                         # two of (T, R) or (B, R)
+
+        # The blocks. Training calls them in one way only, so torch.compile makes one graph of them.
         for l, block in enumerate(self.blocks, 1):
             if cache is not None:
                 h = block(h, rope, cache, l - 1, mask)
             elif self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = block(h, rope)           # called one way only: torch.compile then makes one graph of it
-            if tap and l < c.L:
+                h = block(h, rope)
+            if tap and l < L:
                 h = tap(l, h)
-            if l == last and l < c.L:        # nothing above is asked for
+            if l == last and l < L:          # nobody asked for the blocks above
                 return h
+
         if cache is not None and cache.length is None:
             cache.read += T
         h = self.norm(h)
-        return tap(c.L, h) if tap else h
+        if tap:
+            h = tap(L, h)
+        return h
 
-    def frequencies(self, reach, device):
-        """longrope turns differently beyond the original context. transformers decides by the length
-        of each forward, and so contradicts its own cache when an answer grows past it; here the
-        longest sequence to come decides (`reach`, set by whoever knows it), as in vLLM."""
-        long = reach > self.config.rope.get('original_max_position_embeddings', math.inf)
-        if (long, device) not in self.turning:
-            inv, scale = frequencies(self.config, reach)
-            self.turning[long, device] = inv.to(device), scale
-        return self.turning[long, device]
+    def rope_frequencies(self, length, device):
+        """`frequencies` for sequences of up to `length` tokens on a device, computed once.
+
+        longrope has other frequencies beyond the original context. transformers decides by the length of
+        each forward, and so contradicts its own cache when an answer grows past that context. Here, as in
+        vLLM, the longest sequence to come decides: `max_length`, which whoever knows it sets before the
+        first forward.
+        """
+        beyond = length > self.config.rope.get('original_max_position_embeddings', math.inf)
+        key = (beyond, device)
+        if key not in self.rope_cache:
+            inv, scale = frequencies(self.config, length)
+            self.rope_cache[key] = (inv.to(device), scale)
+        return self.rope_cache[key]
 
     def forward(self, ids, cache=None, at=None):
-        """ids (B, T) -> logits (B, T, V), or (K, V) at flat positions `at` (K,) of (B*T,).
-
-        cache: see Cache.
-        """
-        h = self.trunk(ids, cache)
-        return self.head(h if at is None else h.flatten(0, 1)[at])
-
-    def plain(self):
-        """A Model of the same weights, not copies, without what FSDP and torch.compile hang onto modules."""
-        with torch.device('meta'):
-            twin = Model(self.config)
-        twin.load_state_dict({k: p.detach() for k, p in self.named_parameters(remove_duplicate=False)},
-                             assign=True)
-        if self.config.tied:
-            twin.head.weight = twin.embed.weight
-        twin.reach, twin.turning = self.reach, self.turning
-        return twin.requires_grad_(False).eval()
+        """ids (B, T) -> logits (B, T, V), or (K, V) at the flat positions `at` (K,) of (B*T,)."""
+        h = self.trunk(ids, cache)                                           # (B, T, d)
+        if at is not None:
+            h = h.flatten(0, 1)[at]                                          # (K, d)
+        return self.head(h)
 
     def hidden(self, ids, layers, at=None, tap=None):
-        """States after the blocks in `layers` (1..L, ascending) -> list of (K, d), the head untouched.
+        """States after the blocks in `layers`, ascending numbers 1..L -> a list of (K, d), one for each.
 
-        at: flat positions (K,) of (B*T,); None = all, as (B, T, d). tap: `tap(l, h) -> h, out` may
-        replace the gathering of rows by anything; then the list holds its `out`s. Outputs are
-        returned, not kept aside, because FSDP hangs its backward hooks on what a forward returns.
+        at: flat positions (K,) of (B*T,); None: all of them, as (B, T, d). tap: called as tap(l, h) -> (h,
+        out) in place of choosing rows; the list then holds its outs. Results are returned and not kept
+        aside, because FSDP hangs its backward hooks on what a forward returns.
         """
+        L = self.config.L
+        layers = list(layers)
+        ascending = layers == sorted({*layers})
+        if not layers or not ascending or layers[0] < 1 or layers[-1] > L:
+            raise ValueError(f'layers={layers} of a model with {L}; give ascending numbers from 1 to {L}')
         outs = []
 
         def pick(l, h):
             if l not in layers:
                 return h
-            h, out = tap(l, h) if tap else (h, h if at is None else h.flatten(0, 1)[at])
+            if tap:
+                h, out = tap(l, h)
+            else:
+                out = h if at is None else h.flatten(0, 1)[at]
             outs.append(out)
             return h
-        self.trunk(ids, tap=pick, last=max(layers))
+
+        self.trunk(ids, tap=pick, last=layers[-1])
         return outs
+
+    def plain(self):
+        """A Model of the same weights, not copies, without what FSDP and torch.compile attach to modules.
+
+        The weights of a sharded model are whole only inside `with gathered(model)` (support/runtime.py),
+        which calls this; anywhere else it is an error.
+        """
+        weights = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if isinstance(parameter, DTensor):
+                raise RuntimeError(f'{name} is the shard of a weight; use `with gathered(model) as whole:` '
+                                   '(support/runtime.py)')
+            weights[name] = parameter.detach()
+
+        with torch.device('meta'):
+            twin = Model(self.config)
+        twin.load_state_dict(weights, assign=True)
+        if self.config.tied:                 # `assign` unties them
+            twin.head.weight = twin.embed.weight
+        twin.max_length = self.max_length
+        twin.rope_cache = self.rope_cache
+        return twin.requires_grad_(False).eval()
 
 
 def init_weights(model, seed):
-    """Normal matrices of variance 1 / (3 fan-in), zero biases, unit norms; the same numbers on every
-    machine. (The usual 0.02 is too small at d = 96: one Adam step would be a tenth of a weight.)"""
-    g = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        with torch.no_grad():
-            if p.ndim == 2:
-                p.copy_(torch.randn(p.shape, generator=g) * (3 * p.shape[1]) ** -0.5)
+    """Normal matrices of variance 1 / (3 fan-in), zero biases, norms of one; the same on every machine.
+
+    The usual standard deviation of 0.02 is too small at d = 96: one step of Adam would change a weight by a
+    tenth of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                fan_in = parameter.shape[1]
+                numbers = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(numbers * (3 * fan_in) ** -0.5)
             else:
-                p.fill_(0.0 if name.endswith('bias') else 1.0)
+                parameter.fill_(0.0 if name.endswith('bias') else 1.0)
     return model

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from formats.tokenizer import same_vocabulary
 from support.runtime import UserError
 
 PAIRS = ('floor', 'exact')
@@ -137,7 +138,7 @@ def pair_text(answer, tok_s, prompt_t, tok_t, context=None, same=None):
     both sides the teacher reads the student's own ids, and every position is of class 0.
     """
     if same is None:
-        same = tok_s.words == tok_t.words
+        same = same_vocabulary(tok_s, tok_t)
     if same:
         answer_t = answer
         state = np.arange(len(answer))
@@ -243,7 +244,7 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
         return Reading(roll.ids, roll.length, column, inside, {}, 1.0)
 
     # Each answer by itself.
-    same = tok_s.words == tok_t.words
+    same = same_vocabulary(tok_s, tok_t)
     answers = roll.answers()
     paired = []
     for answer, prompt in zip(answers, roll.prompt.tolist(), strict=True):

@@ -47,7 +47,7 @@ from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import pair_text
 from formats.huggingface import hf_config, hf_tensors
 from formats.problems import load_problems
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import load_tokenizer, same_vocabulary
 from kernels.layer_loss import layer_rows_text
 from losses import HiddenTerm, layer_loss, oprd_loss, row_distance
 from model import PRESETS, Linear, Model
@@ -399,7 +399,7 @@ def pairing(args, place):
     texts = [t if isinstance(t, str) else ''.join(m['content'] for m in t) for t in texts]
     answers = [tok_s.encode(t, special=False) for t in texts]
     size = sum(len(tok_s.pieces[i]) for answer in answers for i in answer)
-    same, seconds = tok_s.words == tok_t.words, []
+    same, seconds = same_vocabulary(tok_s, tok_t), []
     for _ in range(args.repeat):
         began = time.perf_counter()
         inside = [pair_text(answer, tok_s, [0], tok_t, same=same)[2] for answer in answers]

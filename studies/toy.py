@@ -1,20 +1,23 @@
 """
-The toy: a task, its tokenizer, and a student and a teacher trained here from nothing.
+The toy: a task, its tokenizer, and a student and a teacher that are trained here from nothing.
 
 A problem is a chain of arithmetic modulo 10, worked out from left to right:
 
     prompt   <bos>3+7*4-8*2+5-9=
     answer   3+7=0;0*4=0;0-8=2;2*2=4;4+5=9;9-9=0;\\boxed{0}<eos>
 
-with 21 tokens, about 5e9 problems and one right answer each. The student has had too little
-training; the teacher is the same network trained further with embedding and head frozen, like the
-paper's pair (R1-Distill and JustRL, which share both). A teacher of another depth, width or vocabulary
-is trained from a beginning of its own; toy_teacher_tokens='merged' has 52 tokens, some of them two
-symbols long, with ids in another order: the same text, other ids. All of it is written as one folder of
-the layouts that real runs use (two Hugging Face folders, two .jsonl files), so nothing downstream knows
-that it is a toy.
+There are 21 tokens, about 5e9 problems and one right answer to each. The student has had too little
+training. The teacher is the same network, trained further with embedding and head frozen, like the paper's
+pair (R1-Distill and JustRL, which share both). A teacher of another depth, width or vocabulary is trained
+from its own random weights; toy_teacher_tokens='merged' has 52 tokens, some of them two symbols long, with
+ids in another order: the same text, other ids.
 
-    python -m studies.toy configs/toy.py  make the folder, show it, stop
+Everything is written as one folder in the layouts that real runs use (two Hugging Face folders, two .jsonl
+files), so the other scripts do not know that it is a toy. What it does not show: anything about language.
+
+    python -m studies.toy configs/toy.py          make the folder, show three problems, stop
+
+Letters: B sequences, T tokens, V vocabulary.
 """
 import json
 import random
@@ -38,16 +41,20 @@ from support.files import digest, locked, read_json, whole, write_json
 from support.runtime import UserError, barrier, print0, run, start
 
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>']
-LETTERS = [*'0123456789+-*=;', '\\boxed{', '}']      # the box is one token, as a digit is
+BOX = '\\boxed{'                                     # one token, as a digit is
+LETTERS = [*'0123456789+-*=;', BOX, '}']
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
             '{% if add_generation_prompt %}={% endif %}')
 
 
+# ---- the task ---------------------------------------------------------------------------------
+
 def problem(rng, ops):
-    """One problem -> (question, worked answer, value). Operands 0..9; factors 2..9, since 0 and 1
-    would let the model forget what came before."""
-    value = first = rng.randrange(10)
-    question, work = str(first), ''
+    """One problem of `ops` operations -> (question, worked answer, value). Operands are 0..9, factors 2..9,
+    because 0 and 1 would let the model forget what came before."""
+    value = rng.randrange(10)
+    question = str(value)
+    work = ''
     for _ in range(ops):
         op = rng.choice('+-*')
         x = rng.randrange(2 if op == '*' else 0, 10)
@@ -55,34 +62,52 @@ def problem(rng, ops):
         question += f'{op}{x}'
         work += f'{value}{op}{x}={result};'
         value = result
-    return question, f'{work}\\boxed{{{value}}}', str(value)
+    return question, f'{work}{BOX}{value}}}', str(value)
 
 
 def problems(n, ops, seed, held_out=False):
-    """n problems of one side of a fixed split: a sixteenth of all questions (by checksum) is held
-    out, so no evaluated question is ever trained on, whatever the seeds."""
-    rng, out = random.Random(f'{seed} {held_out}'), []
-    while len(out) < n:
-        p = problem(rng, ops)
-        if (zlib.crc32(p[0].encode()) % 16 == 0) == held_out:
-            out.append(p)
-    return out
+    """n problems of one side of a fixed split. A sixteenth of all questions (by checksum) is held out, so
+    no evaluated question is ever trained on, whatever the seeds are."""
+    rng = random.Random(f'{seed} {held_out}')
+    chosen = []
+    while len(chosen) < n:
+        candidate = problem(rng, ops)
+        is_held_out = zlib.crc32(candidate[0].encode()) % 16 == 0
+        if is_held_out == held_out:
+            chosen.append(candidate)
+    return chosen
+
+
+def write_problems(file, rows):
+    """Problems -> a .jsonl file."""
+    lines = [json.dumps({'question': question, 'answer': value, 'solution': answer}) + '\n'
+             for question, answer, value in rows]
+    file.write_text(''.join(lines))
 
 
 def write_tokenizer(folder, tokens='same'):
-    """tokenizer.json, tokenizer_config.json, chat template and generation config of the toy. tokens:
-    'merged' adds ;d, d=, [d for every digit d, and ;[, where [ is the box; cut leftmost, longest first."""
-    letters, merged = list(LETTERS), []
+    """tokenizer.json, tokenizer_config.json, chat template and generation config of the toy.
+
+    tokens: 'merged' adds ;d, d=, [d for every digit d, and ;[, where [ is the box. Text is cut from the
+    left, the longest token first.
+    """
+    assert tokens in ('same', 'merged'), tokens
+    letters = list(LETTERS)
+    merged = []
     if tokens == 'merged':
-        digits, box = LETTERS[:10], '\\boxed{'
-        merged = [w for d in digits for w in (f';{d}', f'{d}=', box + d)] + [f';{box}']
+        for digit in LETTERS[:10]:
+            merged += [f';{digit}', f'{digit}=', f'{BOX}{digit}']
+        merged.append(f';{BOX}')
         letters += merged
-        random.Random(0).shuffle(letters)
-    tok = HFTokenizer(models.BPE({t: i for i, t in enumerate(SPECIAL + letters)}, [], unk_token='<unk>'))
+        random.Random(0).shuffle(letters)    # the ids of the letters differ too
+
+    ids = {token: number for number, token in enumerate(SPECIAL + letters)}
+    tok = HFTokenizer(models.BPE(ids, [], unk_token='<unk>'))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens(SPECIAL)
-    tok.add_tokens([AddedToken(w, normalized=False) for w in ['\\boxed{', *merged]])
+    tok.add_tokens([AddedToken(word, normalized=False) for word in [BOX, *merged]])
+
     tok.save(str(folder / 'tokenizer.json'))
     write_json(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<bos>', 'eos_token': '<eos>',
@@ -91,47 +116,60 @@ def write_tokenizer(folder, tokens='same'):
     (folder / 'chat_template.jinja').write_text(TEMPLATE)
 
 
+# ---- the models -------------------------------------------------------------------------------
+
 def supervise(model, tok, cfg, name):
-    """Supervised training on worked answers: cross entropy of the answer's tokens only.
-    AdamW (.9, .95), 5% warm-up, cosine to 5%, clip 1."""
-    steps, lr = cfg[f'toy_{name}_steps'], cfg[f'toy_{name}_lr']
+    """Supervised training of the model called `name` on worked answers: cross entropy of the answer's
+    tokens. AdamW with betas .9 and .95, 5% warm-up, cosine down to 5%, gradient norm clipped at 1."""
+    steps = cfg[f'toy_{name}_steps']
+    lr = cfg[f'toy_{name}_lr']
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rise = max(1, round(0.05 * steps))
-    sched = lr_scheduler.SequentialLR(opt, [
-        lr_scheduler.LinearLR(opt, 1 / rise, 1, rise - 1),
-        lr_scheduler.CosineAnnealingLR(opt, max(1, steps - rise), 0.05 * lr)], [rise - 1])
-    rng, began = random.Random(f"{name} {cfg['seed']}"), time.time()
+    warmup = max(1, round(0.05 * steps))
+    schedule = lr_scheduler.SequentialLR(opt, [
+        lr_scheduler.LinearLR(opt, 1 / warmup, 1, warmup - 1),
+        lr_scheduler.CosineAnnealingLR(opt, max(1, steps - warmup), 0.05 * lr)], [warmup - 1])
+
+    rng = random.Random(f"{name} {cfg['seed']}")
+    began = time.monotonic()
     for step in range(1, steps + 1):
+        # New problems in every step. All have the same length, so there is no padding.
         batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random())
+        rows = [tok.chat(question) + tok.encode(answer) + tok.stop_ids for question, answer, _ in batch]
+        ids = torch.tensor(rows).to(model.embed.weight.device)               # (B, T)
         prompt = len(tok.chat(batch[0][0]))
-        ids = torch.tensor([tok.chat(q) + tok.encode(a) + tok.stop_ids for q, a, _ in batch])   # (B, T)
-        ids = ids.to(model.embed.weight.device)
-        logits = model(ids[:, :-1])[:, prompt - 1:]                                             # (B, T', V)
+
+        # The state at column t predicts the token of column t + 1; the answer's tokens alone are learned.
+        logits = model(ids[:, :-1])[:, prompt - 1:]                          # (B, T - prompt, V)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        sched.step()
+        schedule.step()
         if step % 40 == 0 or step == steps:
-            left = (time.time() - began) / step * (steps - step)
+            left = (time.monotonic() - began) / step * (steps - step)
             print0(f'  {name} {step:4d}/{steps} | loss {loss.item():.3f} | eta {left:.0f}s')
 
 
 def shape(cfg, tok, side='student'):
     """ModelConfig of the toy's student or teacher."""
-    layers, key = cfg['toy_layers'], 'toy_width'
+    layers = cfg['toy_layers']
+    width_key = 'toy_width'
     if side == 'teacher' and unlike(cfg):
         layers = cfg['toy_teacher_layers'] or layers
-        key = 'toy_teacher_width' if cfg['toy_teacher_width'] else key
-    d, H = cfg[key], cfg['toy_heads']
-    if d % (2 * H):
-        raise UserError(f'{key}={d} does not divide into {H} heads of even width; '
-                        f'choose a multiple of {2 * H}')
+        width_key = 'toy_teacher_width' if cfg['toy_teacher_width'] else width_key
+    width = cfg[width_key]
+    heads = cfg['toy_heads']
+    if width % (2 * heads):
+        raise UserError(f'{width_key}={width} does not divide into {heads} heads of even width; '
+                        f'choose a multiple of {2 * heads}')
+
+    # Tokens of prompt and answer: bos, digit, (op, digit) each, '='; then 'a+b=c;' each, box, digit, '}',
+    # eos.
     length = 2 * cfg['toy_ops'] + 3 + 6 * cfg['toy_ops'] + 4
-    return replace(PRESETS['toy'], V=tok.size, L=layers, d=d, H=H, G=H, e=d // H, ff=8 * (d // 3),
-                   context=2 * length)
+    return replace(PRESETS['toy'], V=tok.size, L=layers, d=width, H=heads, G=heads, e=width // heads,
+                   ff=8 * (width // 3), context=2 * length)
 
 
 def unlike(cfg):
@@ -139,10 +177,12 @@ def unlike(cfg):
     return bool(cfg['toy_teacher_layers'] or cfg['toy_teacher_width'] or cfg['toy_teacher_tokens'] != 'same')
 
 
+# ---- the folder -------------------------------------------------------------------------------
+
 def recipe(cfg):
-    """Everything that decides what the folder holds."""
-    keys = [k for k in cfg if k.startswith('toy_') and k != 'toy_dir']
-    return {k: cfg[k] for k in (*keys, 'seed')} | {'version': 1}
+    """Everything in the config that decides what the folder holds."""
+    keys = [key for key in cfg if key.startswith('toy_') and key != 'toy_dir']
+    return {key: cfg[key] for key in (*keys, 'seed')} | {'version': 1}
 
 
 def folder_of(cfg):
@@ -159,18 +199,20 @@ def is_made(cfg):
 
 
 def is_whole(folder, cfg):
-    """Is the folder there, of this recipe, and readable to the last weight?"""
+    """Does the folder exist, made by this recipe for models of this shape, and can all of it be read?"""
     if not folder.exists():
         return False
     try:
         if read_json(folder / 'recipe.json') != recipe(cfg):
-            raise UserError('its recipe is another')
+            raise UserError('it was made by another recipe')
         for side in ('student', 'teacher'):
-            load_model(folder / side)
+            tok = load_tokenizer(folder / side)
+            if load_model(folder / side).config != shape(cfg, tok, side):
+                raise UserError(f'its {side} has another shape than models have now')
         for name in ('train.jsonl', 'eval.jsonl'):
             load_problems(folder / name, load_tokenizer(folder / 'student'))
-    except UserError as e:
-        print0(f'toy: {folder} is damaged ({e})')
+    except UserError as error:
+        print0(f'toy: {folder} cannot be used ({error})')
         return False
     return True
 
@@ -180,42 +222,48 @@ def make(folder, cfg, device):
     print0(f'toy: making student and teacher in {folder} (about two minutes on two cores)')
     with whole(folder) as tmp:
         tmp.mkdir(parents=True)
-        for name, n, held_out in (('train', cfg['toy_train'], False), ('eval', cfg['toy_eval'], True)):
-            rows = problems(n, cfg['toy_ops'], cfg['seed'], held_out)
-            (tmp / f'{name}.jsonl').write_text(''.join(
-                json.dumps({'question': q, 'answer': v, 'solution': a}) + '\n' for q, a, v in rows))
+        train = problems(cfg['toy_train'], cfg['toy_ops'], cfg['seed'])
+        write_problems(tmp / 'train.jsonl', train)
+        held_out = problems(cfg['toy_eval'], cfg['toy_ops'], cfg['seed'], held_out=True)
+        write_problems(tmp / 'eval.jsonl', held_out)
+
+        # The student.
         write_tokenizer(tmp)
         tok = load_tokenizer(tmp)
         model = init_weights(Model(shape(cfg, tok)), cfg['seed']).to(device)
         supervise(model, tok, cfg, 'student')
         save_model(model, tmp / 'student', source=tmp)
+
+        # The teacher: the student trained on with embedding and head frozen, or a network of its own.
         if unlike(cfg):
             write_tokenizer(tmp, cfg['toy_teacher_tokens'])
             tok = load_tokenizer(tmp)
             model = init_weights(Model(shape(cfg, tok, 'teacher')), cfg['seed'] + 10**6).to(device)
         else:
-            for p in (*model.embed.parameters(), *model.head.parameters()):
-                p.requires_grad_(False)
+            model.embed.requires_grad_(False)
+            model.head.requires_grad_(False)
         supervise(model, tok, cfg, 'teacher')
         save_model(model, tmp / 'teacher', source=tmp)
+
+        # Each model's folder has its own copy of the tokenizer.
         for file in (*tmp.glob('token*.json'), tmp / 'generation_config.json', tmp / 'chat_template.jinja'):
-            file.unlink()                    # each model's folder has its own copy
+            file.unlink()
         write_json(tmp / 'recipe.json', recipe(cfg))
 
 
 def prepare(cfg, place):
-    """cfg with every 'toy' replaced by a path; the folder is made by rank 0 if it is not there."""
+    """cfg with every 'toy' replaced by a path. Rank 0 makes the folder if it is not there."""
     if not wanted(cfg):
         return cfg
     folder = folder_of(cfg)
     if place.rank == 0 and not is_whole(folder, cfg):
-        with locked(folder.with_name(f'.{folder.name}.lock')):               # another run may be making it
-            if not is_whole(folder, cfg):
+        with locked(folder.with_name(f'.{folder.name}.lock')):
+            if not is_whole(folder, cfg):                # another run may have made it in the meantime
                 make(folder, cfg, place.device)
     barrier()
     paths = {'student': folder / 'student', 'teacher': folder / 'teacher',
              'data': folder / 'train.jsonl', 'eval_data': folder / 'eval.jsonl'}
-    return cfg | {k: str(p) for k, p in paths.items() if cfg[k] == 'toy'}
+    return cfg | {key: str(path) for key, path in paths.items() if cfg[key] == 'toy'}
 
 
 def main(cfg):
@@ -223,8 +271,8 @@ def main(cfg):
         raise UserError("nothing is 'toy' in this config; python -m studies.toy configs/toy.py")
     cfg = prepare(cfg, start(cfg['device'], cfg['dtype']))
     tok = load_tokenizer(cfg['student'])
-    for row in problems(3, cfg['toy_ops'], cfg['seed'], held_out=True):
-        print0(f'  {tok.render(row[0])} {row[1]}')
+    for question, answer, _ in problems(3, cfg['toy_ops'], cfg['seed'], held_out=True):
+        print0(f'  {tok.render(question)} {answer}')
     print0(folder_of(cfg))
 
 

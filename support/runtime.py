@@ -1,9 +1,14 @@
 """
 Where a script runs: ranks, devices, shards of a model, clocks, and one-line errors.
 
-torchrun hands every process its rank in the environment; without torchrun there is one rank and
-every collective below is a no-op, so the scripts read the same on a laptop and on eight GPUs.
-Nothing here knows what a model computes.
+torchrun gives each process its rank in the environment. Without torchrun there is one rank, and every
+collective below does nothing, so the scripts read the same on a laptop and on eight GPUs.
+
+Simpler than usual: no launcher, no wrapper around the model, no global state apart from torch's process
+group. What it does not do: restart after a lost node, or anything that knows what a model computes.
+
+    python distill.py configs/toy.py                              one rank: a CPU or one GPU
+    torchrun --nproc_per_node=8 distill.py configs/toy.py         eight ranks: GPUs, or CPU processes
 """
 import os
 import shutil
@@ -26,18 +31,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
-    """A mistake the user can mend. One line: where + what was found + what to do. Exit code 2."""
+    """An error that the user can fix. One line: where + what was found + what to do. Exit code 2."""
 
+
+# ---- start: rank, device, dtype ---------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Place:
-    """This process: rank r of `world`, its number on this machine, its device, and the dtype that
-    forwards run in."""
-    rank: int
-    world: int
-    local: int
+    """Where this process runs."""
+    rank: int                   # 0 .. world - 1
+    world: int                  # number of ranks, on all machines
+    local: int                  # number of this rank on its machine
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype          # of forwards
 
 
 def start(device='auto', dtype='auto'):
@@ -45,10 +51,29 @@ def start(device='auto', dtype='auto'):
 
     'auto' means CUDA with bfloat16 where there is CUDA, else CPU with float32.
     """
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device == 'cuda' else 'float32'
+    check_device(device, dtype, local, world)
+
+    own_device = torch.device(device)
+    if device == 'cuda':
+        own_device = torch.device(device, local)
+        torch.cuda.set_device(own_device)
+
+    # The timeout is hours, not the usual ten minutes: ranks wait for each other's longest answer, and for
+    # rank 0 while it makes the toy or writes a checkpoint.
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(BACKENDS[device], timeout=timedelta(hours=6))
+    return Place(rank, world, local, own_device, getattr(torch, dtype))
+
+
+def check_device(device, dtype, local, world):
+    """A device that is not there, or that cannot do what is asked, is a UserError."""
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError("device='cuda', but torch sees no CUDA GPU; use device=cpu")
     if device == 'cuda' and local >= torch.cuda.device_count():
@@ -58,28 +83,22 @@ def start(device='auto', dtype='auto'):
         raise UserError("device='mps', but torch sees no Apple GPU; use device=cpu")
     if device == 'mps' and world > 1:
         raise UserError("device='mps' runs on one rank; use device=cpu, or start without torchrun")
-    if dtype == 'auto':
-        dtype = 'bfloat16' if device == 'cuda' else 'float32'
     if device == 'mps' and dtype != 'float32':
         raise UserError("device='mps' runs in float32; use dtype=float32")
-    own = torch.device(device, local) if device == 'cuda' else torch.device(device)
-    if device == 'cuda':
-        torch.cuda.set_device(own)
-    if world > 1 and not dist.is_initialized():
-        # hours, not the usual ten minutes: ranks wait for each other's longest answer, and for rank 0
-        # while it makes the toy or writes a checkpoint
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo', timeout=timedelta(hours=6))
-    return Place(rank, world, local, own, getattr(torch, dtype))
 
 
 def versions(place):
-    """What a reader of the run folder needs in order to repeat it."""
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT,
-                         capture_output=True, text=True) if shutil.which('git') else None
+    """What a reader of the run folder needs in order to repeat the run."""
+    revision = 'no git'
+    if shutil.which('git'):
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT,
+                             capture_output=True, text=True)
+        if git.returncode == 0:
+            revision = git.stdout.strip()
+    on_cuda = place.device.type == 'cuda'
     return {'torch': torch.__version__, 'python': sys.version.split()[0],
-            'device': torch.cuda.get_device_name() if place.device.type == 'cuda' else place.device.type,
-            'ranks': place.world, 'threads': torch.get_num_threads(),
-            'git': git.stdout.strip() if git and git.returncode == 0 else 'no git'}
+            'device': torch.cuda.get_device_name() if on_cuda else place.device.type,
+            'ranks': place.world, 'threads': torch.get_num_threads(), 'git': revision}
 
 
 def print0(*words):
@@ -88,35 +107,46 @@ def print0(*words):
         print(*words, flush=True)
 
 
+# ---- run: one-line errors, exit codes, signals ------------------------------------------------
+
 def run(main, cfg_of):
-    """Run `main(cfg_of())` as a script: a UserError, a full disk or a full GPU is one line, exit 2."""
+    """Run `main(cfg_of())` as a script and exit. A UserError, a full disk or a full GPU is one line and
+    exit code 2."""
     line = None
     try:
         code = main(cfg_of()) or 0
-    except UserError as e:
-        line = str(e)
-    except torch.OutOfMemoryError as e:
-        line = (f'{str(e).splitlines()[0]} Lower token_budget=, eval_rows= or head_rows=, or set '
+    except UserError as error:
+        line = str(error)
+    except torch.OutOfMemoryError as error:
+        line = (f'{str(error).splitlines()[0]} Lower token_budget=, eval_rows= or head_rows=, or set '
                 'checkpointing=True')
-    except OSError as e:
-        line = f'{e.filename or "system"}: {e.strerror or e}; look at space and permissions there'
+    except OSError as error:
+        line = f'{error.filename or "system"}: {error.strerror or error}; look at space and permissions there'
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         code = 130
+
     if line is not None:
+        # An error that rank 0 meets too is printed once: rank 0 is first, and its end stops the others.
         if int(os.environ.get('RANK', 0)):
-            time.sleep(3)                    # a mistake that rank 0 meets too is told once, by rank 0
+            time.sleep(3)
         print(f'error: {line}', file=sys.stderr, flush=True)
-        if ranks() > 1:
-            sys.stdout.flush()
-            os._exit(2)                      # no farewell: the other ranks may wait in a collective
         code = 2
+    leave(code, failed=line is not None)
+
+
+def leave(code, failed):
+    """Exit with this code. With several ranks by os._exit: gloo's threads have been seen to abort a process
+    that had finished its work."""
+    sys.stdout.flush()
     if ranks() > 1:
+        if failed:
+            os._exit(code)                   # at once: the other ranks may be waiting in a collective
         if code == 0:
-            barrier()                        # nobody leaves while another still talks to it
+            barrier()                        # no rank leaves while another still needs it
         dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(code)                       # gloo's threads have been seen to abort a process that is done
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -124,8 +154,8 @@ def run(main, cfg_of):
 
 @contextmanager
 def interruptible():
-    """Ctrl-C (or a scheduler's SIGTERM) sets a flag that a loop reads after each step; a second one
-    stops at once. Yields the list that will hold the signal."""
+    """The first Ctrl-C (or SIGTERM of a scheduler) is noted, for a loop that looks after each step; a
+    second one stops at once. Yields the list that will hold the signal."""
     caught = []
 
     def note(number, _):
@@ -133,18 +163,23 @@ def interruptible():
             raise KeyboardInterrupt
         caught.append(number)
         print0('\nstopping: this step is finished and saved first (again: stop at once)')
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
+
+# ---- the clock --------------------------------------------------------------------------------
 
 class Clock:
-    """Seconds of a step by phase, and how long the steps to come will take, evaluation included."""
+    """Seconds of a step by phase, and how long the remaining steps will take, evaluation included."""
     def __init__(self, device):
-        self.cuda, self.began, self.steps = device.type == 'cuda', time.perf_counter(), 0
+        self.cuda = device.type == 'cuda'
+        self.began = time.perf_counter()
+        self.steps = 0
 
     def now(self):
         if self.cuda:
@@ -152,37 +187,52 @@ class Clock:
         return time.perf_counter()
 
     def start(self):
-        self.last, self.phases = self.now(), {}
+        """A step begins."""
+        self.last = self.now()
+        self.phases = {}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
 
     def lap(self, phase):
-        """The time since the last lap goes to this phase; a phase may come again in a step."""
-        now, key = self.now(), f'time/{phase}'
-        self.phases[key], self.last = self.phases.get(key, 0.0) + now - self.last, now
+        """The time since the last lap belongs to this phase. A phase may have several laps in a step."""
+        now = self.now()
+        key = f'time/{phase}'
+        self.phases[key] = self.phases.get(key, 0.0) + now - self.last
+        self.last = now
 
     def update_begins(self):
         """Memory from here to stop() is the update's."""
         if self.cuda:
-            self.peak, self.before = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+            self.peak = torch.cuda.max_memory_allocated()
+            self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
 
     def stop(self):
-        """-> {'time/phase': seconds} of the step; on CUDA also its highest memory and the update's
-        delta-peak (peak allocated during it minus allocated at its start; Table 3), GB, largest rank. Unlike
-        the paper's it includes the teacher's forward, which takes turns with the student's."""
+        """The step ends -> {'time/phase': seconds}; on CUDA also its memory, in GB on the largest rank.
+
+        'mem/peak': the most that was allocated. 'mem/update_dpeak': the update's peak minus what was
+        allocated at its start (Table 3). Unlike the paper's it includes the teacher's forward, which
+        alternates with the student's.
+        """
         self.steps += 1
         if not self.cuda:
             return self.phases
         peak = torch.cuda.max_memory_allocated()
-        gb = all_reduce(torch.tensor([max(self.peak, peak), peak - self.before], device='cuda') / 1e9, 'max')
-        return self.phases | dict(zip(('mem/peak', 'mem/update_dpeak'), gb.tolist(), strict=True))
+        used = torch.tensor([max(self.peak, peak), peak - self.before], device='cuda') / 1e9
+        used = all_reduce(used, 'max').tolist()
+        return self.phases | {'mem/peak': used[0], 'mem/update_dpeak': used[1]}
 
     def eta(self, steps):
+        """Seconds that so many further steps will take."""
         return (time.perf_counter() - self.began) / self.steps * steps
 
 
-# ---- collectives: no-ops on one rank ----------------------------------------------------------
+# ---- collectives: they do nothing on one rank -------------------------------------------------
+
+BACKENDS = {'cuda': 'nccl', 'cpu': 'gloo', 'mps': 'gloo'}        # device -> library that connects the ranks
+DEVICES = {'nccl': 'cuda', 'gloo': 'cpu'}                        # library -> device of the tensors it moves
+OPERATIONS = {'sum': dist.ReduceOp.SUM, 'max': dist.ReduceOp.MAX}
+
 
 def ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -190,17 +240,26 @@ def ranks():
 
 def all_reduce(x, op='sum'):
     """Sum (or 'max') of a tensor over the ranks, in place; with one rank, x as it is."""
+    operation = OPERATIONS[op]
+    if not dist.is_initialized():
+        return x
+
+    # nccl knows no CPU tensors. Checked on one rank too, so that a run on one GPU finds the mistake.
+    backend = dist.get_backend()
+    assert x.device.type == DEVICES[backend], (
+        f'all_reduce of a tensor on {x.device}, but {backend} connects the ranks, which moves '
+        f'{DEVICES[backend]} tensors; make it with device=place.device')
     if ranks() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX if op == 'max' else dist.ReduceOp.SUM)
+        dist.all_reduce(x, operation)
     return x
 
 
 def all_gather(obj):
-    """List of every rank's `obj` (small Python data between our own processes only)."""
-    out = [obj] * ranks()
+    """List of every rank's `obj` (small Python data, between our own processes only)."""
+    gathered_objects = [obj] * ranks()
     if ranks() > 1:
-        dist.all_gather_object(out, obj)
-    return out
+        dist.all_gather_object(gathered_objects, obj)
+    return gathered_objects
 
 
 def barrier():
@@ -213,41 +272,47 @@ def barrier():
 def shard(model, place):
     """FSDP2: float32 weights, gradients and optimizer state in shards, forwards in place.dtype.
 
-    On one rank in float32 the model stays as it is; on one rank in bfloat16 a mesh of one gives the
-    same float32 master weights. The head is a group of its own: an OPRD step never gathers it.
+    On one rank in float32 the model stays as it is. On one rank in bfloat16 a mesh of one rank gives the
+    same float32 master weights. The head is a group of its own, so an OPRD step never gathers it.
     """
     if place.world == 1 and place.dtype == torch.float32:
         return model
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo',
-                                store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(BACKENDS[place.device.type], store=dist.HashStore(), rank=0, world_size=1)
+
     wide = torch.promote_types(place.dtype, torch.float32)
-    how = dict(mesh=init_device_mesh(place.device.type, (place.world,)),
-               mp_policy=MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=wide))
+    options = {'mesh': init_device_mesh(place.device.type, (place.world,)),
+               'mp_policy': MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=wide)}
     for block in model.blocks:
-        fully_shard(block, **how)
+        fully_shard(block, **options)
     if not model.config.tied:
-        fully_shard(model.head, **how)
-    fully_shard(model, **how)
+        fully_shard(model.head, **options)
+    fully_shard(model, **options)
     register_fsdp_forward_method(model, 'hidden')
     return model
 
 
 @contextmanager
 def gathered(model):
-    """-> model.plain() over whole weights, in the dtype of forwards, on every rank while sampling: gathered
-    once, not once a token, and no second float32 copy. Ranks may stop at different lengths without waiting
-    for each other, and no hook of FSDP runs, or is recorded, in a token's forward."""
-    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for m in groups:
-        m.unshard()
+    """`with gathered(model) as whole:` a plain Model with the whole weights, in the dtype of forwards, on
+    every rank; for sampling.
+
+    The weights are gathered once and not once per token, and there is no second float32 copy. No hook of
+    FSDP runs in a token's forward, or is recorded in a CUDA graph, so ranks may stop at different lengths
+    without waiting for each other. `whole` must not be used after the block: its memory is freed.
+    """
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.unshard()
     try:
         yield model.plain()
     finally:
-        for m in groups:
-            m.reshard()
+        for group in groups:
+            group.reshard()
 
 
-def full(t):
-    """A possibly sharded tensor, whole, on the CPU (every rank must ask)."""
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
+def full(tensor):
+    """A tensor that may be sharded -> the whole of it on the CPU. Every rank must call this."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()

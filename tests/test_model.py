@@ -1,8 +1,11 @@
 """The decoder against transformers, cached against uncached, folders in and out."""
+import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from formats.huggingface import hf_config, load_model, read_config, save_model, snapshot
-from model import PRESETS, Cache, Linear, Model, ModelConfig
+from model import ACTIVATIONS, PRESETS, Cache, Linear, Model, ModelConfig, frequencies, init_weights
 from rollout import naive, sample
 from support.files import read_json, write_json
 from support.runtime import ROOT, UserError
@@ -22,6 +25,7 @@ def hugging_face(family, tied=False, **other):
     """A random model of the reference library, with odd sizes and grouped heads."""
     torch.manual_seed(0)
     name = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}[family]
+    other = copy.deepcopy(other)             # transformers writes into the settings it is given
     c = dict(vocab_size=37, pad_token_id=0, eos_token_id=2, hidden_size=24, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, rope_theta=5e4,
              initializer_range=0.3, **other)
@@ -87,17 +91,45 @@ def test_rotary_scaling_equals_transformers(family, scaling, other, tmp_path):
 
 def test_longrope_cached_equals_uncached_across_the_original_context(tmp_path):
     """An answer that grows past the original context: the cache was made with the long factors from the
-    start, and a training forward of a short answer uses them too, once `reach` says what is to come."""
+    start, and a training forward of a short answer uses them too, once `max_length` says what is to come."""
     hugging_face('phi3', rope_scaling=LONG, original_max_position_embeddings=16).save_pretrained(tmp_path / 'hf')
     model = load_model(tmp_path / 'hf')
     how = dict(max_new_tokens=20, stop=[99], temperature=0.7, seed=1)
-    model.reach = 30
+    model.max_length = 30
     fast, slow = sample(model, [[1, 2, 3], [4] * 10], 2, **how), naive(model, [[1, 2, 3], [4] * 10], 2, **how)
     assert torch.equal(fast.ids, slow.ids) and fast.length.max() == 30
     ids = torch.arange(8).view(1, 8)
     long = model(ids)
-    model.reach = 0
+    model.max_length = 0
     assert (model(ids) - long).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('activation', list(ACTIVATIONS))
+def test_activations_equal_transformers(activation, tmp_path):
+    """By the names that config.json has for them; a folder must not say "silu" when its model computes GELU."""
+    theirs = hugging_face('llama', hidden_act=activation)
+    theirs.save_pretrained(tmp_path / 'hf')
+    ours = load_model(tmp_path / 'hf')
+    ids = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert ours.config.activation == activation and (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+    save_model(ours, tmp_path / 'back')
+    assert read_json(tmp_path / 'back/config.json')['hidden_act'] == activation
+    others = [load_model(tmp_path / 'back')(ids), Model(replace(ours.config, activation='silu')).eval()]
+    others[1].load_state_dict(ours.state_dict())
+    assert torch.equal(others[0], ours(ids)) and torch.equal(others[1](ids), ours(ids)) == (activation == 'silu')
+
+
+@pytest.mark.parametrize('name', ['theta', 'partial', 'linear', 'none'])
+def test_frequencies_by_hand(name):
+    """One angle at a time in Python's own arithmetic; an unknown kind was computed as if it were not scaled."""
+    c = ModelConfig('phi3', V=7, L=1, d=8, H=1, G=1, e=8, ff=8, theta=500.0, partial=0.5 if name == 'partial' else 1.0,
+                    rope={'rope_type': 'linear', 'factor': 4.0} if name == 'linear' else {})
+    R = 4 if name == 'partial' else 8
+    want = [500.0 ** (-2 * i / R) / (4.0 if name == 'linear' else 1.0) for i in range(R // 2)]
+    inv, scale = frequencies(c, 16)
+    assert inv.tolist() == pytest.approx(want, rel=1e-6) and scale == 1.0
+    with pytest.raises(AssertionError, match='yarn'):
+        frequencies(replace(c, rope={'rope_type': 'yarn'}), 16)
 
 
 def test_a_model_made_here_loads_in_transformers(tmp_path):
@@ -187,6 +219,14 @@ def test_hidden_picks_rows():
         assert r.shape == (3, 20) and torch.equal(r, e.flatten(0, 1)[at])
 
 
+@pytest.mark.parametrize('layers', [[9], [4, 1], [1, 1], [0, 2], [-1], []])
+def test_hidden_refuses_layers_that_it_cannot_give(layers):
+    """[9] of 3 layers gave [], and [3, 1] gave the order 1, 3: a list that looks right and means something else."""
+    with pytest.raises(ValueError, match='of a model with 3; give ascending numbers from 1 to 3') as e:
+        tiny_model().hidden(torch.arange(4).view(1, 4), layers)
+    assert str(layers) in str(e.value)
+
+
 def test_blocks_above_the_last_tap_do_not_run():
     """Nobody asked for them: they would be half of the work of layers=[1, 2]."""
     model, ran = tiny_model(), []
@@ -234,7 +274,7 @@ def test_host_memory_while_loading(tmp_path):
     c = ModelConfig('llama', V=4000, L=12, d=1024, H=8, G=8, e=128, ff=3072, tied=True)
     save_model(Model(c), tmp_path / 'm')
     size = (tmp_path / 'm/model.safetensors').stat().st_size
-    code = ('import resource, sys, torch; from model import Model, ModelConfig, load_model\n'
+    code = ('import resource, sys, torch; from formats.huggingface import load_model\n'
             'def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n'
             'before = peak(); m = load_model(sys.argv[1]); print(peak() - before)')
     p = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'm')], cwd=ROOT, capture_output=True, text=True)
@@ -248,6 +288,66 @@ def test_older_and_newer_rope_spellings(tmp_path):
     c['rope_parameters'] = {'rope_type': 'default', 'rope_theta': c.pop('rope_theta')}
     write_json(tmp_path / 'm/config.json', c)
     assert read_config(tmp_path / 'm').theta == 777.0
+
+
+# ---- a changed model is saved as what it is -----------------------------------------------------
+
+CHANGES = [dict(L=2), dict(L=5), dict(H=2), dict(G=4), dict(G=1, H=3), dict(e=14), dict(d=28, ff=20), dict(V=50), dict(tied=True),
+           dict(theta=123.0), dict(eps=0.3), dict(context=256), dict(activation='gelu_pytorch_tanh'),
+           dict(rope={'rope_type': 'linear', 'factor': 4.0}), dict(rope=LLAMA3), dict(rope=LLAMA3, theta=99.0, L=1)]
+CHANGED = [(family, change) for family in ('qwen3', 'qwen2', 'llama') for change in CHANGES]
+CHANGED += [('phi3', dict(L=2)), ('phi3', dict(H=2, G=2)), ('phi3', dict(partial=0.5)), ('phi3', dict(activation='gelu', L=4)),
+            ('phi3', dict(rope=LONG | {'original_max_position_embeddings': 16})), ('llama', dict(family='qwen3')),
+            ('qwen3', dict(family='llama')), ('qwen2', dict(family='qwen3', L=1))]
+
+
+@pytest.mark.parametrize('spelling', ['newer', 'older'])
+@pytest.mark.parametrize('family, change', CHANGED, ids=str)
+def test_a_changed_model_is_saved_as_it_is(family, change, spelling, tmp_path):
+    """config.json kept the old numbers: 24 layers and "num_hidden_layers": 30, so that the folder said "fetch the
+    model again". Logits after loading here are equal to the last bit, and near in transformers; both spellings of
+    the rotary settings, and lists with an entry for each layer, follow."""
+    theirs = hugging_face(family)
+    theirs.save_pretrained(tmp_path / 'hf')
+    hf = read_json(tmp_path / 'hf/config.json')
+    assert 'rope_parameters' in hf
+    if spelling == 'older':
+        rope = hf.pop('rope_parameters')
+        hf |= {'rope_theta': rope['rope_theta'], 'rope_scaling': None}
+        write_json(tmp_path / 'hf/config.json', hf)
+    before = read_config(tmp_path / 'hf')
+    c = replace(before, **change)
+    model = init_weights(Model(c), seed=3).eval()
+    save_model(model, tmp_path / 'm')
+    assert read_config(tmp_path / 'm') == c != before
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
+    for T in (9, 40):
+        ids = torch.randint(37, (2, T), generator=torch.Generator().manual_seed(T))
+        assert torch.equal(load_model(tmp_path / 'm')(ids), model(ids))
+        assert (back(ids).logits - model(ids)).abs().max() < 1e-4
+    saved = read_json(tmp_path / 'm/config.json')
+    assert saved.get('layer_types') in (None, ['full_attention'] * c.L) and saved['eos_token_id'] == 2
+
+
+def test_an_unchanged_model_keeps_its_spelling_and_a_pruned_one_its_windows_unused(tmp_path):
+    """Qwen's files carry a window that no layer uses and the number of layers below it; after pruning both must
+    still say that no layer has one. What has not changed stays as it was written."""
+    hugging_face('qwen2').save_pretrained(tmp_path / 'hf')
+    edit(tmp_path / 'hf', use_sliding_window=True, sliding_window=64, max_window_layers=3, layer_types=['full_attention'] * 3,
+         dtype='float32', torch_dtype='float32')
+    hf = read_json(tmp_path / 'hf/config.json')
+    save_model(load_model(tmp_path / 'hf'), tmp_path / 'same')
+    saved = read_json(tmp_path / 'same/config.json')
+    assert {key: saved[key] for key in hf} == hf
+    for change in (dict(L=2), dict(L=5), dict(context=128)):
+        model = init_weights(Model(replace(read_config(tmp_path / 'hf'), **change)), 0)
+        save_model(model, tmp_path / 'm')
+        saved = read_json(tmp_path / 'm/config.json')
+        assert saved['max_window_layers'] == len(saved['layer_types']) == model.config.L
+        assert saved['sliding_window'] in (None, 64) and read_config(tmp_path / 'm') == model.config
+        ids = torch.randint(37, (1, 100), generator=torch.Generator().manual_seed(0))
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
+        assert (back(ids).logits - model(ids)).abs().max() < 1e-4
 
 
 # ---- bad folders: each is one line that names the place ----------------------------------------
@@ -289,6 +389,14 @@ def tensors(change):
     (lambda f: edit(f, rope_theta='x'), "rope_theta = 'x'"),
     (lambda f: edit(f, rope_theta=None), 'rope_theta = None'),
     (lambda f: edit(f, head_dim='6'), "head_dim = '6'"),
+    (lambda f: edit(f, head_dim=-1), 'head_dim = -1'),
+    (lambda f: edit(f, rms_norm_eps=None), 'rms_norm_eps = None'),
+    (lambda f: edit(f, rms_norm_eps=-1e-6), 'rms_norm_eps = -1e-06'),
+    (lambda f: edit(f, rope_theta=math.nan), 'rope_theta = nan'),
+    (lambda f: edit(f, rope_theta=True), 'rope_theta = True'),
+    (lambda f: edit(f, tie_word_embeddings='false'), "tie_word_embeddings = 'false'"),
+    (lambda f: edit(f, hidden_act=['silu']), "hidden_act = ['silu']"),
+    (lambda f: edit(f, model_type=['llama']), "model_type = ['llama']"),
     (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0],
                                      'original_max_position_embeddings': 9}), 'long_factor = [1.0], not the 3 numbers'),
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': []}), 'no weight_map'),
@@ -297,7 +405,7 @@ def tensors(change):
      'names other.safetensors'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
     (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
-    (lambda f: edit(f, hidden_act='gelu'), 'hidden_act'),
+    (lambda f: edit(f, hidden_act='relu'), "hidden_act = 'relu'"),
     (lambda f: edit(f, num_hidden_layers=4), "'model.layers.3.self_attn.q_proj.weight' is missing"),
     (lambda f: edit(f, num_hidden_layers=2), "surplus tensor 'model.layers.2."),
     (lambda f: edit(f, intermediate_size=30), 'has shape [28, 20], but config.json says [30, 20]'),
@@ -307,6 +415,8 @@ def tensors(change):
     (tensors(lambda t: t['model.norm.weight'].fill_(float('nan'))), 'model.norm.weight holds NaN'),
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': {'a': 'model-2.safetensors'}}),
      'names model-2.safetensors, which is not there'),
+    (lambda f: (shutil.copy(f / 'model.safetensors', f.parent), write_json(f / 'model.safetensors.index.json', {
+        'weight_map': dict.fromkeys(index_all(f), '../model.safetensors')})), 'names ../model.safetensors'),
     (shutil.rmtree, 'no such folder'),
     (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe'), 'not valid JSON'),
 ])

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import TINY_SUMS, argv, rounding, tiny_model
 from safetensors.torch import load_file
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from two_ranks import gradient
 
 from configs import load_config
 from distill import main
 from formats.huggingface import load_model, save_model
-from support.runtime import ROOT
+from support.runtime import ROOT, Place, all_reduce, gathered, shard
 
 
 def torchrun(*args, code=0):
@@ -150,3 +152,38 @@ def test_an_error_on_two_ranks_ends_both(toy_dir, tmp_path):
                        cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert p.returncode != 0 and p.stderr.count('prompts_per_step=1 is fewer than the 2 ranks') == 1
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / 'distill.py') not in p.stderr
+
+
+@pytest.mark.parametrize('backend, moves', [('nccl', 'cuda'), ('gloo', 'cpu')])
+def test_all_reduce_refuses_tensors_that_its_library_does_not_move(backend, moves, monkeypatch):
+    """nccl knows no CPU tensors: every bridge run on several GPUs died after its fit, and gloo, on which the tests
+    run, hid it. The check runs on one rank too, and without a GPU ("meta" stands for any other device)."""
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 1)
+    monkeypatch.setattr(dist, 'get_backend', lambda: backend)
+    x = torch.ones(2)
+    if moves == 'cpu':
+        assert all_reduce(x) is x
+        x = x.to('meta')
+    with pytest.raises(AssertionError, match=f'{backend} connects the ranks, which moves {moves} tensors; .*place.device'):
+        all_reduce(x)
+
+
+def test_a_sharded_model_is_plain_only_while_it_is_gathered():
+    """`plain` promised whole weights and kept DTensors, which fail in the middle of somebody's own evaluation. A mesh
+    of one rank shards in bfloat16."""
+    assert not dist.is_initialized()
+    try:
+        model = shard(tiny_model(), Place(0, 1, 0, torch.device('cpu'), torch.bfloat16))
+        ids = torch.tensor([[1, 2, 3]])
+        want = tiny_model().to(torch.bfloat16)(ids)
+        with pytest.raises(RuntimeError, match=r'use `with gathered\(model\)'):
+            model.plain()
+        with gathered(model) as whole, torch.no_grad():
+            assert not any(isinstance(p, DTensor) for p in whole.parameters()) and torch.equal(whole(ids), want)
+            assert all(type(p) is torch.nn.Parameter and p.dtype == torch.bfloat16 for p in whole.parameters())
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        with pytest.raises(RuntimeError, match='is the shard of a weight'):
+            model.plain()
+    finally:
+        dist.destroy_process_group()

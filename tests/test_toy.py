@@ -3,6 +3,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,10 +65,21 @@ def test_folder_is_reused_and_mended(toy_dir, toy_cfg, capsys, tmp_path):
     file = toy.folder_of(cfg) / 'teacher/model.safetensors'
     file.write_bytes(file.read_bytes()[:1000])
     toy.prepare(cfg, place)
-    assert 'is damaged' in capsys.readouterr().out
+    assert 'cannot be used' in capsys.readouterr().out
     assert torch.equal(load_model(paths['teacher']).head.weight, first.head.weight)
     shutil.rmtree(paths['student'])
     assert not toy.is_made(cfg)
+
+
+def test_a_folder_of_models_of_another_shape_is_not_reused(tmp_path, capsys, monkeypatch):
+    """After the preset's activation was edited, models trained with the old one were used without a word, and the
+    folder went on saying "silu"."""
+    cfg = load_config(argv(tmp_path, 'unused', toy_student_steps=1, toy_teacher_steps=1))
+    toy.prepare(cfg, start('cpu'))
+    monkeypatch.setitem(toy.PRESETS, 'toy', replace(toy.PRESETS['toy'], activation='gelu'))
+    assert not toy.is_made(cfg) and 'its student has another shape' in capsys.readouterr().out
+    paths = toy.prepare(cfg, start('cpu'))
+    assert toy.is_made(cfg) and load_model(paths['teacher']).config.activation == 'gelu'
 
 
 def test_teacher_shares_embedding_and_head_but_not_blocks(toy_cfg):

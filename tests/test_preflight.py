@@ -1,0 +1,133 @@
+"""What is checked before the first step: one vocabulary with extra tokens, the layers, the prompts."""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import argv
+from tokenizers import Tokenizer as HFTokenizer
+
+from configs import load_config
+from distill import main
+from formats.huggingface import load_model, read_config, save_model
+from formats.tokenizer import load_tokenizer
+from model import Model
+from support.files import write_json
+from support.preflight import as_ranges, check_pair, check_prompts, layer_lines
+from support.runtime import UserError
+
+
+def with_extra_token(source, folder, word='<extra>'):
+    """A copy of a model folder whose tokenizer has one special token more. Embedding and head have a row for it, of
+    large random numbers, so that a softmax that includes it comes out different."""
+    old = load_model(source)
+    c = replace(old.config, V=old.config.V + 1)
+    new = Model(c)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            before = old.get_parameter(name)
+            parameter[:len(before)] = before
+            if len(parameter) > len(before):
+                parameter[len(before):] = 3 * torch.randn(1, c.d, generator=generator)
+    save_model(new, folder, source=source)
+    tok = HFTokenizer.from_file(str(folder / 'tokenizer.json'))
+    tok.add_special_tokens([word])
+    tok.save(str(folder / 'tokenizer.json'))
+    assert load_tokenizer(folder).size == load_tokenizer(source).size + 1
+    return folder
+
+
+def log_of(toy_dir, out, **keys):
+    main(load_config(argv(toy_dir, out, steps=3, eval_every=3, diagnose_every=1, **keys)))
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+
+OBJECTIVES = {'hidden states': {}, 'output space': dict(oprd_weight=0.0, opd_weight=1.0, opd='full')}
+
+
+@pytest.fixture(scope='module', params=list(OBJECTIVES))
+def usual_run(request, toy_dir, tmp_path_factory):
+    """An objective, and the log of a run with it on the tiny toy as it is."""
+    keys = OBJECTIVES[request.param]
+    return keys, log_of(toy_dir, tmp_path_factory.mktemp('usual') / 'r', **keys)
+
+
+@pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_an_extra_special_token_on_one_side_changes_nothing(usual_run, side, toy_dir, toy_cfg, tmp_path):
+    """Such a pair was refused with "layers='all': a model of 4 layers has none" or "the tokenizers differ". The
+    token has rows of random numbers in embedding and head: it must be neither sampled nor compared."""
+    keys, usual = usual_run
+    folder = with_extra_token(toy_cfg[side], tmp_path / side)
+    got = log_of(toy_dir, tmp_path / 'r', **{side: folder}, **keys)
+    bound = 100 * torch.finfo(torch.float32).eps     # a head of another height may round a product otherwise
+    assert len(got) == len(usual) == 4 and got[0]['student'] == pytest.approx(usual[0]['student'])
+    for a, b in zip(got[1:], usual[1:], strict=True):
+        for key in ('loss', 'grad_norm', 'rep/cos', 'opd/kl', 'entropy/student', 'entropy/teacher', 'len/mean', 'acc/rollout'):
+            assert a[key] == pytest.approx(b[key], rel=bound, abs=bound), key
+    assert read_config(tmp_path / 'r/last').V == 21 + (side == 'student')
+
+
+def test_a_teacher_without_a_row_for_the_students_extra_token(toy_dir, toy_cfg, tmp_path):
+    """It is never asked for one: the student does not write the token. A prompt that holds it is refused."""
+    folder = with_extra_token(toy_cfg['student'], tmp_path / 'student')
+    assert len(log_of(toy_dir, tmp_path / 'r', student=folder)) == 4
+    (folder / 'chat_template.jinja').write_text('<extra>{{ messages[0].content }}=')
+    with pytest.raises(UserError, match="prompts hold id 21, b'<extra>', but the embedding of the teacher has 21 rows"):
+        log_of(toy_dir, tmp_path / 'r2', student=folder)
+
+
+def test_two_extra_tokens_with_one_id_are_two_vocabularies(toy_cfg, tmp_path):
+    """The teacher would read <a> where the student wrote <b>."""
+    s = with_extra_token(toy_cfg['student'], tmp_path / 's', '<a>')
+    t = with_extra_token(toy_cfg['teacher'], tmp_path / 't', '<b>')
+    with pytest.raises(UserError, match="tokenizers differ: id 21 is b'<b>' to the teacher and b'<a>' to the student"):
+        check_pair(read_config(s), read_config(t), load_tokenizer(s), load_tokenizer(t), '1+2')
+
+
+def test_what_is_printed_of_extra_tokens(toy_cfg, tmp_path):
+    """How many, and what a stop token that the student never writes means."""
+    folder = with_extra_token(toy_cfg['teacher'], tmp_path / 't')
+    write_json(folder / 'generation_config.json', {'eos_token_id': 21})
+    write_json(folder / 'config.json', json.loads((folder / 'config.json').read_text()) | {'eos_token_id': None})
+    settings = json.loads((folder / 'tokenizer_config.json').read_text())
+    write_json(folder / 'tokenizer_config.json', settings | {'eos_token': None})
+    c = read_config(toy_cfg['student'])
+    text = '\n'.join(check_pair(c, read_config(folder), load_tokenizer(toy_cfg['student']), load_tokenizer(folder), '1+2'))
+    assert '21 tokens have the same id on both sides; the student has 0 others, the teacher 1' in text
+    assert 'only ids below 21 are written and compared' in text
+    assert 'stop ids: student [2], teacher [21]; answers end at any of [2]' in text
+    assert 'the teacher ends its answers with [21], which the student never writes' in text
+
+
+def test_prompts_that_the_teachers_tokenizer_does_not_know(toy_cfg, tmp_path):
+    """A row that was never trained is read without an error: a note; no row at all is an error."""
+    tok_s = load_tokenizer(with_extra_token(toy_cfg['student'], tmp_path / 's'))
+    tok_t = load_tokenizer(toy_cfg['teacher'])
+    known, unknown = SimpleNamespace(ids=[1, 5, 9]), SimpleNamespace(ids=[1, 21])
+    assert check_prompts([known], SimpleNamespace(V=21), tok_s, tok_t) == []
+    note, = check_prompts([known, unknown], SimpleNamespace(V=24), tok_s, tok_t)
+    assert "id 21, b'<extra>', which the teacher's tokenizer does not know" in note
+    with pytest.raises(UserError, match='id 21'):
+        check_prompts([known, unknown], SimpleNamespace(V=21), tok_s, tok_t)
+
+
+def test_pairs_of_layers_are_shown():
+    """By ranges if they are the same; a shallower student paired by depth gets a note, since a pruned one's layer 3
+    may have been the teacher's layer 9."""
+    assert as_ranges([1, 2, 3, 5, 8, 9]) == '1-3, 5, 8-9' and as_ranges([4]) == '4'
+    assert layer_lines({1: 1, 2: 2, 3: 3}, 3, 3, 'depth') == ['layers 1-3, each with the teacher layer of the same number']
+    line, note = layer_lines({1: 1, 2: 3, 3: 5}, 3, 5, 'depth')
+    assert line == 'layers, student -> teacher: 1 -> 1, 2 -> 3, 3 -> 5'
+    assert '3 student layers are paired with 5 teacher layers by depth (2 -> 3, ...)' in note and 'layer_map=' in note
+    assert len(layer_lines({1: 1, 2: 3, 3: 5}, 3, 5, [1, 3, 5])) == 1      # the user has said which
+    assert len(layer_lines({1: 1, 2: 1, 3: 2}, 3, 2, 'depth')) == 1        # a deeper student was not pruned
+
+
+def test_every_run_prints_the_pairs_of_layers(toy_dir, tmp_path, capsys):
+    """Only --dry-run did, so a run trained on pairs that nobody had seen."""
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, eval_data='', toy_teacher_layers=5, toy_student_steps=1,
+                          toy_teacher_steps=1)))
+    out = capsys.readouterr().out
+    assert 'layers, student -> teacher: 1 -> 1, 2 -> 3, 3 -> 5' in out and 'a pruned student may want layer_map=' in out
