@@ -545,7 +545,7 @@ def sample_rest(cfg, env, tokenizer, folder, numbered, samples):
     # The lengths fit; only now are the weights loaded.
     model = load_model(cfg['student'], env.dtype, env.device)
     check_ids(cfg['student'], model.config.V, tokenizer)
-    model.max_length = longest                    # longrope chooses its factors by the longest sequence to come
+    model.max_length = longest               # longrope chooses its factors by the longest sequence to come
 
     # As in training, an answer ends at a stop token of either model, if both have the same tokens.
     teacher_tokenizer = load_tokenizer(cfg['teacher'] or cfg['student'])

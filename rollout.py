@@ -22,7 +22,7 @@ bit: matrix products round differently in batches of different shapes, and a tok
 number falls between the two roundings. In bfloat16 this rounding is about 65,000 times coarser: the random
 numbers are the same, but an answer can differ when it is sampled in another batch. One exception holds in
 every dtype: a longrope model chooses its frequencies by the longest text that the call may produce, unless
-`model.reach` says more.
+`model.max_length` says more.
 
 Simpler than usual: the cache has one row per slot and no pages, and requests are admitted in their order.
 What it does not do: beam search, repetition penalties, reading once what two different prompts begin with.

@@ -133,8 +133,8 @@ def check_objective(cfg, same=True):
         raise UserError(f"rep_loss={cfg['rep_loss']!r}: no such distance in losses.py; "
                         f"choose one of {', '.join(DISTANCES)}")
     if cfg['position_offset'] and (cfg['bridge'] or not same or cfg['positions'] == 'drift'):
-        raise UserError('position_offset=1 belongs to Eq. (6) of two models with one vocabulary, without drift '
-                        'weights; set it to 0')
+        raise UserError('position_offset=1 belongs to Eq. (6) of two models with one vocabulary, without '
+                        'drift weights; set it to 0')
     for key in ('opd_future', 'opd_baseline'):
         if cfg[key] and opd != 'sampled':
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={opd!r}; drop one of them")

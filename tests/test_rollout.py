@@ -278,7 +278,7 @@ def test_longrope_reads_a_prompt_with_the_frequencies_of_the_whole_answer(rows, 
     monkeypatch.setattr(rollout, 'ROOM', 2)
     how = HOW | dict(max_new_tokens=20, stop=[])
     told, untold = longrope_model(), longrope_model()
-    told.reach = max(map(len, PROMPTS)) + 20
+    told.max_length = max(map(len, PROMPTS)) + 20
     want = naive(told, PROMPTS, 2, **how).answers()
     got = {i: ids for i, ids, _ in stream(untold, requests_of(2), rows=rows, budget=budget, **how)}
     assert [got[i] for i in range(10)] == want
@@ -293,7 +293,7 @@ def test_longrope_within_the_original_context_has_the_short_frequencies():
     how = HOW | dict(max_new_tokens=4, stop=[])
     short = sample(model, PROMPTS, 2, **how)
     assert same(short, naive(model, PROMPTS, 2, **how))
-    model.reach = 13
+    model.max_length = 13
     long = sample(model, PROMPTS, 2, **how)
     assert same(long, naive(model, PROMPTS, 2, **how)) and long.answers() != short.answers()
 
