@@ -221,8 +221,9 @@ def shard(model, place):
     if not dist.is_initialized():
         dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo',
                                 store=dist.HashStore(), rank=0, world_size=1)
+    wide = torch.promote_types(place.dtype, torch.float32)
     how = dict(mesh=init_device_mesh(place.device.type, (place.world,)),
-               mp_policy=MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32))
+               mp_policy=MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=wide))
     for block in model.blocks:
         fully_shard(block, **how)
     if not model.config.tied:

@@ -2,7 +2,10 @@
 import os
 import signal
 
-os.environ['OMP_NUM_THREADS'] = '1'      # for the processes that tests start
+# The tensors are small, and two test processes with two threads each get in each other's way on two cores. So
+# one thread is the default. `OMP_NUM_THREADS=4 pytest` runs the suite with four; processes that tests start
+# inherit it.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from support.runtime import ROOT, start
 
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs ignore Ctrl-C
 os.environ['PYTHONPATH'] = str(ROOT)     # so that tests can start `python -m studies.toy` from any folder
-torch.set_num_threads(1)                 # small tensors; two busy cores with two threads each crawl
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 TINY = dict(toy_ops=2, toy_layers=3, toy_width=24, toy_heads=2, toy_batch=16, toy_student_steps=30,
             toy_teacher_steps=10, toy_train=40, toy_eval=6)
@@ -23,6 +26,28 @@ def tiny_model(seed=0, **shape):
     """A random decoder with odd sizes; every axis has a length of its own, so that mixing two up fails."""
     shape = dict(family='qwen3', V=37, L=3, d=20, H=4, G=2, e=6, ff=28, context=64) | shape
     return init_weights(Model(ModelConfig(**shape)), seed).eval()
+
+
+# How many roundings lie between the weights of `tiny_model` and their gradients: the lengths of the sums on the
+# longest path. A block has d + T + e + H e + d + ff < 140 of them, three blocks 420, the way back as many again,
+# and a weight's gradient is a sum over fewer than 100 positions.
+TINY_SUMS = 1000
+
+
+def rounding(terms, count):
+    """How far apart two ways to compute one sum may be: count * eps * |terms|.
+
+    A sum of n numbers is off by at most (n - 1) eps / 2 times the sum of their magnitudes, whatever the order
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). So two orders differ by less than n eps
+    times that, on every CPU and with any number of threads. eps is that of the terms' dtype.
+
+    terms: a tensor, or a list of tensors of one dtype, that are summed; where they do not cancel, the sum itself.
+    count: the lengths of all sums on the way, added up.
+    """
+    if isinstance(terms, torch.Tensor):
+        terms = [terms]
+    magnitude = sum(float(term.detach().norm()) for term in terms)
+    return count * torch.finfo(terms[0].dtype).eps * magnitude
 
 
 def argv(toy_dir, out, **keys):

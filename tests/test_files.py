@@ -40,8 +40,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     before = (tmp_path / 'm.safetensors').read_bytes()
     code = f'''
 import resource, signal, torch
-from files import whole, write_safetensors
-from runtime import run
+from support.files import whole, write_safetensors
+from support.runtime import run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 def main(_):

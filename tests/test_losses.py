@@ -1,7 +1,7 @@
 """Eq. (6) against brute force in float64; the fused form against autograd. Output space: test_opd.py."""
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TINY_SUMS, rounding, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import accumulate
@@ -94,40 +94,45 @@ def test_equation_6(which, size, layers, kind, average):
         assert (a - b).abs().max() < 1e-12
 
 
+DTYPES = pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
+
+
+@DTYPES
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('kind', ['mse', 'nmse', 'cosine'])
-def test_layer_by_layer_equals_autograd_through_the_model(kind, recompute):
-    """The gradient injected on the way back, against autograd on gathered rows; fp32, 1e-6 of the largest."""
-    roll, teacher = rollout(), tiny_model(1)
+def test_layer_by_layer_equals_autograd_through_the_model(kind, recompute, dtype):
+    """The gradient injected on the way back, against autograd on gathered rows."""
+    roll, teacher = rollout(), tiny_model(1).to(dtype)
     w = position_weights(positions(roll, 'last_k', 3))
     at = w.flatten().nonzero().squeeze(-1)
-    plain = tiny_model(0)
+    plain = tiny_model(0).to(dtype)
     h_t = hidden_rows(teacher, roll.ids, dict.fromkeys(PHI, at), PHI)
     oprd_loss(plain.hidden(roll.ids, [1, 2, 3], at), list(h_t.values()), w.flatten()[at], kind).backward()
-    fused = tiny_model(0)
+    fused = tiny_model(0).to(dtype)
     fused.checkpointing = recompute
     accumulate(fused, teacher, roll, w, PHI, kind, budget=10**6)
     for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
         if name == 'head.weight':
             assert a.grad is None and b.grad is None
         else:
-            assert (a.grad - b.grad).abs().max() <= 1e-6 * a.grad.abs().max(), name
+            assert (a.grad - b.grad).norm() <= rounding(a.grad, TINY_SUMS), name
 
 
+@DTYPES
 @pytest.mark.parametrize('average', ['sequence', 'token'])
 @pytest.mark.parametrize('layers', [[3], [1, 2]])
-def test_micro_batches_do_not_change_the_gradient(layers, average):
-    """From one row at a time to everything at once; sums that are logged agree too."""
-    roll, teacher, results = rollout(), tiny_model(1), []
+def test_micro_batches_do_not_change_the_gradient(layers, average, dtype):
+    """From one row at a time to everything at once; sums that are logged, in float32, agree too."""
+    roll, teacher, results = rollout(), tiny_model(1).to(dtype), []
     w = position_weights(positions(roll, 'all'), average)
     for budget in (1, 20, 30, 10**6):
-        model = tiny_model(0)
+        model = tiny_model(0).to(dtype)
         sums = accumulate(model, teacher, roll, w, {l: l for l in layers}, 'mse', budget)
         results.append((sums, [p.grad for p in model.parameters() if p.grad is not None]))
     for sums, grads in results[:-1]:
-        assert torch.allclose(sums, results[-1][0], rtol=1e-6)
+        assert (sums - results[-1][0]).norm() <= rounding(results[-1][0].float(), 100)
         for a, b in zip(grads, results[-1][1], strict=True):
-            assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+            assert (a - b).norm() <= rounding(b, TINY_SUMS)
 
 
 def test_micro_batches_cover_every_row_within_the_budget():
@@ -140,13 +145,14 @@ def test_micro_batches_cover_every_row_within_the_budget():
 
 def test_logged_cosines_keep_their_layers_through_length_sorting():
     """Metrics of sorted micro-batches must not be permuted: each layer against its own direct cosine."""
-    roll, student, teacher = rollout(), tiny_model(0), tiny_model(1)
+    roll, student, teacher = rollout(), tiny_model(0).double(), tiny_model(1).double()
     m = positions(roll, 'all')
+    logged = rounding(torch.ones(()), int(m.sum()))          # weights that sum to 1, as many float32 numbers
     sums = accumulate(student, teacher, roll, position_weights(m, 'token'), PHI, 'mse', budget=15)
-    assert sums[7] == pytest.approx(1)
+    assert abs(sums[7] - 1) <= logged
     for l, cos in enumerate(sums[8:], 1):
         s, t = student.hidden(roll.ids, [l])[0][m], teacher.hidden(roll.ids, [l])[0][m]
-        assert abs(torch.cosine_similarity(s, t).mean() - cos) < 1e-6
+        assert abs(torch.cosine_similarity(s, t).mean() - cos) <= logged
 
 
 def test_a_loss_that_is_not_used_adds_nothing():
@@ -159,7 +165,8 @@ def test_a_loss_that_is_not_used_adds_nothing():
 
 
 def test_bfloat16_rows():
-    """bf16 states: value and direction of the gradient within bf16's precision of the float64 answer."""
+    """bf16 states: the value to float32's precision and the gradient to bf16's, its size included (a cosine alone
+    does not see a factor)."""
     g = torch.Generator().manual_seed(0)
     s, t = torch.randn(1, 9, 64, generator=g).bfloat16(), torch.randn(9, 64, generator=g).bfloat16()
     at, w = torch.arange(9), torch.full((9,), 1 / 9)
@@ -170,8 +177,10 @@ def test_bfloat16_rows():
         want.backward()
         _, loss, _ = layer_loss(s, t.clone(), at, w, kind)
         got, = torch.autograd.grad(loss, s)
-        assert abs(loss - want) < 1e-4 * abs(want)
-        assert torch.cosine_similarity(got.flatten().double(), ref.grad.flatten(), dim=0) > 0.9999
+        assert abs(loss - want) <= rounding(want.detach().float(), 64 + 9)
+        # The gradient is rounded to bf16 twice: in the teacher's memory, and when the loss's factor is applied.
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - ref.grad).norm() <= rounding(ref.grad.bfloat16(), 2)
 
 
 class Shapes(TorchDispatchMode):

@@ -42,7 +42,7 @@ def gradient(student, teacher, budget, rank, world, opd='none'):
 
 def write_gradient(out, student, teacher, budget, dtype, recompute, opd='none'):
     place = start('cpu', dtype)
-    model = load_model(student)
+    model = load_model(student, torch.promote_types(place.dtype, torch.float32))
     model.checkpointing = recompute == 'True'
     model.head.requires_grad_(model.config.tied or opd not in ('none', 'probe'))
     grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world, opd)
@@ -64,6 +64,6 @@ def interrupt(step, *args):
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     job = {'gradient': write_gradient, 'interrupt': interrupt}[sys.argv[1]]
     run(lambda args: job(*args), lambda: sys.argv[2:])
