@@ -53,7 +53,8 @@ from losses import (
 from output_losses import opd_loss
 from rollout import micro_batches, sample
 from studies import figures, toy
-from support.files import Log, open_run, read_json, resume, save, write_json
+from support.checkpoints import open_run, resume, save
+from support.files import Log, read_json, write_json
 from support.optimizer import adamw, learning_rate
 from support.preflight import preflight
 from support.runtime import (

@@ -125,7 +125,8 @@ def loss_cases(args, place):
         return call
 
     cases = {'fused': fused, 'selected rows': selected, 'stacked fp32': stacked,
-             'rows alone': rows_alone(kernels.layer_rows), 'rows alone, text': rows_alone(layer_rows_reference)}
+             'rows alone': rows_alone(kernels.layer_rows),
+             'rows alone, text': rows_alone(layer_rows_reference)}
     if place.device.type == 'cuda':
         cases['rows alone, compiled text'] = rows_alone(torch.compile(layer_rows_reference))
     return {name: Case(call, payload=payload) for name, call in cases.items()}

@@ -286,8 +286,8 @@ def run(case, dtype, device):
 def loops_are_interpreted():
     """Does Triton's interpreter run a loop up to a number known at run time? -> '' if so, else its error.
 
-    Such a number is an array of one element to the interpreter, and numpy 2.5 does not convert that to an int. Triton
-    3.9 knows; 3.7 does not."""
+    Such a number is an array of one element to the interpreter, which numpy 2.5 does not convert to an int. Triton 3.6
+    relies on that; Triton 3.7 does not."""
     import triton
     import triton.language as tl
 
