@@ -56,7 +56,8 @@ from step import (
     position_weights,
 )
 from studies import figures, toy
-from support.files import Log, open_run, read_json, resume, save, write_json
+from support.checkpoints import open_run, resume, save
+from support.files import Log, read_json, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
 from support.report import first_step_notes, step_line, summary

@@ -48,7 +48,7 @@ from cross_tokenizer.pairing import pair_text
 from formats.huggingface import hf_config, hf_tensors
 from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer, same_vocabulary
-from kernels.layer_loss import layer_rows_text
+from kernels.layer_loss import layer_rows_reference
 from losses import HiddenTerm, layer_loss, oprd_loss, row_distance
 from model import PRESETS, Linear, Model
 from output_losses import HeadLoss, HeadRows, OutputTerm, make_objective, opd_rows, rows_at_once
@@ -125,9 +125,9 @@ def loss_cases(args, place):
         return call
 
     cases = {'fused': fused, 'selected rows': selected, 'stacked fp32': stacked,
-             'rows alone': rows_alone(kernels.layer_rows), 'rows alone, text': rows_alone(layer_rows_text)}
+             'rows alone': rows_alone(kernels.layer_rows), 'rows alone, reference': rows_alone(layer_rows_reference)}
     if place.device.type == 'cuda':
-        cases['rows alone, compiled text'] = rows_alone(torch.compile(layer_rows_text))
+        cases['rows alone, compiled reference'] = rows_alone(torch.compile(layer_rows_reference))
     return {name: Case(call, payload=payload) for name, call in cases.items()}
 
 

@@ -41,12 +41,12 @@ TINY_SUMS = 1000
 def rounding(terms, count):
     """How far apart two ways to compute one sum may be: count * eps * |terms|.
 
-    A sum of n numbers is off by at most (n - 1) eps / 2 times the sum of their magnitudes, whatever the order
-    (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). So two orders differ by less than n eps
-    times that, on every CPU and with any number of threads. eps is that of the terms' dtype.
+    Each addition is off by at most eps / 2 of its result. These errors have both signs, so those of a sum of n numbers
+    grow like sqrt(n) eps |terms| / 3 (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019).
+    With n in place of sqrt(n) there is room for every order of summation, on any CPU and with any number of threads.
 
     terms: a tensor, or a list of tensors of one dtype, that are summed; where they do not cancel, the sum itself.
-    count: the lengths of all sums on the way, added up.
+    count: the lengths of all sums on the way, added up. eps: that of the terms' dtype.
     """
     if isinstance(terms, torch.Tensor):
         terms = [terms]

@@ -112,7 +112,7 @@ def test_killed_and_resumed(finished, toy_dir, tmp_path):
     out = tmp_path / 'killed'
     code = ('import distill, os, sys\nfrom configs import load_config\nreal, n = distill.accumulate, []\n'
             'def dying(*a, **k):\n    n.append(1)\n    if len(n) == 6: os.kill(os.getpid(), 9)\n    return real(*a, **k)\n'
-            'distill.accumulate = dying\nimport torch; torch.set_num_threads(1)\n'
+            'distill.accumulate = dying\n'
             'distill.main(load_config(sys.argv[1:]))')
     args = argv(toy_dir, out, steps=7)
     p = subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True)
@@ -397,7 +397,7 @@ def test_divergence_is_an_error_and_not_saved(toy_dir, tmp_path, capsys, monkeyp
 def test_no_room_for_a_checkpoint(toy_dir, tmp_path):
     """A disk that fills up while saving: one line, exit 2, and the earlier checkpoint still there."""
     code = ('import distill, resource, signal, sys\nfrom configs import load_config\nfrom runtime import run\n'
-            'import torch; torch.set_num_threads(1)\nreal = distill.accumulate\nn = []\n'
+            'real = distill.accumulate\nn = []\n'
             'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
             'def filling(*a, **k):\n    n.append(1)\n'
             '    if len(n) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n'

@@ -1,4 +1,5 @@
-"""What lies on disk is whole or not there at all."""
+"""Every file is written completely or not at all, and reaches the disk before its name does."""
+import fcntl
 import json
 import os
 import subprocess
@@ -7,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from support.files import Log, digest, open_run, read_json, whole, write_json, write_safetensors
+from support.checkpoints import open_run, resume, save
+from support.files import Log, digest, locked, read_json, whole, write_json, write_safetensors
 from support.runtime import ROOT, UserError
 
 
@@ -67,6 +69,136 @@ def test_log_survives_a_half_written_line_and_forgets_what_was_not_saved(tmp_pat
     log.write({'step': 4, 'loss': 9.0})
     rows = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [r['step'] for r in rows] == [0, 1, 2, 3, 4] and rows[-1]['loss'] == 9.0
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is asked of the operating system, in order: ('fsync', inode, size then) and ('rename', inode, new name)."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        about = os.fstat(descriptor)
+        events.append(('fsync', about.st_ino, about.st_size))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        events.append(('rename', os.lstat(source).st_ino, os.path.basename(target)))
+        replace(source, target)
+    monkeypatch.setattr(os, 'fsync', recorded_fsync)
+    monkeypatch.setattr(os, 'replace', recorded_replace)
+    return events
+
+
+def entries(folder):
+    """Inodes of a folder and of all that it holds."""
+    return {path.stat().st_ino for path in (folder, *folder.rglob('*'))}
+
+
+def test_a_file_reaches_the_disk_before_its_name(disk, tmp_path):
+    """Renamed before it is flushed, a power cut leaves the new name on an empty file; and without the parent folder's
+    flush the rename itself may be lost."""
+    file = tmp_path / 'a.json'
+    for content in ({'x': 1}, {'x': 2}):     # new, and in place of the old one
+        disk.clear()
+        write_json(file, content)
+        inode, size = file.stat().st_ino, file.stat().st_size
+        assert disk[:2] == [('fsync', inode, size), ('rename', inode, 'a.json')]
+        assert [event[:2] for event in disk[2:]] == [('fsync', tmp_path.stat().st_ino)]
+
+
+def test_a_folder_reaches_the_disk_before_its_name(disk, tmp_path):
+    """With all files and folders in it; an old folder steps aside after that, not before."""
+    for names in (['a', 'b/c'], ['d/e/f']):
+        disk.clear()
+        with whole(tmp_path / 'm') as tmp:
+            for name in names:
+                (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp / name).write_text(name)
+        kinds = [kind for kind, *_ in disk]
+        first = kinds.index('rename')
+        assert {inode for _, inode, _ in disk[:first]} == entries(tmp_path / 'm')
+        last = len(kinds) - 1 - kinds[::-1].index('rename')
+        assert disk[last][1:] == ((tmp_path / 'm').stat().st_ino, 'm')
+        assert [event[:2] for event in disk[last + 1:]] == [('fsync', tmp_path.stat().st_ino)]
+
+
+def test_a_line_of_the_log_is_on_the_disk_when_write_returns(disk, tmp_path):
+    """Flushed from Python's buffer first, or the flush of the file would find nothing. Else a checkpoint could be newer than
+    its log, and the run could not resume. The other ranks write nothing."""
+    log = Log(tmp_path / 'log.jsonl')
+    for step in range(3):
+        log.write({'step': step})
+        about = log.path.stat()
+        assert disk == [('fsync', about.st_ino, about.st_size)]
+        disk.clear()
+        log.write({'step': step}, rank=1)
+        assert disk == [] and log.path.stat().st_size == about.st_size
+
+
+def test_one_at_a_time_holds_a_lock(tmp_path):
+    """And it is free again afterwards. A second opening of the file stands for another process, as it does for flock."""
+    path = tmp_path / 'x/.lock'
+    now_or_never = fcntl.LOCK_EX | fcntl.LOCK_NB
+    with locked(path), path.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, now_or_never)
+    with path.open() as other:
+        fcntl.flock(other, now_or_never)
+
+
+def trained(seed):
+    """A model of two weights, one of which never had a gradient, and its optimizer after two steps."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model.weight.grad = torch.randn(2, 3)
+        opt.step()
+    return model, opt
+
+
+def write_model(folder, weights):
+    """Stands in for the Hugging Face folder."""
+    folder.mkdir()
+    write_safetensors(weights, folder / 'model.safetensors')
+
+
+def test_the_link_moves_when_the_checkpoint_is_whole(disk, tmp_path):
+    """And the older one goes after that: at every instant `last` names a whole checkpoint. What was saved is read back to
+    the bit, the optimizer's moments included."""
+    model, opt = trained(0)
+    for step in (20, 40):
+        disk.clear()
+        save(tmp_path, step, 1.5 * step, model, opt, write_model, rank=0)
+        renamed = [name for kind, _, name in disk if kind == 'rename']
+        assert renamed[-2:] == [f'ckpt-0000{step}', 'last']
+        assert sorted(os.listdir(tmp_path)) == [f'ckpt-0000{step}', 'last']
+        assert os.readlink(tmp_path / 'last') == f'ckpt-0000{step}/model'
+        flushed = {inode for kind, inode, _ in disk if kind == 'fsync'}
+        assert entries(tmp_path / f'ckpt-0000{step}') <= flushed
+
+    other, other_opt = trained(1)
+    assert resume(tmp_path / 'nothing', other, other_opt) == (0, 0.0)
+    assert resume(tmp_path, other, other_opt) == (40, 60.0)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for key, moment in opt.state[model.weight].items():
+        assert torch.equal(moment, other_opt.state[other.weight][key])
+
+
+def test_a_crash_between_checkpoint_and_link_leaves_the_old_one(tmp_path, monkeypatch):
+    """The old checkpoint is deleted last of all."""
+    model, opt = trained(0)
+    save(tmp_path, 20, 0.0, model, opt, write_model, rank=0)
+    replace = os.replace
+
+    def power_cut(source, target):
+        if os.path.basename(target) == 'last':
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 40, 0.0, model, opt, write_model, rank=0)
+    assert resume(tmp_path, *trained(1)) == (20, 0.0)
 
 
 def test_json_errors_name_the_file(tmp_path):
