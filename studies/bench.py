@@ -125,7 +125,8 @@ def loss_cases(args, place):
         return call
 
     cases = {'fused': fused, 'selected rows': selected, 'stacked fp32': stacked,
-             'rows alone': rows_alone(kernels.layer_rows), 'rows alone, reference': rows_alone(layer_rows_reference)}
+             'rows alone': rows_alone(kernels.layer_rows),
+             'rows alone, reference': rows_alone(layer_rows_reference)}
     if place.device.type == 'cuda':
         cases['rows alone, compiled reference'] = rows_alone(torch.compile(layer_rows_reference))
     return {name: Case(call, payload=payload) for name, call in cases.items()}
@@ -210,7 +211,7 @@ def trainer(args, place):
     shard(student, place)
     opt, layer_map = adamw(student, 1e-6, (0.9, 0.999), 1e-8, 0.0), {l: l for l in range(1, c.L + 1)}
 
-    def update(roll, oprd, opd, kind):
+    def update(roll, oprd, opd, kind='full'):
         weights = position_weights(position_mask(roll, 'last_k', 2000))
         output = OutputTerm(make_objective(kind, chunk=args.chunk), teacher)
         objective = Objective(layer_map, HiddenTerm('mse'), output)
@@ -241,7 +242,7 @@ def update_cases(args, place):
             theirs.gradient_checkpointing_enable()
         w = position_weights(position_mask(roll, 'last_k', 2000)).flatten()
         at = w.nonzero().squeeze(-1)
-        return theirs, both[1], adamw(theirs, 1e-6, (0.9, 0.999), 0.0), at, w[at]
+        return theirs, both[1], adamw(theirs, 1e-6, (0.9, 0.999), 1e-8, 0.0), at, w[at]
 
     def transformers():
         """The step as one would write it: all hidden states kept, Eq. (6) by autograd."""
@@ -456,8 +457,8 @@ def line_of(args, place, name, case):
 
 def in_a_process(name):
     """`line_of` in a process of its own, for a resident set that nobody else has swollen."""
-    p = subprocess.run([sys.executable, ROOT / 'bench.py', *sys.argv[1:], '--case', name],
-                       capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'studies.bench', *sys.argv[1:], '--case', name],
+                       capture_output=True, text=True, cwd=ROOT)
     if p.returncode:
         raise RuntimeError((p.stderr.strip().splitlines() or ['ended without a word; out of memory?'])[-1])
     return json.loads(p.stdout.strip().splitlines()[-1])
@@ -509,7 +510,7 @@ def main(args):
         began = time.time()
         more = [['update', '--rows', '2']] if place.device.type == 'cuda' else []        # Table 3's 2 x 16k
         for what in [*([t] for t in TABLES), *more]:
-            subprocess.run([sys.executable, ROOT / 'bench.py', *what, *sys.argv[2:]], check=False)
+            subprocess.run([sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]], check=False, cwd=ROOT)
             print(f'[{time.time() - began:.0f} s]\n', flush=True)
         return
     args = sized(args, place)

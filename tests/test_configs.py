@@ -57,7 +57,7 @@ def test_a_config_may_build_on_another(tmp_path):
     (['temperature=-1'], 'out of range'),
     (['lr=nan'], "lr='nan' is str"),
     (['top_p=0'], 'out of range'),
-    (['rep_loss=l1'], "choose one of 'mse', 'nmse', 'cosine'"),
+    (['position_offset=2'], 'out of range'),
     (['device=tpu'], "choose one of 'auto', 'cuda', 'cpu', 'mps'"),
     (['layers=first'], "choose one of 'all', 'last', 'even', 'odd', a list of numbers"),
     (['layers=[0]'], 'give a list of layer numbers from 1'),

@@ -255,7 +255,7 @@ def test_what_a_probe_logs_is_what_the_models_say(toy_dir, tmp_path):
     train = load_problems(folder / 'train.jsonl', tok)
     order = prompt_order(len(train), 3, 1, 0)
     roll = distill.sample(student, [train[i].ids for i in order], 2, max_new_tokens=20, stop=tok.stop_ids, vocab=tok.size, step=1)
-    m = distill.positions(roll, 'all')
+    m = distill.position_mask(roll, 'all')
     w = distill.position_weights(m)[m]
     p, q = (model(roll.ids)[m].log_softmax(-1) for model in (student, teacher))
     assert row['opd/kl'] == pytest.approx(((w * (p.exp() * (p - q)).sum(-1)).sum() / w.sum()).item(), rel=1e-4)
@@ -303,7 +303,10 @@ def test_objectives_that_make_no_sense(toy_dir, tmp_path, capsys):
         return argv(toy_dir, tmp_path / 'r', **OPD | keys)
     assert "use opd='full' or 'topk'" in refused(capsys, args(opd='sampled', kl_direction='forward'))
     assert "belongs to opd='sampled'" in refused(capsys, args(opd_future=True))
-    assert 'is 0 whatever the models say' in refused(capsys, args(opd='topk', opd_k=1))
+    assert 'is 0 whatever the models say' in refused(capsys, args(opd='topk', opd_k=1, opd_tail='renorm'))
+    assert 'a reward is a reverse KL' in refused(capsys, args(opd='topk', kl_direction='forward'))
+    assert 'choose one of mse, nmse, cosine' in refused(capsys, args(rep_loss='l1', oprd_weight=1.0))
+    assert 'set it to 0' in refused(capsys, args(position_offset=1, positions='drift', oprd_weight=1.0))
     assert 'step 1: oprd_weight and opd_weight are both 0' in refused(capsys, args(opd_weight=0))
     assert 'step 3: oprd_weight and opd_weight are both 0' in refused(capsys, args(opd_weight='[[0,1],[0.5,0]]'))
     assert 'give knots' in refused(capsys, args(opd_weight='[[0,1],[2,0]]'))
@@ -388,7 +391,7 @@ def test_divergence_is_an_error_and_not_saved(toy_dir, tmp_path, capsys, monkeyp
     real = distill.accumulate
 
     def diverging(*a, **k):
-        return real(*a, **k) * float('nan')
+        return {name: value * float('nan') for name, value in real(*a, **k).items()}
     monkeypatch.setattr(distill, 'accumulate', diverging)
     assert 'lower lr=' in refused(capsys, argv(toy_dir, tmp_path / 'r'))
     assert not (tmp_path / 'r/last').exists()
@@ -396,7 +399,7 @@ def test_divergence_is_an_error_and_not_saved(toy_dir, tmp_path, capsys, monkeyp
 
 def test_no_room_for_a_checkpoint(toy_dir, tmp_path):
     """A disk that fills up while saving: one line, exit 2, and the earlier checkpoint still there."""
-    code = ('import distill, resource, signal, sys\nfrom configs import load_config\nfrom runtime import run\n'
+    code = ('import distill, resource, signal, sys\nfrom configs import load_config\nfrom support.runtime import run\n'
             'real = distill.accumulate\nn = []\n'
             'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
             'def filling(*a, **k):\n    n.append(1)\n'

@@ -103,7 +103,7 @@ def test_evaluate_is_the_same_however_problems_are_shared(toy_cfg, monkeypatch):
     how = dict(stop=tok.stop_ids, max_new_tokens=20, temperature=0.7, seed=0)
     whole = evaluate(model, tok, sets, 4, **how)
     assert list(whole) == ['avg@4', 'best@4', 'len'], 'one set has plain names only'
-    assert evaluate(model, tok, sets, 4, rows=5, **how) == whole == evaluate(model, tok, problems, 4, **how)
+    assert evaluate(model, tok, sets, 4, rows=5, **how) == whole
     parts = []
     monkeypatch.setattr(eval_math, 'all_gather', lambda x: parts.append(x) or parts)
     evaluate(model, tok, sets, 4, rank=0, world=2, **how)

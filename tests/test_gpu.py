@@ -1,17 +1,14 @@
 """What only an NVIDIA GPU can show; skipped where there is none. Every Triton kernel against its reference on the GPU itself,
 sampling with CUDA graphs against the plain sampler on the CPU, and the gradient of every objective against the CPU's."""
-from functools import partial
-
 import pytest
 import torch
-from conftest import rounding, tiny_model
+from conftest import flat_sums, rounding, step_sums, tiny_model
 from kernel_cases import NAMES, run
 
 import rollout
-from distill import accumulate
-from losses import position_weights, positions
-from output_losses import add_product, log_probs, opd_loss
+from output_losses import add_product, log_probs, make_objective
 from rollout import Rollout, naive, sample
+from step import position_mask, position_weights
 
 DEVICE = 'cuda'
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
@@ -57,10 +54,10 @@ def gradient(device, kind='mse', checkpointing=False, opd=None, **how):
     ids = torch.randint(301, (3, 50), generator=g)
     lengths = torch.tensor([5, 9, 3]), torch.tensor([40, 30, 47])
     roll = Rollout(*(x.to(device) for x in (ids, *lengths, torch.ones(3, dtype=torch.bool), torch.arange(3))))
-    w = position_weights(positions(roll, 'last_k', 25))
-    terms = dict(opd_weight=1.0, opd=partial(opd_loss, chunk=16, **opd)) if opd else {}
-    sums = accumulate(student, teacher, roll, w, {1: 1, 3: 3}, kind, 110, **terms, **how)
-    return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}, sums.cpu()
+    w = position_weights(position_mask(roll, 'last_k', 25))
+    terms = dict(opd_weight=1.0, output=make_objective(chunk=16, **opd)) if opd else {}
+    sums = step_sums(student, teacher, roll, w, {1: 1, 3: 3}, 110, kind=kind, **terms, **how)
+    return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}, flat_sums(sums).cpu()
 
 
 @pytest.mark.parametrize('how', [

@@ -92,7 +92,7 @@ def test_the_example_of_the_docstring():
     """Student tokens 1, 2, +, 3 and a stop token; teacher tokens 12 and +3."""
     tok_s = by_hand([b'1', b'2', b'+', b'3', b''], [0, 1, 2, 3])
     tok_t = by_hand([b'12', b'+3', b'p', b'q'], [0, 1])
-    ids, column, inside, written = pair_text([0, 1, 2, 3, 4], tok_s, [2, 3], tok_t)
+    ids, column, inside, written = pair_text([0, 1, 2, 3, 4], tok_s, [2, 3], tok_t, same=False)
     assert ids == [2, 3, 0, 1] and column.tolist() == [1, 1, 2, 2, 3]
     assert inside.tolist() == [False, True, False, True, False]
     assert written == {1: b'1', 2: b'12', 3: b'+', 4: b'+3'}
