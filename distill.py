@@ -137,7 +137,7 @@ class Setup:
         return same_vocabulary(self.tok, self.tok_t)
 
 
-def prepare(cfg, place):
+def prepare(cfg, env):
     """Tokenizers, problems, checks, bridge, models, objective, optimizer -> Setup."""
     tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
     tok_t = load_tokenizer(cfg['teacher'], enable_thinking=cfg['enable_thinking'])
@@ -149,29 +149,29 @@ def prepare(cfg, place):
         for line in check_answers(problems):
             print0(f'  {line}')
     held_out_problems = [problem for problems in held_out.values() for problem in problems]
-    layer_map, stop, longest = preflight(cfg, place, tok, tok_t, train, held_out_problems)
+    layer_map, stop, longest = preflight(cfg, env, tok, tok_t, train, held_out_problems)
     bridge = None
     if cfg['bridge']:
         shapes = [read_config(cfg[side]) for side in ('student', 'teacher')]
         about = fingerprint(cfg, *shapes, tok, tok_t)
-        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(layer_map), about, place.device)
+        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(layer_map), about, env.device)
         layer_map = bridge.layer_map
         print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {layer_map}')
     setup = Setup(tok, tok_t, train, held_out, layer_map, stop, bridge)
     if not cfg['dry_run']:
-        load_models(cfg, setup, place, longest)
+        load_models(cfg, setup, env, longest)
     return setup
 
 
-def load_models(cfg, setup, place, longest):
+def load_models(cfg, setup, env, longest):
     """Fill in a Setup's student, teacher, objective and optimizer. longest: tokens of the longest
     sequence."""
-    if place.local == 0:                     # from a hub: once per machine
+    if env.local == 0:                     # from a hub: once per machine
         for side in ('student', 'teacher'):
             snapshot(cfg[side], weights=True)
     barrier()
-    teacher = load_model(cfg['teacher'], place.dtype, place.device).requires_grad_(False)
-    student = load_model(cfg['student'], torch.float32, place.device)
+    teacher = load_model(cfg['teacher'], env.dtype, env.device).requires_grad_(False)
+    student = load_model(cfg['student'], torch.float32, env.device)
     if not student.config.tied and not ever_positive(cfg['opd_weight']):
         student.head.requires_grad_(False)   # Eq. (6) never reaches it
     student.checkpointing = cfg['checkpointing']
@@ -180,19 +180,19 @@ def load_models(cfg, setup, place, longest):
     if cfg['compile']:                       # before the weights are cut into shards
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
-    shard(student, place)
+    shard(student, env)
 
-    output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, place.device)
+    output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
     setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output)
     setup.opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'], cfg['weight_decay'])
     setup.student = student
     setup.teacher = teacher
 
 
-def open_log(out, asked, place, student, opt):
+def open_log(out, asked, env, student, opt):
     """Write the run's config, or go on from its last checkpoint -> (log, steps done, seconds spent)."""
-    if place.rank == 0 and not (out / 'config.json').exists():
-        write_json(out / 'config.json', {'config': asked, 'versions': versions(place)})
+    if env.rank == 0 and not (out / 'config.json').exists():
+        write_json(out / 'config.json', {'config': asked, 'versions': versions(env)})
     log = Log(out / 'log.jsonl')
     done, elapsed = resume(out, student, opt)
     log.keep(done)
@@ -203,11 +203,11 @@ def open_log(out, asked, place, student, opt):
         raise UserError(f'{out}: ranks see different files there; out_dir= must be on a disk that all share')
     if done:
         print0(f'resumed after step {done}')
-    log.rewrite(place.rank)
+    log.rewrite(env.rank)
     return log, done, elapsed
 
 
-def evaluate_model(cfg, setup, place, name, side='student'):
+def evaluate_model(cfg, setup, env, name, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
     tok, sets, stop = setup.tok, setup.held_out, setup.stop
     vocab = shared_size(setup.tok, setup.tok_t)
@@ -220,74 +220,75 @@ def evaluate_model(cfg, setup, place, name, side='student'):
         return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
                         top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
-                        rows=cfg['eval_rows'], rank=place.rank, world=place.world,
-                        progress='' if place.rank else f'evaluate {name}')
+                        rows=cfg['eval_rows'], rank=env.rank, world=env.world,
+                        progress='' if env.rank else f'evaluate {name}')
 
 
 # ---- the loop ----------------------------------------------------------------------------------
 
-def train(cfg, setup, place, out, log, done, began):
+def train(cfg, setup, env, out, log, done, began):
     """Steps done + 1 .. steps, each a line of the log. began: when the run began, less the time it
     stood still."""
-    student, teacher, opt = setup.student, setup.teacher, setup.opt
-    steps = cfg['steps']
-    clock = Clock(place.device)
+    student, teacher, steps = setup.student, setup.teacher, cfg['steps']
+    clock = Clock(env.device)
     with interruptible() as caught:
         for step in range(done + 1, steps + 1):
             clock.start()
-            # 1. prompts: a function of (step, seed); each slot of the step goes to one rank
+            # 1. prompts: a function of (step, seed). Each slot of the step goes to one rank.
             order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
-            slots = range(place.rank, cfg['prompts_per_step'], place.world)
+            slots = range(env.rank, cfg['prompts_per_step'], env.world)
             problems = [setup.train[order[slot]] for slot in slots]
 
-            # 2. rollout: an answer is a function of (weights, seed, step, slot, sample) alone
-            roll = sample_answers(cfg, setup, place, problems, slots, step, clock)
+            # 2. rollout: an answer is a function of (weights, seed, step, slot, sample) alone.
+            roll = sample_answers(cfg, setup, env, problems, slots, step, clock)
             clock.lap('sample')
             clock.update_begins()
 
-            # 3. rows: which positions, with weights that sum to 1 over all ranks
+            # 3. rows: which positions are supervised, with weights that sum to 1 over all ranks.
             reading, mask = supervised_positions(cfg, setup, roll, problems)
             tokens = all_reduce(mask.sum())
-            weights = position_weights(mask, cfg['loss_average'], cfg['prompts_per_step'] * cfg['n'], tokens)
+            answers = cfg['prompts_per_step'] * cfg['n']
+            weights = position_weights(mask, cfg['loss_average'], answers, tokens)
             micro_batches = partial(cut_rollout, roll, budget=cfg['token_budget'], reading=reading,
                                     offset=cfg['position_offset'])
 
-            # 4, 5. teacher and student (times world: FSDP averages over ranks what already sums to 1)
+            # What the objective leaves out is looked at now and then, at a few of the positions.
             oprd_weight = weight_at(step, steps, cfg['oprd_weight'])
             opd_weight = weight_at(step, steps, cfg['opd_weight'])
             looked = {}
             if is_diagnosed(step, steps, cfg['diagnose_every']):
                 share = cfg['diagnose_rows'] / max(1, int(tokens))
-                some_weights = weights * diagnostic_mask(roll, mask, step, share)
+                few_weights = weights * diagnostic_mask(roll, mask, step, share)
                 left_out = setup.objective.only(oprd_weight == 0, opd_weight == 0)
-                looked = diagnose(student, teacher, micro_batches(weights=some_weights), left_out)
+                looked = diagnose(student, teacher, micro_batches(weights=few_weights), left_out)
+                clock.lap('diagnose')
+
+            # 4, 5. teacher and student. FSDP averages gradients over ranks, but these weights already
+            # sum to 1 over them, so the gradient is scaled by their number.
             sums = accumulate(student, teacher, micro_batches(weights=weights), setup.objective, oprd_weight,
-                              opd_weight, scale=place.world, lap=clock.lap)
+                              opd_weight, scale=env.world, lap=clock.lap)
 
             # 6. update
-            params = [p for p in student.parameters() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg['grad_clip'] or math.inf)
-            lr = learning_rate(step, steps, cfg['lr'], cfg['warmup'], cfg['schedule'], cfg['min_lr'])
-            for group in opt.param_groups:
-                group['lr'] = lr
-            opt.step()
-            opt.zero_grad()
+            lr, norm = update(cfg, setup, step)
             clock.lap('update')
 
             row = {'step': step, **objective_metrics(sums, looked, oprd_weight, opd_weight),
-                   **rollout_metrics(roll, setup.tok, problems, reading),
-                   'lr': lr, 'grad_norm': float(full(norm)), **clock.stop()}
-            if is_diagnosed(step, steps, cfg['diagnose_every']):
-                row['adam/below_eps'] = share_below_eps(opt)
-            finish_step(cfg, setup, place, row, log, out, began, clock)
-            halt = torch.tensor(float(bool(caught)), device=place.device)
-            halt = bool(all_reduce(halt, 'max'))
-            if step % cfg['save_every'] == 0 or step == steps or halt:
-                write_model = partial(write_student, cfg, student, place)
-                save(out, step, time.time() - began, student, opt, write_model, place.rank)
-            if halt and step < steps:
-                print0(f'stopped after step {step}; the same command goes on from there')
-                raise KeyboardInterrupt
+                   **rollout_metrics(roll, setup.tok, problems, reading), 'lr': lr, 'grad_norm': norm}
+            finish_step(cfg, setup, env, row | clock.stop(), log, began, clock)
+            stop_or_save(cfg, setup, env, step, out, began, caught)
+
+
+def update(cfg, setup, step):
+    """Step 6: clip the gradients and let AdamW take a step -> (learning rate, gradient norm before
+    clipping)."""
+    params = [p for p in setup.student.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, cfg['grad_clip'] or math.inf)
+    lr = learning_rate(step, cfg['steps'], cfg['lr'], cfg['warmup'], cfg['schedule'], cfg['min_lr'])
+    for group in setup.opt.param_groups:
+        group['lr'] = lr
+    setup.opt.step()
+    setup.opt.zero_grad()
+    return lr, float(full(norm))
 
 
 def is_diagnosed(step, steps, every):
@@ -296,14 +297,14 @@ def is_diagnosed(step, steps, every):
     return step in (1, steps) or bool(every and step % every == 0)
 
 
-def sample_answers(cfg, setup, place, problems, slots, step, clock):
+def sample_answers(cfg, setup, env, problems, slots, step, clock):
     """Step 2: the student's answers to this rank's problems -> Rollout."""
     with gathered(setup.student) as sampler:
         return sample(sampler, [problem.ids for problem in problems], cfg['n'], which=slots, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                       max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,
                       vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'],
-                      progress='rollout' if place.rank == 0 and clock.cuda else '')
+                      progress='rollout' if env.rank == 0 and clock.cuda else '')
 
 
 def supervised_positions(cfg, setup, roll, problems):
@@ -320,15 +321,18 @@ def supervised_positions(cfg, setup, roll, problems):
     return reading, mask & (reading.column >= 0)         # -1: the teacher has no state there
 
 
-def finish_step(cfg, setup, place, row, log, out, began, clock):
+def finish_step(cfg, setup, env, row, log, began, clock):
     """Check, evaluate, log and print a step."""
     step, steps = row['step'], cfg['steps']
     if not math.isfinite(row['loss'] + row['grad_norm']):
         raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                         'nothing of this step is saved; lower lr=')
+    if is_diagnosed(step, steps, cfg['diagnose_every']):
+        row['adam/below_eps'] = share_below_eps(setup.opt)
     if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
-        row |= evaluate_model(cfg, setup, place, f'step {step}')
-    log.write(row | {'elapsed': time.time() - began}, place.rank)
+        row |= evaluate_model(cfg, setup, env, f'step {step}')
+    log.write(row | {'elapsed': time.time() - began}, env.rank)
+
     if step == 1:
         for line in first_step_notes(row, list(setup.layer_map), cfg['adam_eps']):
             print0(line)
@@ -336,9 +340,22 @@ def finish_step(cfg, setup, place, row, log, out, began, clock):
         print0(step_line(row, steps, clock.eta(steps - step)))
 
 
-def write_student(cfg, student, place, folder, weights):
+def stop_or_save(cfg, setup, env, step, out, began, caught):
+    """Save a checkpoint where one is due. caught: signals; if any rank has caught one, all ranks save and
+    stop."""
+    halt = torch.tensor(float(bool(caught)), device=env.device)
+    halt = bool(all_reduce(halt, 'max'))
+    if step % cfg['save_every'] == 0 or step == cfg['steps'] or halt:
+        write_model = partial(write_student, cfg, setup.student, env)
+        save(out, step, time.time() - began, setup.student, setup.opt, write_model, env.rank)
+    if halt and step < cfg['steps']:
+        print0(f'stopped after step {step}; the same command goes on from there')
+        raise KeyboardInterrupt
+
+
+def write_student(cfg, student, env, folder, weights):
     """A Hugging Face folder of the student in the dtype of forwards, its tokenizer beside it."""
-    weights = {name: weight.to(place.dtype) for name, weight in weights.items()}
+    weights = {name: weight.to(env.dtype) for name, weight in weights.items()}
     save_model(student, folder, snapshot(cfg['student']), weights)
 
 
@@ -394,14 +411,14 @@ def rollout_metrics(roll, tok, problems, reading):
 
 def main(cfg):
     began = time.time()
-    place = start(cfg['device'], cfg['dtype'])
+    env = start(cfg['device'], cfg['dtype'])
     print0('config:', ' '.join(f'{key}={value!r}' for key, value in cfg.items() if value != default[key]))
-    print0('on:', ' '.join(f'{key}={value}' for key, value in versions(place).items()),
-           f'dtype={str(place.dtype)[6:]}')
+    print0('on:', ' '.join(f'{key}={value}' for key, value in versions(env).items()),
+           f'dtype={str(env.dtype)[6:]}')
     for key in ('student', 'teacher', 'data'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
-    asked = cfg | {'dtype': str(place.dtype)[6:]}    # 'auto' must not mean something else at resume
+    asked = cfg | {'dtype': str(env.dtype)[6:]}    # 'auto' must not mean something else at resume
     out = open_run(cfg['out_dir'], asked, free)
     if (out / 'results.json').exists():
         results = read_json(out / 'results.json')
@@ -411,22 +428,22 @@ def main(cfg):
     if cfg['dry_run'] and not toy.is_made(cfg):
         print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
         return
-    cfg = toy.prepare(cfg, place)
-    setup = prepare(cfg, place)
+    cfg = toy.prepare(cfg, env)
+    setup = prepare(cfg, env)
     if cfg['dry_run']:
         return
 
-    log, done, elapsed = open_log(out, asked, place, setup.student, setup.opt)
+    log, done, elapsed = open_log(out, asked, env, setup.student, setup.opt)
     began -= elapsed                                 # seconds spent by earlier runs of this folder
     if not log.rows:
         row = {'step': 0}
         for side in ('student', 'teacher'):
-            row[side] = evaluate_model(cfg, setup, place, side, side)
-        log.write(row | {'elapsed': time.time() - began}, place.rank)
+            row[side] = evaluate_model(cfg, setup, env, side, side)
+        log.write(row | {'elapsed': time.time() - began}, env.rank)
         scores = {side: row[side] for side in ('student', 'teacher')} if setup.held_out else {}
         print0('\n'.join(table(scores)))
-    train(cfg, setup, place, out, log, done, began)
-    if place.rank == 0:
+    train(cfg, setup, env, out, log, done, began)
+    if env.rank == 0:
         results = summary(log.rows)
         figures.curve([out], out / 'curve.png')
         write_json(out / 'results.json', results)

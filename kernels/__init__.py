@@ -1,4 +1,5 @@
-""" Fused kernels for the three places where a training step or a sampled token spends its memory
+"""
+Fused kernels for the three places where a training step or a sampled token spends its memory
 bandwidth.
 
 Each file holds one function twice: a PyTorch reference implementation, which runs everywhere and is

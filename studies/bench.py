@@ -60,19 +60,19 @@ from support.runtime import ROOT, UserError, gathered, run, shard, start, versio
 
 # ---- models of a shape -----------------------------------------------------------------------------
 
-def random_model(c, place, seed=0):
+def random_model(c, env, seed=0):
     """A model of a shape, its weights as torch makes them, on the device and in the dtype at once."""
     torch.manual_seed(seed)
-    with place.device:
-        return Model(c).to(place.dtype).requires_grad_(False).eval()
+    with env.device:
+        return Model(c).to(env.dtype).requires_grad_(False).eval()
 
 
-def transformers_model(model, place):
+def transformers_model(model, env):
     """The same weights in transformers' model of the family."""
     peer = importlib.import_module('transformers')
     config = peer.AutoConfig.for_model(**hf_config(model.config))
-    with place.device:
-        theirs = peer.AutoModelForCausalLM.from_config(config, dtype=place.dtype).eval().requires_grad_(False)
+    with env.device:
+        theirs = peer.AutoModelForCausalLM.from_config(config, dtype=env.dtype).eval().requires_grad_(False)
     left = theirs.load_state_dict(hf_tensors(model.config, dict(model.named_parameters())), strict=False)
     assert set(left.missing_keys) <= {'lm_head.weight'} and not left.unexpected_keys, left
     theirs.tie_weights()
@@ -89,13 +89,13 @@ def read_bytes(model, rows, context):
 
 # ---- loss: hidden states alone ---------------------------------------------------------------------
 
-def loss_cases(args, place):
+def loss_cases(args, env):
     """Eq. (6) over every layer of a model, its blocks left out: `rows` supervised rows of `tokens`."""
     c, g = PRESETS[args.model], torch.Generator().manual_seed(0)
     N, K = args.tokens, min(args.rows, args.tokens)
-    h, target = (torch.randn(1, N, c.d, generator=g).to(place.device, place.dtype) for _ in range(2))
-    at = torch.arange(N - K, N, device=place.device)
-    w = torch.full((K,), 1 / K, device=place.device)
+    h, target = (torch.randn(1, N, c.d, generator=g).to(env.device, env.dtype) for _ in range(2))
+    at = torch.arange(N - K, N, device=env.device)
+    w = torch.full((K,), 1 / K, device=env.device)
     h.requires_grad_()
     payload = c.L * K * c.d * h.element_size()
 
@@ -127,7 +127,7 @@ def loss_cases(args, place):
     cases = {'fused': fused, 'selected rows': selected, 'stacked fp32': stacked,
              'rows alone': rows_alone(kernels.layer_rows),
              'rows alone, reference': rows_alone(layer_rows_reference)}
-    if place.device.type == 'cuda':
+    if env.device.type == 'cuda':
         cases['rows alone, compiled reference'] = rows_alone(torch.compile(layer_rows_reference))
     return {name: Case(call, payload=payload) for name, call in cases.items()}
 
@@ -153,14 +153,14 @@ def liger_scheme(h, W, h_t, W_t, w):
     return total, d_h, d_W
 
 
-def head_cases(args, place):
+def head_cases(args, env):
     """Losses and gradients of rows of a student and a teacher of one shape, forward and backward."""
     c, g = PRESETS[args.model], torch.Generator().manual_seed(0)
-    h, h_t = (torch.randn(args.rows, c.d, generator=g).to(place.device, place.dtype) for _ in range(2))
-    W, W_t = (torch.empty(c.V, c.d, dtype=place.dtype).normal_(std=c.d**-0.5, generator=g).to(place.device)
+    h, h_t = (torch.randn(args.rows, c.d, generator=g).to(env.device, env.dtype) for _ in range(2))
+    W, W_t = (torch.empty(c.V, c.d, dtype=env.dtype).normal_(std=c.d**-0.5, generator=g).to(env.device)
               for _ in range(2))
-    y = torch.zeros(args.rows, dtype=torch.long, device=place.device)
-    w = torch.full((args.rows,), 1 / args.rows, device=place.device)
+    y = torch.zeros(args.rows, dtype=torch.long, device=env.device)
+    w = torch.full((args.rows,), 1 / args.rows, device=env.device)
     h.requires_grad_()
     W.requires_grad_()
 
@@ -185,30 +185,30 @@ def head_cases(args, place):
         torch.autograd.grad(loss, (h, W))
     rng = random.Random(0)                   # words of 1 to 8 of 64 bytes; 6 rows in 100 inside a token
     words = [bytes(rng.choices(range(64), k=rng.randint(1, 8))) for _ in range(c.V)]
-    table = ByteTable(words, [], c.V, place.device)
-    inside = torch.tensor([rng.random() < 0.06 for _ in range(args.rows)], device=place.device)
+    table = ByteTable(words, [], c.V, env.device)
+    inside = torch.tensor([rng.random() < 0.06 for _ in range(args.rows)], device=env.device)
     written = [rng.choice(words)[:1 if part else None] for part in inside.tolist()]
     scheme = partial(liger_scheme, h.detach(), W.detach(), h_t, W_t, w)
     cases = {'full KL': partial(ours, 'full'), 'full KL, forward': partial(ours, 'full', direction='forward'),
              'top-16': partial(ours, 'topk'), 'sampled': partial(ours, 'sampled'),
              'next byte': partial(next_byte, written, inside, torch.cat([h_t, h_t])),
              "Liger's scheme": scheme, 'whole logits': whole}
-    peer = place.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
+    peer = env.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
     cases |= {'Liger': liger} if peer else {}
-    chunk = args.chunk or rows_at_once(c.V, place.device)
+    chunk = args.chunk or rows_at_once(c.V, env.device)
     ideal = 4 * c.V * (c.d + chunk)          # the head's gradient and one chunk of logits
     return {name: Case(call, payload=ideal) for name, call in cases.items()}
 
 
 # ---- update, step: teacher, student, AdamW -----------------------------------------------------------
 
-def trainer(args, place):
+def trainer(args, env):
     """-> student, and update(rollout, oprd weight, opd weight, ...): steps 3 to 6 of distill.py."""
     c = PRESETS[args.model]
-    student, teacher = (random_model(c, place, seed) for seed in (0, 1))
+    student, teacher = (random_model(c, env, seed) for seed in (0, 1))
     student = student.float().train().requires_grad_(True)
     student.checkpointing = args.checkpointing
-    shard(student, place)
+    shard(student, env)
     opt, layer_map = adamw(student, 1e-6, (0.9, 0.999), 1e-8, 0.0), {l: l for l in range(1, c.L + 1)}
 
     def update(roll, oprd, opd, kind='full'):
@@ -221,12 +221,12 @@ def trainer(args, place):
     return student, update
 
 
-def update_cases(args, place):
+def update_cases(args, env):
     """One update on `rows` answers of `tokens` tokens after prompts of 32."""
-    student, update = trainer(args, place)
+    student, update = trainer(args, env)
     B, P, T = args.rows, 32, args.tokens
-    prompt, answer = (torch.full((B,), n, device=place.device) for n in (P, T))
-    ids = torch.randint(student.config.V, (B, P + T)).to(place.device)
+    prompt, answer = (torch.full((B,), n, device=env.device) for n in (P, T))
+    ids = torch.randint(student.config.V, (B, P + T)).to(env.device)
     roll = Rollout(ids, prompt, answer, torch.ones(B, dtype=torch.bool), torch.arange(B))
     terms = {'OPRD': (1.0, 0.0, 'full'), 'OPD sampled': (0.0, 1.0, 'sampled'),
              'OPD top-16': (0.0, 1.0, 'topk'), 'OPD full KL': (0.0, 1.0, 'full'),
@@ -236,7 +236,7 @@ def update_cases(args, place):
     @cache
     def peers():
         """transformers' student and teacher, AdamW, and the supervised rows with their weights."""
-        both = [transformers_model(random_model(student.config, place, seed), place) for seed in (0, 1)]
+        both = [transformers_model(random_model(student.config, env, seed), env) for seed in (0, 1)]
         theirs = both[0].float().train().requires_grad_(True)
         if args.checkpointing:
             theirs.gradient_checkpointing_enable()
@@ -248,7 +248,7 @@ def update_cases(args, place):
         """The step as one would write it: all hidden states kept, Eq. (6) by autograd."""
         theirs, teacher, opt, at, w = peers()
         theirs, teacher = theirs.model, teacher.model                        # without the head
-        with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
+        with torch.autocast(env.device.type, env.dtype, enabled=env.dtype != torch.float32):
             with torch.no_grad():
                 h_t = [h.flatten(0, 1)[at] for h in teacher(ids, output_hidden_states=True).hidden_states[1:]]
             h_s = [h.flatten(0, 1)[at] for h in theirs(ids, output_hidden_states=True).hidden_states[1:]]
@@ -261,9 +261,9 @@ def update_cases(args, place):
     return cases
 
 
-def step_cases(args, place):
+def step_cases(args, env):
     """A whole step at forced lengths: 1/rows, 2/rows ... of `tokens`, the same for every objective."""
-    student, update = trainer(args, place)
+    student, update = trainer(args, env)
     prompts, most = prompts_of(args), [max(1, args.tokens * (i + 1) // args.rows) for i in range(args.rows)]
 
     def step(*terms, most=most, **how):
@@ -284,11 +284,11 @@ def prompts_of(args):
     return torch.randint(PRESETS[args.model].V, (args.rows, 32), generator=g).tolist()
 
 
-def decode_cases(args, place):
+def decode_cases(args, env):
     """A token for each of b rows that hold a context: 32 steps, sampling included, as between two looks."""
-    model, steps, cases = random_model(PRESETS[args.model], place), 32, {}
+    model, steps, cases = random_model(PRESETS[args.model], env), 32, {}
     c = model.config
-    theirs = cache(lambda: transformers_model(model, place))
+    theirs = cache(lambda: transformers_model(model, env))
 
     @cache
     def filled(b, context):
@@ -315,21 +315,21 @@ def decode_cases(args, place):
         """transformers' static cache, and its model compiled for it on CUDA, as generate() does."""
         peer = importlib.import_module('transformers')
         kv = peer.StaticCache(config=theirs().config, max_cache_len=context + steps)
-        cuda = place.device.type == 'cuda'
+        cuda = env.device.type == 'cuda'
         return torch.compile(theirs().forward, mode='reduce-overhead') if cuda else theirs(), kv
 
     @torch.no_grad()
     def transformers(b, context, static):
         forward, kv = compiled(b, context) if static else (
             theirs(), importlib.import_module('transformers').DynamicCache())
-        empty = torch.zeros(b, c.G, context, c.e, dtype=place.dtype, device=place.device)
+        empty = torch.zeros(b, c.G, context, c.e, dtype=env.dtype, device=env.device)
         if static:
             kv.reset()
         for l in range(c.L):                 # as if read
             kv.update(empty, empty, l)
-        ids = torch.ones(b, 1, dtype=torch.long, device=place.device)
+        ids = torch.ones(b, 1, dtype=torch.long, device=env.device)
         for t in range(steps):
-            at = torch.full((b, 1), context + t, device=place.device)
+            at = torch.full((b, 1), context + t, device=env.device)
             z = forward(input_ids=ids, position_ids=at, past_key_values=kv, use_cache=True).logits
             ids = z[:, -1].float().softmax(-1).multinomial(1)
 
@@ -337,22 +337,22 @@ def decode_cases(args, place):
         for context in args.context:
             size = dict(steps=steps, tokens=b, reads=read_bytes(model, b, context))
             cases[f'{b} x {context}'] = Case(partial(ours, b, context), **size)
-            if place.device.type == 'cpu':
+            if env.device.type == 'cpu':
                 cases[f'{b} x {context}, nn.Linear'] = Case(partial(plainly, b, context), **size)
             if importlib.util.find_spec('transformers'):
                 # on CUDA the static cache for one shape only: each takes a minute to compile
-                first = place.device.type == 'cpu' or (b, context) == (args.batch[0], args.context[0])
+                first = env.device.type == 'cpu' or (b, context) == (args.batch[0], args.context[0])
                 for static in (False, True)[:1 + first]:
                     name = f'{b} x {context}, transformers' + ' static' * static
                     cases[name] = Case(partial(transformers, b, context, static), **size, ready=theirs)
     return cases
 
 
-def rollout_cases(args, place):
+def rollout_cases(args, env):
     """`rows` greedy answers, a batch at a time, of `tokens` tokens each, or of lengths spread as an
     exponential of mean tokens / 5, cut at `tokens`. A finished row of a static batch is computed on."""
-    model, prompts = random_model(PRESETS[args.model], place), prompts_of(args)
-    theirs = cache(lambda: transformers_model(model, place))
+    model, prompts = random_model(PRESETS[args.model], env), prompts_of(args)
+    theirs = cache(lambda: transformers_model(model, env))
     rng, B = random.Random(0), args.batch[-1]
     spread = [min(args.tokens, 1 + int(rng.expovariate(5 / args.tokens))) for _ in prompts]
     how = dict(stop=[], temperature=0.0)
@@ -373,7 +373,7 @@ def rollout_cases(args, place):
         return naive(model, some, max_new_tokens=max(most), **how).answers()
 
     def transformers(some, most):
-        ids = torch.tensor(some, device=place.device)
+        ids = torch.tensor(some, device=env.device)
         out = theirs().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(most),
                                 min_new_tokens=max(most), eos_token_id=None, pad_token_id=0, do_sample=False)
         return out[:, ids.shape[1]:].tolist()
@@ -391,7 +391,7 @@ def rollout_cases(args, place):
 
 # ---- pair: the student's answers in the teacher's tokens -------------------------------------------
 
-def pairing(args, place):
+def pairing(args, env):
     """Cut the questions of a problem set as the student would, pair them with the teacher's tokens."""
     if not (args.tokenizers and args.data):
         raise UserError('pair: give --tokenizers STUDENT TEACHER and --data PROBLEMS')
@@ -409,16 +409,16 @@ def pairing(args, place):
     align = 1 - sum(int(x.sum()) for x in inside) / count
     rate = size / MB / statistics.median(seconds)
     print(f'pair: {len(answers)} texts, {size / MB:.2f} MB, {count} positions, {align:.3f} of them exact; '
-          f'{rate:.2f} MB/s on one core; {machine(place)}')
+          f'{rate:.2f} MB/s on one core; {machine(env)}')
     return {'texts': len(answers), 'bytes': size, 'align': align, 'mb_per_s': rate}
 
 
 # ---- bridge: one pass beside Algorithm 1 -----------------------------------------------------------
 
-def fits(args, place):
+def fits(args, env):
     """Stage 1 of the toy in closed form and as Algorithm 1 does it, on the same answers."""
     made, keys = {}, [f'bridge_prompts={args.rows}', f'device={args.device}', *args.keys]
-    print(f'bridge: configs/toy_bridge.py, {args.rows} prompts; {machine(place)}')
+    print(f'bridge: configs/toy_bridge.py, {args.rows} prompts; {machine(env)}')
     with tempfile.TemporaryDirectory() as tmp:
         for fit in ('ridge', 'adamw'):
             out = Path(tmp) / fit
@@ -444,14 +444,14 @@ def fits(args, place):
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def line_of(args, place, name, case):
+def line_of(args, env, name, case):
     """Measure a line of a table -> what its JSON line holds."""
     V = PRESETS[args.model].V
-    got = counted(case, V) if args.count else measure(case, args.repeat, place.device)
+    got = counted(case, V) if args.count else measure(case, args.repeat, env.device)
     if case.payload:
         got |= {'payload_mb': case.payload / MB, 'peak/payload': got['peak_mb'] * MB / case.payload}
     asked = {k: v for k, v in vars(args).items() if k not in ('device', 'dtype')}
-    where = {'machine': machine(place), 'dtype': str(place.dtype)[6:]} | versions(place)
+    where = {'machine': machine(env), 'dtype': str(env.dtype)[6:]} | versions(env)
     return asked | {'case': name} | got | where
 
 
@@ -469,16 +469,16 @@ COLUMNS = {'peak_mb': '.0f', 'made_mb': '.0f', 'largest_mb': '.1f', 'V-axis': 'd
            'tok/s': '.1f', 'limit': '.0%'}
 
 
-def tabulate(args, place, cases_of):
+def tabulate(args, env, cases_of):
     """Measure every line, print the table as it grows and then its JSON."""
-    alone = place.device.type != 'cuda' and not args.count       # in processes of their own
+    alone = env.device.type != 'cuda' and not args.count       # in processes of their own
     small = argparse.Namespace(**vars(args) | {'model': 'toy', 'rows': 1, 'tokens': 2}) if alone else args
     sizes = ', '.join(f'{k} {getattr(args, k)}' for k in USES[args.what])
-    print(f'{args.what}: {args.model}, {sizes}; {machine(place)}, {str(place.dtype)[6:]}')
+    print(f'{args.what}: {args.model}, {sizes}; {machine(env)}, {str(env.dtype)[6:]}')
     lines, first = [], None
-    for name, case in cases_of(small, place).items():
+    for name, case in cases_of(small, env).items():
         try:
-            r = in_a_process(name) if alone else line_of(args, place, name, case)
+            r = in_a_process(name) if alone else line_of(args, env, name, case)
         except (RuntimeError, torch.OutOfMemoryError) as e:
             print(f'{name:28}  {str(e).splitlines()[0][:90]}', flush=True)
             continue
@@ -505,22 +505,23 @@ TABLES = {'loss': loss_cases, 'head': head_cases, 'update': update_cases, 'decod
 
 
 def main(args):
-    place = start(args.device, args.dtype)
+    env = start(args.device, args.dtype)
     if args.what == 'all':
         began = time.time()
-        more = [['update', '--rows', '2']] if place.device.type == 'cuda' else []        # Table 3's 2 x 16k
+        more = [['update', '--rows', '2']] if env.device.type == 'cuda' else []        # Table 3's 2 x 16k
         for what in [*([t] for t in TABLES), *more]:
-            subprocess.run([sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]], check=False, cwd=ROOT)
+            command = [sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]]
+            subprocess.run(command, check=False, cwd=ROOT)
             print(f'[{time.time() - began:.0f} s]\n', flush=True)
         return
-    args = sized(args, place)
+    args = sized(args, env)
     if args.what in ('pair', 'bridge'):
-        got = (pairing if args.what == 'pair' else fits)(args, place)
-        print(json.dumps({'what': args.what, 'machine': machine(place)} | got | versions(place)))
+        got = (pairing if args.what == 'pair' else fits)(args, env)
+        print(json.dumps({'what': args.what, 'machine': machine(env)} | got | versions(env)))
     elif args.case:
-        print(json.dumps(line_of(args, place, args.case, TABLES[args.what](args, place)[args.case])))
+        print(json.dumps(line_of(args, env, args.case, TABLES[args.what](args, env)[args.case])))
     else:
-        tabulate(args, place, TABLES[args.what])
+        tabulate(args, env, TABLES[args.what])
 
 
 # What is measured where nothing is said: on two CPU cores a few minutes a table; on a GPU the paper's shapes;
@@ -537,9 +538,9 @@ COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': 
          'step': dict(rows=2, tokens=24)}
 
 
-def sized(args, place):
+def sized(args, env):
     """Sizes that were not given."""
-    cuda = place.device.type == 'cuda'
+    cuda = env.device.type == 'cuda'
     usual = dict(model='r1_1p5b' if cuda else 'smollm2', repeat=1, rows=1, tokens=1, batch=[16], context=[1])
     for sizes, here in ((CPU, True), (GPU, cuda), (COUNT, args.count)):
         usual |= sizes.get(args.what, {}) if here else {}

@@ -172,9 +172,9 @@ def counted(case, V):
 
 # ---- where -------------------------------------------------------------------------------------
 
-def machine(place):
+def machine(env):
     """What the figures were measured on."""
-    if place.device.type == 'cuda':
+    if env.device.type == 'cuda':
         return torch.cuda.get_device_name()
     try:
         with open('/proc/cpuinfo') as f:

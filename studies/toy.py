@@ -251,15 +251,15 @@ def make(folder, cfg, device):
         write_json(tmp / 'recipe.json', recipe(cfg))
 
 
-def prepare(cfg, place):
+def prepare(cfg, env):
     """cfg with every 'toy' replaced by a path. Rank 0 makes the folder if it is not there."""
     if not wanted(cfg):
         return cfg
     folder = folder_of(cfg)
-    if place.rank == 0 and not is_whole(folder, cfg):
+    if env.rank == 0 and not is_whole(folder, cfg):
         with locked(folder.with_name(f'.{folder.name}.lock')):
             if not is_whole(folder, cfg):                # another run may have made it in the meantime
-                make(folder, cfg, place.device)
+                make(folder, cfg, env.device)
     barrier()
     paths = {'student': folder / 'student', 'teacher': folder / 'teacher',
              'data': folder / 'train.jsonl', 'eval_data': folder / 'eval.jsonl'}

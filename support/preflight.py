@@ -20,7 +20,7 @@ from support.runtime import UserError, print0
 GiB = 2**30
 
 
-def preflight(cfg, place, tok_s, tok_t, train, held_out):
+def preflight(cfg, env, tok_s, tok_t, train, held_out):
     """Check the pair, the objective, the lengths and the memory: one printed line each, or a UserError.
     -> ({student layer: teacher layer}, stop ids, length of the longest sequence)."""
     student = read_config(cfg['student'])
@@ -46,15 +46,15 @@ def preflight(cfg, place, tok_s, tok_t, train, held_out):
         lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'])
 
     lines += check_objective(cfg, same)
-    if cfg['prompts_per_step'] < place.world:
-        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {place.world} ranks; "
+    if cfg['prompts_per_step'] < env.world:
+        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {env.world} ranks; "
                         'raise it')
     longest = check_lengths(cfg, student, teacher, train, held_out)
 
     # Memory, and what a dry run shows besides.
-    need = memory_estimate(cfg, student, teacher, layer_map, longest, place)
+    need = memory_estimate(cfg, student, teacher, layer_map, longest, env)
     free = ''
-    if place.device.type == 'cuda':
+    if env.device.type == 'cuda':
         free = f' of {torch.cuda.mem_get_info()[0] / GiB:.1f} free'
     lines.append(f'student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; '
                  f'memory per rank, estimated: {sum(need.values()) / GiB:.2f} GiB{free}')
@@ -62,7 +62,7 @@ def preflight(cfg, place, tok_s, tok_t, train, held_out):
         lines += [f'  {size / GiB:8.2f} GiB  {name}' for name, size in need.items()]
         pairs = list(layer_map) if all(l == t for l, t in layer_map.items()) else layer_map
         lines.append(f"plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers "
-                     f'over {place.world} rank(s); {len(train)} training problems; layers {pairs}')
+                     f'over {env.world} rank(s); {len(train)} training problems; layers {pairs}')
     print0('\n'.join(f'  {line}' for line in lines))
     return layer_map, stop_set(tok_s, tok_t), longest
 
@@ -174,11 +174,11 @@ def check_lengths(cfg, student, teacher, train, held_out):
     return longest
 
 
-def memory_estimate(cfg, student, teacher, layer_map, longest, place):
+def memory_estimate(cfg, student, teacher, layer_map, longest, env):
     """Bytes per rank, by what they are for. Activations are a rough count: per token and block, what a
     gated MLP and attention keep for their backward, or one state where blocks are recomputed."""
-    size = 2 if place.dtype == torch.bfloat16 else 4                         # bytes of a number in a forward
-    rows = -(-cfg['prompts_per_step'] // place.world) * cfg['n']             # answers of a rank, rounded up
+    size = 2 if env.dtype == torch.bfloat16 else 4                         # bytes of a number in a forward
+    rows = -(-cfg['prompts_per_step'] // env.world) * cfg['n']             # answers of a rank, rounded up
     tokens = min(max(cfg['token_budget'], longest), rows * longest)          # of a micro-batch
     weights = student.count()
 
@@ -192,11 +192,11 @@ def memory_estimate(cfg, student, teacher, layer_map, longest, place):
 
     # The head's gradient in float32; beside it its cast, the gathered head and what is reduced over ranks.
     # And a chunk of rows of logits, four float32 tensors of them.
-    head_bytes = 4 if size == 4 and place.world == 1 else 4 + 2 * size + 4   # per weight of the head
+    head_bytes = 4 if size == 4 and env.world == 1 else 4 + 2 * size + 4   # per weight of the head
     head = head_bytes * student.V * student.d + 16 * student.V * (cfg['head_rows'] or 64)
     return {
-        'student weights, gradient and AdamW, float32': 16 * weights / place.world,
-        'student weights gathered for sampling': weights * size * (place.world > 1 or size == 2),
+        'student weights, gradient and AdamW, float32': 16 * weights / env.world,
+        'student weights gathered for sampling': weights * size * (env.world > 1 or size == 2),
         'teacher weights': teacher.count() * size,
         'KV cache while sampling': cache_rows * longest * cache_bytes,
         'teacher rows of a micro-batch': len(layer_map) * tokens * row_bytes,

@@ -8,9 +8,9 @@ def step_line(row, steps, eta):
     """A row of the log -> one line of fixed width, most wanted first."""
     train_seconds = row['time/teacher'] + row['time/student'] + row['time/update']
     speed = row['tokens'] / (row['time/sample'] + train_seconds)
-    parts = [f"step {row['step']:04d}/{steps:04d}", f"loss {row['loss']:.3g}"]
+    parts = [f"step {row['step']:04d}/{steps:04d}", f"loss {row['loss']:#.3g}"]
     if 'loss/opd' in row:
-        parts.append(f"kl {row['opd/kl']:.3g}")
+        parts.append(f"kl {row['opd/kl']:#.3g}")
     else:
         parts.append(f"cos {row['rep/cos']:.3f}")
     answers = f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}%"

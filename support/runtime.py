@@ -37,7 +37,7 @@ class UserError(Exception):
 # ---- start: rank, device, dtype ---------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Place:
+class Env:
     """Where this process runs."""
     rank: int                   # 0 .. world - 1
     world: int                  # number of ranks, on all machines
@@ -47,7 +47,7 @@ class Place:
 
 
 def start(device='auto', dtype='auto'):
-    """Join torchrun's ranks if there are any, choose device and dtype -> Place.
+    """Join torchrun's ranks if there are any, choose device and dtype -> Env.
 
     'auto' means CUDA with bfloat16 where there is CUDA, else CPU with float32.
     """
@@ -69,7 +69,7 @@ def start(device='auto', dtype='auto'):
     # rank 0 while it makes the toy or writes a checkpoint.
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(BACKENDS[device], timeout=timedelta(hours=6))
-    return Place(rank, world, local, own_device, getattr(torch, dtype))
+    return Env(rank, world, local, own_device, getattr(torch, dtype))
 
 
 def check_device(device, dtype, local, world):
@@ -87,7 +87,7 @@ def check_device(device, dtype, local, world):
         raise UserError("device='mps' runs in float32; use dtype=float32")
 
 
-def versions(place):
+def versions(env):
     """What a reader of the run folder needs in order to repeat the run."""
     revision = 'no git'
     if shutil.which('git'):
@@ -95,10 +95,10 @@ def versions(place):
                              capture_output=True, text=True)
         if git.returncode == 0:
             revision = git.stdout.strip()
-    on_cuda = place.device.type == 'cuda'
+    on_cuda = env.device.type == 'cuda'
     return {'torch': torch.__version__, 'python': sys.version.split()[0],
-            'device': torch.cuda.get_device_name() if on_cuda else place.device.type,
-            'ranks': place.world, 'threads': torch.get_num_threads(), 'git': revision}
+            'device': torch.cuda.get_device_name() if on_cuda else env.device.type,
+            'ranks': env.world, 'threads': torch.get_num_threads(), 'git': revision}
 
 
 def print0(*words):
@@ -248,7 +248,7 @@ def all_reduce(x, op='sum'):
     backend = dist.get_backend()
     assert x.device.type == DEVICES[backend], (
         f'all_reduce of a tensor on {x.device}, but {backend} connects the ranks, which moves '
-        f'{DEVICES[backend]} tensors; make it with device=place.device')
+        f'{DEVICES[backend]} tensors; make it with device=env.device')
     if ranks() > 1:
         dist.all_reduce(x, operation)
     return x
@@ -269,20 +269,20 @@ def barrier():
 
 # ---- shards -----------------------------------------------------------------------------------
 
-def shard(model, place):
-    """FSDP2: float32 weights, gradients and optimizer state in shards, forwards in place.dtype.
+def shard(model, env):
+    """FSDP2: float32 weights, gradients and optimizer state in shards, forwards in env.dtype.
 
     On one rank in float32 the model stays as it is. On one rank in bfloat16 a mesh of one rank gives the
     same float32 master weights. The head is a group of its own, so an OPRD step never gathers it.
     """
-    if place.world == 1 and place.dtype == torch.float32:
+    if env.world == 1 and env.dtype == torch.float32:
         return model
     if not dist.is_initialized():
-        dist.init_process_group(BACKENDS[place.device.type], store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(BACKENDS[env.device.type], store=dist.HashStore(), rank=0, world_size=1)
 
-    wide = torch.promote_types(place.dtype, torch.float32)
-    options = {'mesh': init_device_mesh(place.device.type, (place.world,)),
-               'mp_policy': MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=wide)}
+    wide = torch.promote_types(env.dtype, torch.float32)
+    options = {'mesh': init_device_mesh(env.device.type, (env.world,)),
+               'mp_policy': MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=wide)}
     for block in model.blocks:
         fully_shard(block, **options)
     if not model.config.tied:

@@ -1,8 +1,10 @@
 """The structure of the repository: which folder may import which, how large the core is, which packages are used."""
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -36,7 +38,7 @@ MAY_IMPORT = {
     'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'studies', 'support'},
     'studies': {*LIBRARIES, 'configs', 'cross_tokenizer', 'formats', 'kernels', 'studies', 'support'},
 }
-CORE_LINES = 3300               # root + configs: what somebody reads who wants to know the whole method
+CORE_LINES = 3000               # of code in root and configs: what somebody reads who wants to know the whole method
 
 
 def imports(file):
@@ -62,12 +64,24 @@ def test_imports_run_one_way(file):
     assert not text or len(ast.get_docstring(ast.parse(text)) or '') > 60
 
 
+def code_lines(text):
+    """Lines of code: neither blank, nor comment, nor docstring. Text that explains code costs nothing."""
+    lines = set()
+    skipped = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.COMMENT)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
 def test_the_core_stays_small():
     """The sum counts, not the file: a key or a function more fails nothing."""
     assert len(ROOT_FILES) <= 10
     core = [*ROOT_FILES, *(f'configs/{p.name}' for p in (ROOT / 'configs').glob('*.py'))]
-    lines = sum(len((ROOT / file).read_text().splitlines()) for file in core)
-    assert lines <= CORE_LINES, f'{lines} lines'
+    assert sum(code_lines((ROOT / file).read_text()) for file in core) <= CORE_LINES
 
 
 def test_nothing_imports_distill():

@@ -15,7 +15,7 @@ from two_ranks import gradient
 from configs import load_config
 from distill import main
 from formats.huggingface import load_model, save_model
-from support.runtime import ROOT, Place, all_reduce, gathered, shard
+from support.runtime import ROOT, Env, all_reduce, gathered, shard
 
 
 def torchrun(*args, code=0):
@@ -174,7 +174,7 @@ def test_a_sharded_model_is_plain_only_while_it_is_gathered():
     of one rank shards in bfloat16."""
     assert not dist.is_initialized()
     try:
-        model = shard(tiny_model(), Place(0, 1, 0, torch.device('cpu'), torch.bfloat16))
+        model = shard(tiny_model(), Env(0, 1, 0, torch.device('cpu'), torch.bfloat16))
         ids = torch.tensor([[1, 2, 3]])
         want = tiny_model().to(torch.bfloat16)(ids)
         with pytest.raises(RuntimeError, match=r'use `with gathered\(model\)'):

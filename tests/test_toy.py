@@ -54,17 +54,17 @@ def test_tokenizer_is_21_characters_and_lengths_are_known(toy_cfg):
 def test_folder_is_reused_and_mended(toy_dir, toy_cfg, capsys, tmp_path):
     """Same recipe: reused. A damaged weight file: made again, and the same numbers come out."""
     cfg = load_config(argv(tmp_path, 'unused'))
-    place = start('cpu')
-    paths = toy.prepare(cfg, place)
+    env = start('cpu')
+    paths = toy.prepare(cfg, env)
     first = load_model(paths['teacher'])
     for a, b in zip(first.parameters(), load_model(toy_cfg['teacher']).parameters(), strict=True):
         assert torch.equal(a, b)                          # made twice, in two places: bit for bit
     capsys.readouterr()
-    toy.prepare(cfg, place)
+    toy.prepare(cfg, env)
     assert 'making' not in capsys.readouterr().out
     file = toy.folder_of(cfg) / 'teacher/model.safetensors'
     file.write_bytes(file.read_bytes()[:1000])
-    toy.prepare(cfg, place)
+    toy.prepare(cfg, env)
     assert 'cannot be used' in capsys.readouterr().out
     assert torch.equal(load_model(paths['teacher']).head.weight, first.head.weight)
     shutil.rmtree(paths['student'])

@@ -44,12 +44,12 @@ def gradient(student, teacher, budget, rank, world, opd='none'):
 
 
 def write_gradient(out, student, teacher, budget, dtype, recompute, opd='none'):
-    place = start('cpu', dtype)
-    model = load_model(student, torch.promote_types(place.dtype, torch.float32))
+    env = start('cpu', dtype)
+    model = load_model(student, torch.promote_types(env.dtype, torch.float32))
     model.checkpointing = recompute == 'True'
     model.head.requires_grad_(model.config.tied or opd not in ('none', 'probe'))
-    grads, sums, _ = gradient(shard(model, place), load_model(teacher, place.dtype), int(budget), place.rank, place.world, opd)
-    if place.rank == 0:
+    grads, sums, _ = gradient(shard(model, env), load_model(teacher, env.dtype), int(budget), env.rank, env.world, opd)
+    if env.rank == 0:
         save_file({k: v.contiguous() for k, v in grads.items()} | {f'sum {name}': value for name, value in sums.items()}, out)
 
 
