@@ -71,11 +71,12 @@ def adamw(model, lr, betas, eps, weight_decay):
 
 
 def share_below_eps(opt):
-    """Of the weights that have learned: the share whose gradients are below AdamW's eps, as a root
-    mean square.
+    """The share of the weights whose gradients are below AdamW's eps, as a root mean square over the
+    steps; weights that have had no gradient at all, such as the embeddings of tokens that never came,
+    are not counted.
 
-    AdamW divides by (root mean square + eps), so the steps of these weights are at most half as
-    long as lr says.
+    AdamW divides by (root mean square + eps), so the steps of these weights are at most half as long
+    as lr says.
     """
     below = 0
     count = 0
@@ -83,16 +84,14 @@ def share_below_eps(opt):
         beta2 = group['betas'][1]
         for p in group['params']:
             state = opt.state[p]
-            steps = float(state['step'])
-            if steps == 0:                   # a head that has not had a gradient yet
-                continue
             mean_square = state['exp_avg_sq']
             if isinstance(mean_square, DTensor):
                 mean_square = mean_square.to_local()                         # this rank's shard
-            limit = group['eps'] ** 2 * (1 - beta2 ** steps)
-            below = below + int((mean_square < limit).sum())
-            count = count + mean_square.numel()
+            learned = mean_square > 0
+            # exp_avg_sq starts at 0, so after so many steps it is short of the mean by this factor.
+            limit = group['eps'] ** 2 * (1 - beta2 ** float(state['step']))
+            below += int((learned & (mean_square < limit)).sum())
+            count += int(learned.sum())
     device = opt.param_groups[0]['params'][0].device
     below, count = all_reduce(torch.tensor([below, count], dtype=torch.float32, device=device)).tolist()
     return below / max(count, 1)
-
