@@ -82,6 +82,7 @@ from support.runtime import (
 def make_objective_terms(cfg, layer_map, bridge, teacher, output):
     """The config's choices -> Objective. output: an objective of output_losses or next_byte, or
     None."""
+    # Hidden states: through a bridge, or number by number if width and vocabulary are the same.
     hidden = None
     if layer_map and bridge is not None:
         hidden = BridgeTerm(bridge, cfg['bridge_normalise'])
@@ -91,6 +92,7 @@ def make_objective_terms(cfg, layer_map, bridge, teacher, output):
         if not hidden.fused:
             print0(f"  note: rep_loss={cfg['rep_loss']!r} has no kernel (or another formula than its "
                    'kernel): it trains with its gradient by autograd, more slowly')
+    # Output space: the objective together with the teacher's head.
     if output is not None:
         output = OutputTerm(output, teacher)
     return Objective(layer_map, hidden, output, bridge)
@@ -99,9 +101,12 @@ def make_objective_terms(cfg, layer_map, bridge, teacher, output):
 def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
     """One of Eqs. (3)-(5) or the next-byte KL, as the config says. None: the config asks to compare
     token by token, but the vocabularies differ."""
+    # What every objective under the LM heads shares.
     heads = dict(temperature=cfg['student_temperature'], teacher_temperature=cfg['teacher_temperature'],
                  chunk=cfg['head_rows'])
-    vocab = shared_size(tok, tok_t)
+    vocab = shared_size(tok, tok_t)          # a softmax runs over the ids that both models know
+
+    # Bytes can be compared between any two vocabularies, tokens only within one.
     if cfg['opd'] == 'byte':
         student_table = ByteTable(tok.pieces, stop, vocab, device)
         teacher_table = ByteTable(tok_t.pieces, tok_t.stop_ids, tok_t.size, device)
@@ -139,17 +144,21 @@ class Setup:
 
 def prepare(cfg, env):
     """Tokenizers, problems, checks, bridge, models, objective, optimizer -> Setup."""
+    # Text first: it is small, and most mistakes show here.
     tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
     tok_t = load_tokenizer(cfg['teacher'], enable_thinking=cfg['enable_thinking'])
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
     held_out = {}
     if cfg['eval_data']:
         held_out = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    # An answer that the grader does not accept as its own can never be scored.
     for problems in (train, *held_out.values()):
         for line in check_answers(problems):
             print0(f'  {line}')
+    # The pair, the objective, the lengths, the memory: a line each, or an error.
     held_out_problems = [problem for problems in held_out.values() for problem in problems]
     layer_map, stop, longest = preflight(cfg, env, tok, tok_t, train, held_out_problems)
+    # A bridge must have been made for just these two models.
     bridge = None
     if cfg['bridge']:
         shapes = [read_config(cfg[side]) for side in ('student', 'teacher')]
@@ -170,10 +179,15 @@ def load_models(cfg, setup, env, longest):
         for side in ('student', 'teacher'):
             snapshot(cfg[side], weights=True)
     barrier()
+
+    # The teacher runs in the dtype of forwards. The student keeps float32 weights, gradients and
+    # optimizer state; `shard` casts its forwards.
     teacher = load_model(cfg['teacher'], env.dtype, env.device).requires_grad_(False)
     student = load_model(cfg['student'], torch.float32, env.device)
     if not student.config.tied and not ever_positive(cfg['opd_weight']):
         student.head.requires_grad_(False)   # Eq. (6) never reaches it
+
+    # longrope chooses its frequencies by the longest sequence that may come.
     student.checkpointing = cfg['checkpointing']
     student.max_length = longest
     teacher.max_length = longest
@@ -182,6 +196,7 @@ def load_models(cfg, setup, env, longest):
             block.compile()
     shard(student, env)
 
+    # AdamW allocates its state now, so a run that does not fit fails before the first rollout.
     output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
     setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output)
     setup.opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'], cfg['weight_decay'])
@@ -190,9 +205,11 @@ def load_models(cfg, setup, env, longest):
 
 
 def open_log(out, asked, env, student, opt):
-    """Write the run's config, or go on from its last checkpoint -> (log, steps done, seconds spent)."""
+    """Write the run's config, or go on from its last checkpoint -> (log, steps done, seconds
+    spent)."""
     if env.rank == 0 and not (out / 'config.json').exists():
         write_json(out / 'config.json', {'config': asked, 'versions': versions(env)})
+    # What a crashed run logged after its last checkpoint is forgotten, and made again.
     log = Log(out / 'log.jsonl')
     done, elapsed = resume(out, student, opt)
     log.keep(done)
@@ -216,6 +233,7 @@ def evaluate_model(cfg, setup, env, name, side='student'):
     if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
         tok, stop, vocab = setup.tok_t, setup.tok_t.stop_ids, setup.tok_t.size
         sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    # Whole weights on every rank while it samples; each rank answers its share of the problems.
     with gathered(getattr(setup, side)) as model:
         return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
                         top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
@@ -281,6 +299,7 @@ def train(cfg, setup, env, out, log, done, began):
 def update(cfg, setup, step):
     """Step 6: clip the gradients and let AdamW take a step -> (learning rate, gradient norm before
     clipping)."""
+    # A frozen head, or one whose term has not begun, has no gradient.
     params = [p for p in setup.student.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, cfg['grad_clip'] or math.inf)
     lr = learning_rate(step, cfg['steps'], cfg['lr'], cfg['warmup'], cfg['schedule'], cfg['min_lr'])
@@ -310,11 +329,14 @@ def sample_answers(cfg, setup, env, problems, slots, step, clock):
 def supervised_positions(cfg, setup, roll, problems):
     """Step 3: what a teacher of another vocabulary reads (or None), and the mask of supervised
     positions (B, T)."""
+    # Each rule has a key of its own name for its size; 'all', 'last' and 'drift' need none.
     size = {'last_k': cfg['last_k'], 'first_k': cfg['first_k'],
             'last_frac': cfg['last_frac'], 'first_frac': cfg['first_frac']}.get(cfg['positions'], 0)
     mask = position_mask(roll, cfg['positions'], size)
     if setup.same_ids:
         return None, mask
+
+    # Another vocabulary: the teacher reads its own rendering of the prompt, and the answer's text.
     prompts_t = [setup.tok_t.chat(problem.question) for problem in problems]
     reading = read_rollout(roll, prompts_t, setup.tok, setup.tok_t, setup.teacher.config.context,
                            cfg['pair'], cfg['teacher_ids'])
@@ -327,12 +349,15 @@ def finish_step(cfg, setup, env, row, log, began, clock):
     if not math.isfinite(row['loss'] + row['grad_norm']):
         raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                         'nothing of this step is saved; lower lr=')
+
+    # What is measured only now and then.
     if is_diagnosed(step, steps, cfg['diagnose_every']):
         row['adam/below_eps'] = share_below_eps(setup.opt)
     if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
         row |= evaluate_model(cfg, setup, env, f'step {step}')
-    log.write(row | {'elapsed': time.time() - began}, env.rank)
 
+    # Every step is a line of log.jsonl; the terminal shows some of them.
+    log.write(row | {'elapsed': time.time() - began}, env.rank)
     if step == 1:
         for line in first_step_notes(row, list(setup.layer_map), cfg['adam_eps']):
             print0(line)
@@ -341,8 +366,9 @@ def finish_step(cfg, setup, env, row, log, began, clock):
 
 
 def stop_or_save(cfg, setup, env, step, out, began, caught):
-    """Save a checkpoint where one is due. caught: signals; if any rank has caught one, all ranks save and
-    stop."""
+    """Save a checkpoint where one is due. caught: signals; if any rank has caught one, all ranks
+    save and stop."""
+    # All ranks must agree, or those that go on would wait for the others for ever.
     halt = torch.tensor(float(bool(caught)), device=env.device)
     halt = bool(all_reduce(halt, 'max'))
     if step % cfg['save_every'] == 0 or step == cfg['steps'] or halt:
@@ -362,8 +388,11 @@ def write_student(cfg, student, env, folder, weights):
 def objective_metrics(sums, looked, oprd_weight, opd_weight):
     """A step's sums, from `accumulate` and `diagnose` -> the numbers to log, over all ranks. What
     this step did not look at is not there. Entropies and KL in nats."""
+    # Sums over this rank's rows become sums over all rows.
     sums = {name: all_reduce(value).tolist() for name, value in sums.items()}
     looked = {name: all_reduce(value).tolist() for name, value in looked.items()}
+
+    # Eq. (7), and its two terms.
     row = {'loss': oprd_weight * sums.get('loss/oprd', 0.0) + opd_weight * sums.get('loss/opd', 0.0)}
     for name in ('loss/oprd', 'loss/opd'):
         if name in sums:
@@ -390,10 +419,12 @@ def objective_metrics(sums, looked, oprd_weight, opd_weight):
 
 def rollout_metrics(roll, tok, problems, reading):
     """Lengths, finished share and accuracy of a step's answers, over all ranks."""
+    # Problems without a known answer are not graded.
     verdicts = []
     for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True):
         if problems[i].answer is not None:
             verdicts.append(grade(tok.decode(ids), problems[i].answer))
+    # Counts are summed over ranks first, and divided afterwards: ranks may hold unequal shares.
     written = int(roll.resp_len.sum())
     exact = reading.align * written if reading else 0.0
     counts = [written, int(roll.stopped.sum()), len(roll.ids), sum(verdicts), len(verdicts), exact]
@@ -418,6 +449,8 @@ def main(cfg):
     for key in ('student', 'teacher', 'data'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
+
+    # A finished run shows its result; a run of another config is an error, before anything is loaded.
     asked = cfg | {'dtype': str(env.dtype)[6:]}    # 'auto' must not mean something else at resume
     out = open_run(cfg['out_dir'], asked, free)
     if (out / 'results.json').exists():
@@ -428,11 +461,14 @@ def main(cfg):
     if cfg['dry_run'] and not toy.is_made(cfg):
         print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
         return
+
+    # The toy makes its own models and problems, once.
     cfg = toy.prepare(cfg, env)
     setup = prepare(cfg, env)
     if cfg['dry_run']:
         return
 
+    # Resume, or start with the scores of both models.
     log, done, elapsed = open_log(out, asked, env, setup.student, setup.opt)
     began -= elapsed                                 # seconds spent by earlier runs of this folder
     if not log.rows:
@@ -442,6 +478,8 @@ def main(cfg):
         log.write(row | {'elapsed': time.time() - began}, env.rank)
         scores = {side: row[side] for side in ('student', 'teacher')} if setup.held_out else {}
         print0('\n'.join(table(scores)))
+
+    # The loop, then table and figure.
     train(cfg, setup, env, out, log, done, began)
     if env.rank == 0:
         results = summary(log.rows)

@@ -30,6 +30,7 @@ def layer_set(which, L):
 
     The authors' code counts blocks from 0, so its 'even' is our 'odd'.
     """
+    # A list may be in any order and may repeat itself.
     if isinstance(which, list):
         layers = sorted(set(which))
         assert layers[0] >= 1 and layers[-1] <= L, f'layers {layers} of a model with {L}'
@@ -100,6 +101,7 @@ def oprd_loss(h_s, h_t, weights, kind='mse'):
     Slow on purpose: it keeps float32 copies of every layer alive until the backward. Training uses
     `layer_loss`.
     """
+    # float32 at least: squares of bfloat16 differences would lose what they measure.
     dtype = torch.promote_types(h_s[0].dtype, torch.float32)
     total = 0.0
     for student_rows, teacher_rows in zip(h_s, h_t, strict=True):
@@ -130,12 +132,15 @@ def layer_rows_by_autograd(h, h_t, at, weights, kind):
     """What kernels.layer_rows computes, for any distance: h (N, d), h_t (K, d), at (K,) -> value
     (K,), cosine (K,); h_t is overwritten with w dvalue/dh_s. A row's value depends on its own state
     alone, so one backward of the sum gives the gradient of every row."""
+    # The student's rows as a leaf of a small graph of their own.
     dtype = torch.promote_types(h.dtype, torch.float32)
     h_s = h.detach()[at].to(dtype).requires_grad_()                          # (K, d)
     target = h_t.to(dtype)
     with torch.enable_grad():
         value = row_distance(h_s, target, kind)                              # (K,)
         gradient, = torch.autograd.grad(value.sum(), h_s)
+
+    # The teacher's rows are spent: their memory takes the gradient.
     cosine = F.cosine_similarity(h_s.detach(), target, dim=-1, eps=1e-12)
     h_t.copy_(gradient * weights.to(dtype)[:, None])
     return value.detach(), cosine
@@ -145,12 +150,14 @@ def fused_equals_readable(kind, device):
     """Does the fused gradient of a distance equal autograd's of the readable function, on eight
     random rows? Whoever edits a function in DISTANCES gets what was written, and not the old
     formula from a kernel."""
+    # Rows of ordinary size, and weights of 1, so that nothing hides behind an eps.
     generator = torch.Generator().manual_seed(0)
     h, h_t = torch.randn(2, 8, 16, generator=generator).to(device)
     at = torch.arange(8, device=device)
     weights = torch.ones(8, device=device)
     fused_gradient = h_t.clone()
     readable_gradient = h_t.clone()
+    # Both overwrite the teacher's rows with the gradient.
     fused_value, _ = kernels.layer_rows(h, fused_gradient, at, weights, kind)
     readable_value, _ = layer_rows_by_autograd(h, readable_gradient, at, weights, kind)
     return torch.allclose(fused_value, readable_value, rtol=1e-3, atol=1e-4) and torch.allclose(
@@ -175,6 +182,7 @@ class LayerLoss(torch.autograd.Function):
             loss_weights = drift_weights(weights, value, answer)
             h_t.mul_(loss_weights[:, None])
 
+        # The backward needs these rows, and of h only its shape.
         ctx.save_for_backward(h_t, at)
         ctx.like = h.shape, h.dtype, h.device
         ctx.set_materialize_grads(False)
@@ -216,6 +224,7 @@ def layer_loss(h, h_t, at, weights, kind='mse', answer=None, fused=None):
 def project_student(h_s, P_s, b_s, inside):
     """Student rows (K, d) through a bridge's student side -> (K, r). P_s (2, r, d) and b_s (2, r)
     hold one projector per class; inside (K,) says which class a row is of."""
+    # Both projections in one product; then each row takes the one of its class.
     both = h_s @ P_s.flatten(0, 1).t() + b_s.flatten()                       # (K, 2 r)
     row = torch.arange(len(h_s), device=h_s.device)
     return both.view(len(h_s), 2, -1)[row, inside.long()]
@@ -240,6 +249,7 @@ class BridgeLoss(torch.autograd.Function):
         weights = weights.to(torch.promote_types(h.dtype, torch.float32))
         # The teacher's rows are not needed any more: from here on their memory holds dL/dz.
         value, cosine = kernels.bridge_rows(h.flatten(0, 1), z_t, at, weights, P_s, b_s, inside, normalise)
+        # The backward needs r numbers per row and the frozen projector.
         ctx.save_for_backward(z_t, at, P_s, inside)
         ctx.like = h.shape, h.dtype, h.device
         ctx.set_materialize_grads(False)

@@ -99,6 +99,7 @@ def opd_rows(z_s, z_t, next_token, kind='full', k=16, support='student', tail='r
     log q itself would give the gradient of log p alone, with nothing of the teacher in it.)
     """
     assert kind in KINDS, kind
+    # The teacher is a constant.
     logp = z_s.log_softmax(-1)
     logq = z_t.detach().log_softmax(-1)
     if kind == 'full':
@@ -203,6 +204,7 @@ class HeadLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, h, W, objective, batch):
+        # Results, one number per row, and the gradients of states and head.
         dtype = torch.promote_types(h.dtype, torch.float32)
         weights = batch.weights.to(dtype)
         V = objective.vocab or W.shape[0]
@@ -305,6 +307,7 @@ def compare(logp, logq, top_s=None, top_t=None):
     """Log-probabilities (C, V) and (C, V) -> Comparison. logq is *overwritten* (three (C, V)
     tensors live, not four).
     top_s, top_t: the likeliest tokens of both (C, 16 or more), if they are known."""
+    # What needs log q itself comes before its memory is reused.
     if top_s is None:
         top_s = likeliest(logp, OVERLAP)
         top_t = likeliest(logq, OVERLAP)
@@ -408,6 +411,7 @@ class TopK(Vocabulary):
             g = g[:, :-1]
             p_S = p_S[:, :-1]
 
+        # From the k tokens to the whole vocabulary, through the softmax.
         both = compare(logp, logq, top_s, top_t)
         weights = batch.weights[rows, None]
         G = support_gradient(both.p, S, g * weights, p_S, rest * weights)

@@ -23,10 +23,12 @@ def hidden_rows(teacher, ids, wanted, layer_map, bridge=None):
     project the rows of every key but 'head' to (K, r). Each result is a tensor of its own, also
     where two student layers share a teacher layer: layer_loss overwrites it.
     """
+    # The teacher layer of each key.
     teacher_layers = {}
     for key in wanted:
         teacher_layers[key] = teacher.config.L if key == 'head' else layer_map[key]
 
+    # One forward up to the deepest of them. Each layer hands over its rows as it passes.
     keep = partial(keep_rows, wanted=wanted, teacher_layers=teacher_layers, bridge=bridge)
     rows = {}
     for rows_of_layer in teacher.hidden(ids, sorted(set(teacher_layers.values())), tap=keep):

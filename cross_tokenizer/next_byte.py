@@ -67,6 +67,7 @@ class ByteTable:
         going_on = []
         next_bytes = []
         ending = []
+        # Words that begin alike lie together, so the search stops at the first that does not.
         first = bisect_left(self.sorted, (written,)) if written else len(self.sorted)
         for word, i in self.sorted[first:]:
             if not word.startswith(written):
@@ -182,6 +183,7 @@ class NextByte:
 
     def compare(self, logp, batch, rows):
         """log p (C, V) of a chunk, *overwritten* -> p (C, V); P, Q, told (C, E)."""
+        # The teacher's states come in pairs: at the position, and before its last token.
         K = len(batch.weights)
         W_t = batch.teacher_W[:len(self.teacher_table.first)]
         written = [b''] * K if batch.written is None else batch.written
@@ -189,6 +191,7 @@ class NextByte:
         after = log_probs(after_h[rows], W_t, self.teacher_temperature).exp_()               # (C, V_t)
         before = log_probs(before_h[rows], W_t, self.teacher_temperature).exp_()
         Q, told = self.teacher_table.outcomes(before, after, written[rows], batch.inside[rows])
+        # Where the teacher cannot tell bytes apart, the student's are put together as well.
         p = logp.exp_()
         P = merge_untold(self.student_table.first_outcomes(p), told)
         return p, P, Q, told
