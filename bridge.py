@@ -103,8 +103,8 @@ def collect(student, problems, vocab, stop, cfg, env):
             for row in [head, *answers]:
                 append_row(lines, row)
 
-    # An answer is a function of (weights, seed, step, slot) alone, so an interrupted run goes on
-    # with the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each
+    # The random numbers of an answer are a function of (seed, step, slot) alone, so an interrupted
+    # run goes on with the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each
     # process samples every world-th slot of a batch.
     batch = max(1, cfg['eval_rows']) * env.world
     no_bar = env.rank > 0 or None                    # None: shown on a terminal only

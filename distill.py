@@ -21,7 +21,9 @@ number of ranks.
     python distill.py configs/toy.py lr=1e-3 out_dir=out/lr1e-3   any key of configs/default.py
 
 Run again with the same folder, it resumes. Ctrl-C finishes the step, saves and stops (torchrun kills
-its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600).
+its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600). The random
+numbers of an answer depend on neither batch, ranks nor restarts. In float32 the answer does not either, up
+to a tie in the last bit; in bfloat16 it can differ with the shape of the batch (rollout.py).
 Simpler than usual: one loop, no trainer. What it does not know yet: several teachers, a teacher
 sharded over ranks. The algorithm without everything that makes it fast: minimal.py.
 
@@ -257,7 +259,7 @@ def train(cfg, setup, env, out, log, done, began):
             slots = range(env.rank, cfg['prompts_per_step'], env.world)
             problems = [setup.train[order[slot]] for slot in slots]
 
-            # 2. rollout: an answer is a function of (weights, seed, step, slot, sample) alone.
+            # 2. rollout: the random numbers of an answer are a function of (seed, step, slot, sample).
             roll = sample_answers(cfg, setup, env, problems, slots, step, clock)
             clock.lap('sample')
             clock.update_begins()

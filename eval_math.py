@@ -13,7 +13,10 @@ On this command line a key may be given without its `eval_`: data, n, temperatur
 problems and suffix mean eval_data, eval_n and so on; model means student.
 
 Everything is written to out/eval/<model>-<digest>: samples.jsonl holds every answer, appended as it ends,
-and results.json the scores. The same command goes on where it stopped. Simpler than usual: one process
+and results.json the scores. The same command goes on where it stopped. In float32 an answer does not
+depend on the other answers in its batch, on the number of ranks or on a restart, up to a tie in the last
+bit. In bfloat16 only its random numbers are independent of them: the logits of a row change with the shape
+of the batch, so a resumed evaluation can have other answers. Simpler than usual: one process
 samples and grades. Grading is bounded work (a tenth of a millisecond for most answers, some tens of
 milliseconds for formulas), so it runs between two decode steps, and no server or queue is needed. A
 finished answer's slot in the batch is refilled at once, so a few long answers do not keep the others
@@ -96,8 +99,8 @@ def load_eval_sets(source, tokenizer, first, suffix):
 def number_problems(sets):
     """{name: [Problem]} -> {(name, i): (i, Problem)}.
 
-    The number i chooses a problem's random stream. It counts within the set, so that an answer does not
-    depend on which other sets are evaluated beside it.
+    The number i chooses a problem's random stream. It counts within the set, so that the random numbers do
+    not depend on which other sets are evaluated beside it.
     """
     numbered = {}                            # in the order of the sets, which is the order of sampling
     for name, problems in sets.items():
@@ -131,8 +134,7 @@ def answers(model, numbered, per_problem, *, rows=64, rank=0, world=1, done=(), 
 
     numbered: {key: (number, Problem)}. rows: how many answers are sampled at once. done: (key, sample) pairs
     that are not sampled again. how: as in rollout.stream. A problem's number, the sample's number and the
-    seed fix an answer's random numbers, whatever the rank and however often the script was restarted: two
-    evaluations differ by their models alone.
+    seed fix an answer's random numbers, whatever the rank and however often the script was restarted.
     """
     # What is still to be sampled, over all ranks.
     everything = [(key, sample) for key in numbered for sample in range(per_problem)]
@@ -513,7 +515,7 @@ def main(cfg, regrade=False):
             samples = read_samples(folder)
             write_samples(folder, samples)
 
-    # Scores are made from what is on disk, so a resumed evaluation repeats an uninterrupted one.
+    # Scores are made from what is on disk: answers of earlier runs count as those of this one.
     if env.rank == 0:
         report(cfg, folder, sets, samples, total)
     barrier()

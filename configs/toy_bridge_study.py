@@ -1,5 +1,5 @@
 """
-The README's table of unlike models: a teacher of other depth and width, through a bridge, by output
+The table of unlike models in docs/results.md: a teacher of other depth and width, through a bridge, by output
 distributions alone, by both; ranks and fits.
 
     python -m studies.compare toy_bridge_study    stage 1 for each seed and fit, the runs, table and figure

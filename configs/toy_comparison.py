@@ -1,6 +1,6 @@
 """
-The README's comparison: every objective on the same prompts, three seeds, each method at its own rate:
-the best of five, docs/toy_search.md.
+The comparison of docs/results.md: every objective on the same prompts, three seeds, each method at its own
+rate: the best of five, docs/toy_search.md.
 
     python -m studies.compare toy_comparison      runs what is missing (resumes), then table and figure
 """

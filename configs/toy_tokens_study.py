@@ -1,5 +1,5 @@
 """
-The README's table of unlike tokenizers: floor pairing, the next byte, both, and what goes wrong.
+The table of unlike tokenizers in docs/results.md: floor pairing, the next byte, both, and what goes wrong.
 
     python -m studies.compare toy_tokens_study    stage 1 for each seed and fit, the runs, table and figure
 """

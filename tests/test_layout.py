@@ -1,10 +1,12 @@
 """The structure of the repository: which folder may import which, how large the core is, which packages are used."""
 import ast
+import importlib
 import io
 import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 
 import pytest
 
@@ -38,6 +40,10 @@ MAY_IMPORT = {
     'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'studies', 'support'},
     'studies': {*LIBRARIES, 'configs', 'cross_tokenizer', 'formats', 'kernels', 'studies', 'support'},
 }
+# What is written for people, and endings of files that look like names of a module: `bridge.json`.
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', *sorted(f'docs/{p.name}' for p in (ROOT / 'docs').glob('*.md'))]
+FILE_ENDINGS = ('py', 'json', 'safetensors', 'png')
+
 CORE_LINES = 3000               # of code in root and configs: what somebody reads who wants to know the whole method
 
 
@@ -123,17 +129,68 @@ def test_requirements_name_what_is_imported():
     assert named == (used & RUN_TIME) - {'triton'}
 
 
-def test_readme_names_what_exists():
-    """Every file in backticks, every function that the interface promises."""
-    text = (ROOT / 'README.md').read_text()
-    for name in set(re.findall(r'`([\w/]+\.(?:py|txt|toml|md))\b', text)):
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_documents_name_files_that_exist(document):
+    """Every file in backticks and every target of a link: a command that was copied from a document must not fail because
+    the file was renamed."""
+    file = ROOT / document
+    text = file.read_text()
+    for name in set(re.findall(r'`([\w/.]+\.(?:py|txt|toml|md|cff))\b', text)):
         assert (ROOT / name).exists(), name
+    for target in set(re.findall(r'\]\(([^)#]+)\)', text)):
+        assert target.startswith('https://') or (file.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_documents_name_functions_that_exist(document):
+    """Every `module.name` of a module of this project: a table of equations that names functions of yesterday is worse
+    than none."""
+    modules = {name.removesuffix('.py') for name in ROOT_FILES} | set(FOLDERS)
+    for dotted in set(re.findall(r'`([a-z_]\w*(?:\.\w+)+)`', (ROOT / document).read_text())):
+        parts = dotted.split('.')
+        if parts[0] not in modules or parts[-1] in FILE_ENDINGS:
+            continue
+        # The longest prefix that is a module; the rest are its names.
+        found = importlib.import_module(parts.pop(0))
+        while parts and (ROOT / found.__name__.replace('.', '/') / f'{parts[0]}.py').exists():
+            found = importlib.import_module(f'{found.__name__}.{parts.pop(0)}')
+        for name in parts:
+            assert hasattr(found, name), dotted
+            found = getattr(found, name)
+
+
+def test_the_table_of_equations_names_functions():
+    """The test above checks what it finds; it must find something."""
+    text = (ROOT / 'docs/equations.md').read_text()
+    assert len(set(re.findall(r'`\w+(?:\.\w+)+`', text))) > 40
+
+
+def test_readme_is_short_and_promises_the_public_names():
+    """The names that scripts and notebooks may rely on, in the text and in the code."""
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.split()) <= 1800
     for module, names in (('configs', ['load_config']), ('formats.huggingface', ['load_model', 'save_model']), ('model', ['Model']),
                           ('formats.tokenizer', ['load_tokenizer']), ('rollout', ['sample']), ('losses', ['oprd_loss']),
                           ('eval_math', ['grade'])):
         for name in names:
-            found = __import__(module, fromlist=[name])
-            assert f'{module}.{name}' in text and hasattr(found, name)
+            assert f'{module}.{name}' in text and hasattr(importlib.import_module(module), name)
+    for name in ('encode', 'decode', 'chat', 'byte_ends'):
+        assert f'`{name}`' in text and hasattr(importlib.import_module('formats.tokenizer').Tokenizer, name)
+
+
+def test_readme_shows_minimal_as_it_is():
+    """The algorithm on the first page is the one that runs: main() of minimal.py, line by line."""
+    shown, = re.findall(r'```python\n(.*?)\n```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    source = (ROOT / 'minimal.py').read_text()
+    node, = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == 'main']
+    assert shown.splitlines() == source.splitlines()[node.lineno - 1:node.end_lineno]
+
+
+def test_an_installation_has_every_module():
+    """pyproject.toml lists them by hand: one that is missing there is an ImportError in a notebook, and nowhere else."""
+    listed = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+    assert sorted(f'{name}.py' for name in listed['py-modules']) == ROOT_FILES
+    assert sorted(listed['packages']) == sorted(FOLDERS)
 
 
 def test_ruff_is_clean():
