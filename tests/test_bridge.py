@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, step_sums, tiny_model
+from conftest import argv, step_sums, tiny_model, with_other_stop
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_losses import rollout
 
 import bridge
 import distill
+import eval_math
 from bridge import main
 from bridge_parts import report, saved
 from bridge_parts.closed_form import (
@@ -30,12 +31,15 @@ from bridge_parts.saved import Bridge, load_bridge
 from configs import load_config
 from cross_tokenizer.next_byte import NextByte
 from cross_tokenizer.pairing import Reading
-from losses import bridge_loss
+from formats.huggingface import load_model
+from formats.tokenizer import load_tokenizer
+from losses import BridgeTerm, bridge_loss
 from output_losses import OutputTerm, make_objective, opd_rows
-from step import Objective, accumulate, cut_rollout, micro_batches, position_mask, position_weights
+from step import Objective, accumulate, cut_rollout, diagnose, micro_batches, position_mask, position_weights
+from studies import toy
 from studies.toy import folder_of
 from support.files import read_json
-from support.runtime import ROOT, UserError, run
+from support.runtime import ROOT, UserError, run, start
 from teacher import hidden_rows
 
 N, D_S, D_T = 300, 5, 7
@@ -632,6 +636,66 @@ def test_training_through_a_bridge(made, toy_dir, tmp_path):
     for a, b in zip(log[1:], two[1:], strict=True):
         assert [a[k] for k in ('loss', 'rep/cos', 'grad_norm', 'align')] == pytest.approx(
             [b[k] for k in ('loss', 'rep/cos', 'grad_norm', 'align')], rel=1e-4)
+
+
+def test_a_step_hands_on_the_keys_of_the_bridge(made, toy_dir, tmp_path):
+    """Its rank, and whether projections are normalised: with the defaults in their place another loss is trained."""
+    for rank, normalise in ((5, False), (7, True)):
+        cfg = load_config(run_args(toy_dir, made, tmp_path / 'r', bridge_rank=rank, bridge_normalise=normalise))
+        setup = distill.prepare(toy.prepare(cfg, start('cpu')), start('cpu'))
+        assert setup.bridge.rank == rank == len(setup.bridge.P_t[1]) and setup.objective.hidden.normalise == normalise
+
+
+@pytest.mark.parametrize('other', [False, True])
+def test_a_look_through_a_bridge_sees_the_cosine_that_training_logs(other):
+    """An objective in output space looks at the cosines of a bridge from time to time. They are cosines, and not
+    1 - cos, and those of the same projections that Eq. (15) compares, class by class."""
+    student, teacher, roll = tiny_model(0), tiny_model(1, L=4, d=24), rollout()
+    sides = {l: list(interface(3, 20, l, torch.float32)) for l in (1, 3)}
+    g = torch.Generator().manual_seed(0)
+    face = Bridge({1: 1, 3: 4}, 3, {l: torch.randn(24, generator=g) for l in sides}, {l: torch.randn(3, 24, generator=g) for l in sides},
+                  {l: P for l, (P, _) in sides.items()}, {l: b for l, (_, b) in sides.items()})
+    reading, mask = None, position_mask(roll, 'all')
+    if other:
+        column = torch.arange(roll.ids.shape[1]).expand(roll.ids.shape)
+        reading = Reading(roll.ids, roll.length, column, column % 3 == 1, {}, 0.5)
+    w = position_weights(mask)
+    trained = step_sums(student, teacher, roll, w, face.layer_map, bridge=face, reading=reading)
+    looked = diagnose(student, teacher, cut_rollout(roll, w, 10**6, reading), Objective(face.layer_map, BridgeTerm(face), None, face))
+    assert looked['layer_cosine'].tolist() == pytest.approx(trained['layer_cosine'].tolist(), abs=1e-6)
+    assert (trained['layer_cosine'] - 0.5).abs().min() > 1e-3            # 1 - cos would be seen
+
+
+def test_a_teacher_of_another_vocabulary_is_scored_in_its_own_tokens(made, toy_dir, tmp_path, monkeypatch):
+    """Its own prompts, stop tokens and weights, against `evaluate` called here. The student's stop ids mean something
+    else to it, and its answers would be cut there."""
+    monkeypatch.setattr(eval_math, 'verdict', lambda text, problem: {'extracted': None, 'correct': len(text) % 3 == 0, 'decided_by': ''})
+    folder = folder_of(load_config(run_args(toy_dir, made, 'x')))
+    tok = load_tokenizer(folder / 'teacher')
+    teacher = with_other_stop(folder / 'teacher', tmp_path / 'teacher', [*tok.stop_ids, *tok.encode('1')])
+    distill.main(load_config(run_args(toy_dir, made, tmp_path / 'r', bridge='', oprd_weight=0, opd='byte', opd_weight=1, steps=1,
+                                      teacher=teacher, eval_every=0)))
+    tok, cfg = load_tokenizer(teacher), toy.prepare(load_config(run_args(toy_dir, made, 'x')), start('cpu'))
+    sets = eval_math.load_eval_sets(cfg['eval_data'], tok, 0, '')
+    want = eval_math.evaluate(load_model(teacher), tok, sets, 2, temperature=0.7, top_p=1.0, stop=tok.stop_ids, seed=0,
+                              vocab=tok.size, max_new_tokens=20)
+    assert read_json(tmp_path / 'r/results.json')['teacher'] == want and len(tok.stop_ids) > 1
+
+
+@pytest.mark.parametrize('keys', [dict(pair='exact'), dict(pair='floor'), dict(teacher_ids='student')], ids=str)
+def test_how_the_teacher_reads_is_handed_on(keys, made, toy_dir, tmp_path, monkeypatch):
+    """To the pairing in both stages: with pair='exact' no position inside a teacher token is supervised."""
+    given, masks = [], []
+    for module in (bridge, distill):
+        read = module.read_rollout
+        monkeypatch.setattr(module, 'read_rollout', lambda *a, read=read: given.append((a[5:], read(*a))) or given[-1][1])
+    weigh = distill.position_weights
+    monkeypatch.setattr(distill, 'position_weights', lambda mask, *a: masks.append(mask) or weigh(mask, *a))
+    main(load_config(args(toy_dir, tmp_path / 'b', bridge_prompts=6, bridge_rank=2, **keys)))
+    distill.main(load_config(run_args(toy_dir, tmp_path / 'b', tmp_path / 'r', steps=1, eval_data='', bridge_rank=2, **keys)))
+    how = keys.get('pair', 'floor'), keys.get('teacher_ids', 'text')
+    assert {asked for asked, _ in given} == {how} and len(masks) == 1
+    assert bool((masks[0] & given[-1][1].inside).any()) == (how == ('floor', 'text'))
 
 
 def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, capsys):
