@@ -228,6 +228,16 @@ def test_collecting_goes_on_where_it_stopped(made, toy_dir, tmp_path, monkeypatc
             main(load_config(args(toy_dir, out)))
 
 
+def test_answers_end_at_the_stop_tokens_of_both_models(toy_dir, toy_cfg, tmp_path):
+    """As in training, where both have one vocabulary. Guards against a bridge that is fitted to what the student writes
+    beyond the teacher's stop token, which no training run ever sees."""
+    teacher = with_other_stop(toy_cfg['teacher'], tmp_path / 'teacher')
+    main(load_config(argv(toy_dir, 'unused', bridge=tmp_path / 'b', bridge_prompts=9, teacher=teacher)))
+    answers = [json.loads(line)[1] for line in (tmp_path / 'b/rollouts.jsonl').read_text().splitlines()[1:]]
+    assert len(answers) == 9 and not any({2, 20} & set(ids[:-1]) for ids in answers)
+    assert 20 in {ids[-1] for ids in answers}
+
+
 def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkeypatch):
     """The file is not touched where nothing changes, and is replaced as a whole where its last line was cut off:
     rewriting it in place lost answers when the disk was full."""
