@@ -32,6 +32,7 @@ from configs import load_config
 from cross_tokenizer.next_byte import NextByte
 from cross_tokenizer.pairing import Reading
 from formats.huggingface import load_model
+from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
 from losses import BridgeTerm, bridge_loss
 from output_losses import OutputTerm, make_objective, opd_rows
@@ -180,8 +181,9 @@ def test_rank_r_is_the_first_r_rows(made):
 
 
 def test_all_ranks_are_judged_and_some_are_saved(made, toy_dir, tmp_path, monkeypatch):
-    """SAVED_ROWS, or as many as the rank that is used or Theorem 3's needs; a rank that was judged and not
-    saved, and one that was not fitted, are errors of their own."""
+    """The first SAVED_ROWS, or as many as the rank that is used or Theorem 3's needs; a rank that was judged and not
+    saved, and one that was not fitted, are errors of their own. Guards against a file that keeps the last rows, those of
+    the least variance."""
     monkeypatch.setattr(saved, 'SAVED_ROWS', 6)
     for asked, rows_saved in ((4, 6), (9, 9)):
         out = tmp_path / str(asked)
@@ -190,7 +192,10 @@ def test_all_ranks_are_judged_and_some_are_saved(made, toy_dir, tmp_path, monkey
         got, about = tensors(out)
         figures = read_json(out / 'bridge.json')
         assert about['rank'] <= 6 and about['ranks'] == 24 and len(got['P_t.1']) == rows_saved, 'as this test needs'
-        assert got['P_s.1'].shape == (2, rows_saved, 24) and got['b_s.1'].shape == (2, rows_saved)
+        whole, _ = tensors(made)
+        for name, first in (('P_t', whole['P_t.1'][:rows_saved]), ('P_s', whole['P_s.1'][:, :rows_saved]),
+                            ('b_s', whole['b_s.1'][:, :rows_saved])):
+            assert torch.allclose(got[f'{name}.1'], first, rtol=1e-4, atol=1e-5), name
         assert figures['used'] == asked and {'16', '24'} <= set(figures['layers']['1']['cos'])
         with pytest.raises(UserError, match=f'holds ranks 1 to {rows_saved} of 24, but bridge_rank=10; lower it, or rerun'):
             load_bridge(out, 10, [1], {}, 'cpu')
@@ -694,17 +699,29 @@ def test_a_teacher_of_another_vocabulary_is_scored_in_its_own_tokens(made, toy_d
 
 @pytest.mark.parametrize('keys', [dict(pair='exact'), dict(pair='floor'), dict(teacher_ids='student')], ids=str)
 def test_how_the_teacher_reads_is_handed_on(keys, made, toy_dir, tmp_path, monkeypatch):
-    """To the pairing in both stages: with pair='exact' no position inside a teacher token is supervised."""
-    given, masks = [], []
-    for module in (bridge, distill):
-        read = module.read_rollout
-        monkeypatch.setattr(module, 'read_rollout', lambda *a, read=read: given.append((a[5:], read(*a))) or given[-1][1])
+    """To the pairing in both stages: with pair='exact' no position inside a teacher token is supervised. The teacher reads
+    its own rendering of the prompts; in the student's ids it would read another text."""
+    given, masks, prompts = [], [], []
+    read = bridge.read_rollout
+
+    def recorded(roll, prompts_t, tok_s, tok_t, context, *how):
+        prompts.append(prompts_t)
+        reading = read(roll, prompts_t, tok_s, tok_t, context, *how)
+        given.append((how, reading))
+        return reading
+    monkeypatch.setattr(bridge, 'read_rollout', recorded)
+    monkeypatch.setattr(distill, 'read_rollout', recorded)
     weigh = distill.position_weights
     monkeypatch.setattr(distill, 'position_weights', lambda mask, *a: masks.append(mask) or weigh(mask, *a))
     main(load_config(args(toy_dir, tmp_path / 'b', bridge_prompts=6, bridge_rank=2, **keys)))
     distill.main(load_config(run_args(toy_dir, tmp_path / 'b', tmp_path / 'r', steps=1, eval_data='', bridge_rank=2, **keys)))
     how = keys.get('pair', 'floor'), keys.get('teacher_ids', 'text')
     assert {asked for asked, _ in given} == {how} and len(masks) == 1
+    cfg = toy.prepare(load_config(run_args(toy_dir, made, 'x')), start('cpu'))
+    tok_s, tok_t = load_tokenizer(cfg['student']), load_tokenizer(cfg['teacher'])
+    renderings = [[tok.chat(problem.question) for problem in load_problems(cfg['data'], tok_s)] for tok in (tok_s, tok_t)]
+    for prompt in [*prompts[0].values(), *prompts[-1]]:
+        assert prompt in renderings[1] and prompt not in renderings[0]
     assert bool((masks[0] & given[-1][1].inside).any()) == (how == ('floor', 'text'))
 
 
