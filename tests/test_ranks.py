@@ -172,7 +172,7 @@ def test_all_reduce_refuses_tensors_that_its_library_does_not_move(backend, move
     if moves == 'cpu':
         assert all_reduce(x) is x
         x = x.to('meta')
-    with pytest.raises(AssertionError, match=f'{backend} connects the ranks, which moves {moves} tensors; .*place.device'):
+    with pytest.raises(AssertionError, match=f'{backend} connects the ranks, which moves {moves} tensors; .*env.device'):
         all_reduce(x)
 
 
