@@ -1,6 +1,7 @@
 """What the tests share: a toy small enough to make in a second, and random tiny models."""
 import os
 import signal
+from pathlib import Path
 
 # The tensors are small, and two test processes with two threads each get in each other's way on two cores. So
 # one thread is the default. `OMP_NUM_THREADS=4 pytest` runs the suite with four; processes that tests start
@@ -16,6 +17,7 @@ from model import Model, ModelConfig, init_weights
 from output_losses import HeadLoss, HeadRows, OutputTerm, head_statistics, make_objective
 from step import Objective, accumulate, cut_rollout, diagnose
 from studies import toy
+from support.files import read_json, write_json
 from support.runtime import ROOT, start
 
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs ignore Ctrl-C
@@ -99,6 +101,17 @@ def argv(toy_dir, out, **keys):
     keys = TINY | dict(toy_dir=toy_dir, out_dir=out, steps=4, prompts_per_step=3, max_new_tokens=20, eval_n=2,
                        eval_every=2, save_every=2) | keys
     return ['configs/toy.py', *(f'{k}={v}' for k, v in keys.items())]
+
+
+def with_other_stop(folder, out, stop=(2, 20)):
+    """A copy of a model folder whose generation config names other tokens that end an answer. To the toy, 20 is the }
+    that closes the box."""
+    out.mkdir(parents=True)
+    for file in Path(folder).iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    config = read_json(out / 'generation_config.json')
+    write_json(out / 'generation_config.json', config | {'eos_token_id': list(stop)})
+    return out
 
 
 @pytest.fixture(scope='session')

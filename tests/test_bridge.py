@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, step_sums, tiny_model
+from conftest import argv, step_sums, tiny_model, with_other_stop
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_losses import rollout
 
 import bridge
 import distill
+import eval_math
 from bridge import main
 from bridge_parts import report, saved
 from bridge_parts.closed_form import (
@@ -30,12 +31,16 @@ from bridge_parts.saved import Bridge, load_bridge
 from configs import load_config
 from cross_tokenizer.next_byte import NextByte
 from cross_tokenizer.pairing import Reading
-from losses import bridge_loss
+from formats.huggingface import load_model
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer
+from losses import BridgeTerm, bridge_loss
 from output_losses import OutputTerm, make_objective, opd_rows
-from step import Objective, accumulate, cut_rollout, micro_batches, position_mask, position_weights
+from step import Objective, accumulate, cut_rollout, diagnose, micro_batches, position_mask, position_weights
+from studies import toy
 from studies.toy import folder_of
 from support.files import read_json
-from support.runtime import ROOT, UserError, run
+from support.runtime import ROOT, UserError, run, start
 from teacher import hidden_rows
 
 N, D_S, D_T = 300, 5, 7
@@ -176,8 +181,9 @@ def test_rank_r_is_the_first_r_rows(made):
 
 
 def test_all_ranks_are_judged_and_some_are_saved(made, toy_dir, tmp_path, monkeypatch):
-    """SAVED_ROWS, or as many as the rank that is used or Theorem 3's needs; a rank that was judged and not
-    saved, and one that was not fitted, are errors of their own."""
+    """The first SAVED_ROWS, or as many as the rank that is used or Theorem 3's needs; a rank that was judged and not
+    saved, and one that was not fitted, are errors of their own. Guards against a file that keeps the last rows, those of
+    the least variance."""
     monkeypatch.setattr(saved, 'SAVED_ROWS', 6)
     for asked, rows_saved in ((4, 6), (9, 9)):
         out = tmp_path / str(asked)
@@ -186,7 +192,10 @@ def test_all_ranks_are_judged_and_some_are_saved(made, toy_dir, tmp_path, monkey
         got, about = tensors(out)
         figures = read_json(out / 'bridge.json')
         assert about['rank'] <= 6 and about['ranks'] == 24 and len(got['P_t.1']) == rows_saved, 'as this test needs'
-        assert got['P_s.1'].shape == (2, rows_saved, 24) and got['b_s.1'].shape == (2, rows_saved)
+        whole, _ = tensors(made)
+        for name, first in (('P_t', whole['P_t.1'][:rows_saved]), ('P_s', whole['P_s.1'][:, :rows_saved]),
+                            ('b_s', whole['b_s.1'][:, :rows_saved])):
+            assert torch.allclose(got[f'{name}.1'], first, rtol=1e-4, atol=1e-5), name
         assert figures['used'] == asked and {'16', '24'} <= set(figures['layers']['1']['cos'])
         with pytest.raises(UserError, match=f'holds ranks 1 to {rows_saved} of 24, but bridge_rank=10; lower it, or rerun'):
             load_bridge(out, 10, [1], {}, 'cpu')
@@ -222,6 +231,16 @@ def test_collecting_goes_on_where_it_stopped(made, toy_dir, tmp_path, monkeypatc
         (out / 'rollouts.jsonl').write_text('\n'.join(lines) + '\n')
         with pytest.raises(UserError, match=r'line \d+ is not the answer that belongs there'):
             main(load_config(args(toy_dir, out)))
+
+
+def test_answers_end_at_the_stop_tokens_of_both_models(toy_dir, toy_cfg, tmp_path):
+    """As in training, where both have one vocabulary. Guards against a bridge that is fitted to what the student writes
+    beyond the teacher's stop token, which no training run ever sees."""
+    teacher = with_other_stop(toy_cfg['teacher'], tmp_path / 'teacher')
+    main(load_config(argv(toy_dir, 'unused', bridge=tmp_path / 'b', bridge_prompts=9, teacher=teacher)))
+    answers = [json.loads(line)[1] for line in (tmp_path / 'b/rollouts.jsonl').read_text().splitlines()[1:]]
+    assert len(answers) == 9 and not any({2, 20} & set(ids[:-1]) for ids in answers)
+    assert 20 in {ids[-1] for ids in answers}
 
 
 def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkeypatch):
@@ -632,6 +651,78 @@ def test_training_through_a_bridge(made, toy_dir, tmp_path):
     for a, b in zip(log[1:], two[1:], strict=True):
         assert [a[k] for k in ('loss', 'rep/cos', 'grad_norm', 'align')] == pytest.approx(
             [b[k] for k in ('loss', 'rep/cos', 'grad_norm', 'align')], rel=1e-4)
+
+
+def test_a_step_hands_on_the_keys_of_the_bridge(made, toy_dir, tmp_path):
+    """Its rank, and whether projections are normalised: with the defaults in their place another loss is trained."""
+    for rank, normalise in ((5, False), (7, True)):
+        cfg = load_config(run_args(toy_dir, made, tmp_path / 'r', bridge_rank=rank, bridge_normalise=normalise))
+        setup = distill.prepare(toy.prepare(cfg, start('cpu')), start('cpu'))
+        assert setup.bridge.rank == rank == len(setup.bridge.P_t[1]) and setup.objective.hidden.normalise == normalise
+
+
+@pytest.mark.parametrize('other', [False, True])
+def test_a_look_through_a_bridge_sees_the_cosine_that_training_logs(other):
+    """An objective in output space looks at the cosines of a bridge from time to time. They are cosines, and not
+    1 - cos, and those of the same projections that Eq. (15) compares, class by class."""
+    student, teacher, roll = tiny_model(0), tiny_model(1, L=4, d=24), rollout()
+    sides = {l: list(interface(3, 20, l, torch.float32)) for l in (1, 3)}
+    g = torch.Generator().manual_seed(0)
+    face = Bridge({1: 1, 3: 4}, 3, {l: torch.randn(24, generator=g) for l in sides}, {l: torch.randn(3, 24, generator=g) for l in sides},
+                  {l: P for l, (P, _) in sides.items()}, {l: b for l, (_, b) in sides.items()})
+    reading, mask = None, position_mask(roll, 'all')
+    if other:
+        column = torch.arange(roll.ids.shape[1]).expand(roll.ids.shape)
+        reading = Reading(roll.ids, roll.length, column, column % 3 == 1, {}, 0.5)
+    w = position_weights(mask)
+    trained = step_sums(student, teacher, roll, w, face.layer_map, bridge=face, reading=reading)
+    looked = diagnose(student, teacher, cut_rollout(roll, w, 10**6, reading), Objective(face.layer_map, BridgeTerm(face), None, face))
+    assert looked['layer_cosine'].tolist() == pytest.approx(trained['layer_cosine'].tolist(), abs=1e-6)
+    assert (trained['layer_cosine'] - 0.5).abs().min() > 1e-3            # 1 - cos would be seen
+
+
+def test_a_teacher_of_another_vocabulary_is_scored_in_its_own_tokens(made, toy_dir, tmp_path, monkeypatch):
+    """Its own prompts, stop tokens and weights, against `evaluate` called here. The student's stop ids mean something
+    else to it, and its answers would be cut there."""
+    monkeypatch.setattr(eval_math, 'verdict', lambda text, problem: {'extracted': None, 'correct': len(text) % 3 == 0, 'decided_by': ''})
+    folder = folder_of(load_config(run_args(toy_dir, made, 'x')))
+    tok = load_tokenizer(folder / 'teacher')
+    teacher = with_other_stop(folder / 'teacher', tmp_path / 'teacher', [*tok.stop_ids, *tok.encode('1')])
+    distill.main(load_config(run_args(toy_dir, made, tmp_path / 'r', bridge='', oprd_weight=0, opd='byte', opd_weight=1, steps=1,
+                                      teacher=teacher, eval_every=0)))
+    tok, cfg = load_tokenizer(teacher), toy.prepare(load_config(run_args(toy_dir, made, 'x')), start('cpu'))
+    sets = eval_math.load_eval_sets(cfg['eval_data'], tok, 0, '')
+    want = eval_math.evaluate(load_model(teacher), tok, sets, 2, temperature=0.7, top_p=1.0, stop=tok.stop_ids, seed=0,
+                              vocab=tok.size, max_new_tokens=20)
+    assert read_json(tmp_path / 'r/results.json')['teacher'] == want and len(tok.stop_ids) > 1
+
+
+@pytest.mark.parametrize('keys', [dict(pair='exact'), dict(pair='floor'), dict(teacher_ids='student')], ids=str)
+def test_how_the_teacher_reads_is_handed_on(keys, made, toy_dir, tmp_path, monkeypatch):
+    """To the pairing in both stages: with pair='exact' no position inside a teacher token is supervised. The teacher reads
+    its own rendering of the prompts; in the student's ids it would read another text."""
+    given, masks, prompts = [], [], []
+    read = bridge.read_rollout
+
+    def recorded(roll, prompts_t, tok_s, tok_t, context, *how):
+        prompts.append(prompts_t)
+        reading = read(roll, prompts_t, tok_s, tok_t, context, *how)
+        given.append((how, reading))
+        return reading
+    monkeypatch.setattr(bridge, 'read_rollout', recorded)
+    monkeypatch.setattr(distill, 'read_rollout', recorded)
+    weigh = distill.position_weights
+    monkeypatch.setattr(distill, 'position_weights', lambda mask, *a: masks.append(mask) or weigh(mask, *a))
+    main(load_config(args(toy_dir, tmp_path / 'b', bridge_prompts=6, bridge_rank=2, **keys)))
+    distill.main(load_config(run_args(toy_dir, tmp_path / 'b', tmp_path / 'r', steps=1, eval_data='', bridge_rank=2, **keys)))
+    how = keys.get('pair', 'floor'), keys.get('teacher_ids', 'text')
+    assert {asked for asked, _ in given} == {how} and len(masks) == 1
+    cfg = toy.prepare(load_config(run_args(toy_dir, made, 'x')), start('cpu'))
+    tok_s, tok_t = load_tokenizer(cfg['student']), load_tokenizer(cfg['teacher'])
+    renderings = [[tok.chat(problem.question) for problem in load_problems(cfg['data'], tok_s)] for tok in (tok_s, tok_t)]
+    for prompt in [*prompts[0].values(), *prompts[-1]]:
+        assert prompt in renderings[1] and prompt not in renderings[0]
+    assert bool((masks[0] & given[-1][1].inside).any()) == (how == ('floor', 'text'))
 
 
 def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, capsys):

@@ -58,6 +58,11 @@ def test_a_config_may_build_on_another(tmp_path):
     (['lr=nan'], "lr='nan' is str"),
     (['top_p=0'], 'out of range'),
     (['position_offset=2'], 'out of range'),
+    (['warmup=1.01'], 'warmup=1.01 is out of range; choose 0 to 1'),
+    (['beta1=0.99991'], 'out of range'),
+    (['opd_weight=[[0,1],[0.5,1],[0.2,0]]'], 'ascending shares from 0 to 1'),
+    (['opd_weight=[[0,1],[1.01,0]]'], 'ascending shares from 0 to 1'),
+    (['oprd_weight=[[0,1],[0.5,-1]]'], 'give knots'),
     (['device=tpu'], "choose one of 'auto', 'cuda', 'cpu', 'mps'"),
     (['layers=first'], "choose one of 'all', 'last', 'even', 'odd', a list of numbers"),
     (['layers=[0]'], 'give a list of layer numbers from 1'),
@@ -70,6 +75,12 @@ def test_bad_command_lines(args, says):
     with pytest.raises(UserError) as e:
         load_config(args)
     assert says in str(e.value) and '\n' not in str(e.value)
+
+
+def test_the_ends_of_a_range_are_in_it():
+    """A bound that is taken as open refuses top_p=1 or weight_decay=0, which are the defaults of many a recipe."""
+    cfg = load_config(['warmup=1', 'min_lr=0', 'top_p=1', 'lr=10', 'oprd_weight=[[0,0],[0.5,0],[0.5,1],[1,1]]'])
+    assert (cfg['warmup'], cfg['min_lr'], cfg['top_p'], cfg['lr']) == (1.0, 0.0, 1.0, 10.0) and len(cfg['oprd_weight']) == 4
 
 
 @pytest.mark.parametrize('text, says', [

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv
+from conftest import argv, with_other_stop
 from safetensors.torch import load_file
 
 import distill
+import eval_math
+import model
 from configs import load_config
 from distill import main
 from formats import huggingface, problems, tokenizer
@@ -26,6 +28,7 @@ from studies import toy
 from studies.toy import folder_of, write_tokenizer
 from support.files import read_json, write_json
 from support.optimizer import learning_rate
+from support.report import first_step_notes
 from support.runtime import ROOT, Clock, run, start
 
 
@@ -123,9 +126,44 @@ def test_killed_and_resumed(finished, toy_dir, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-def test_micro_batches_and_recomputation_leave_the_run_as_it_is(finished, toy_dir, tmp_path):
-    out = tmp_path / 'small'
+def test_seconds_go_on_after_a_resume(toy_dir, tmp_path, monkeypatch):
+    """The clock of a resumed run goes on where the checkpoint left it. Guards against one that starts at 0 again:
+    results.json would tell the seconds of the last part alone."""
+    out, args = tmp_path / 'r', argv(toy_dir, tmp_path / 'r', steps=3, eval_data='')
+    real = distill.accumulate
+
+    def interrupted(*a, **k):
+        signal.raise_signal(signal.SIGINT)
+        return real(*a, **k)
+    monkeypatch.setattr(distill, 'accumulate', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(load_config(args))
+    monkeypatch.setattr(distill, 'accumulate', real)
+    file = (out / 'last').resolve().parent / 'resume.json'
+    saved = read_json(file)
+    assert 0 < log_of(out)[-1]['elapsed'] <= saved['elapsed'] < 5000
+    write_json(file, saved | {'elapsed': 5000.0})
+    main(load_config(args))
+    seconds = [row['elapsed'] for row in log_of(out)]
+    assert 0 < seconds[0] < seconds[1] < 5000 < seconds[2] < seconds[3] < 10_000
+    assert read_json(out / 'results.json')['seconds'] == seconds[3]
+
+
+def test_micro_batches_and_recomputation_leave_the_run_as_it_is(finished, toy_dir, tmp_path, monkeypatch):
+    """With micro-batches of at most 40 tokens, and recomputed blocks. That both happen is counted: a run that ignores
+    the two keys is the same run as well."""
+    out, cut, recomputed = tmp_path / 'small', [], []
+    real_cut, real_checkpoint = distill.cut_rollout, model.checkpoint
+
+    def counted(*a, **k):
+        cut.append(0)
+        for rows in real_cut(*a, **k):
+            cut[-1] += 1
+            yield rows
+    monkeypatch.setattr(distill, 'cut_rollout', counted)
+    monkeypatch.setattr(model, 'checkpoint', lambda *a, **k: recomputed.append(1) or real_checkpoint(*a, **k))
     main(load_config(argv(toy_dir, out, steps=7, token_budget=40, checkpointing=True)))
+    assert min(cut) > 1 and len(recomputed) >= 7 * 3 * 2
     for a, b in zip(log_of(out)[1:], log_of(finished)[1:], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
 
@@ -202,6 +240,59 @@ def test_answers_unknown(toy_dir, tmp_path, capsys):
     assert 'acc/rollout' not in log_of(tmp_path / 'r')[1] and ' acc ' not in capsys.readouterr().out.split('step 0001')[1]
 
 
+def test_accuracy_is_a_share_of_the_answers_that_can_be_graded(toy_dir, tmp_path, monkeypatch):
+    """Two of four problems have a known answer, and one of the two is always right: 50%. Guards against a share of
+    all answers, and against grading by another problem's answer."""
+    rows = [{'question': '1+2*3', 'answer': '7'}, {'question': '4-5-6'}, {'question': '7+8+9', 'answer': '4'}, {'question': '2*2-1'}]
+    (tmp_path / 'p.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    monkeypatch.setattr(distill, 'grade', lambda text, answer: answer == '7')
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=2, prompts_per_step=4, data=tmp_path / 'p.jsonl', eval_data='')))
+    assert [row['acc/rollout'] for row in log_of(tmp_path / 'r')[1:]] == [50.0, 50.0]
+
+
+def test_each_model_is_scored_with_its_own_weights_under_the_eval_keys(toy_cfg, toy_dir, tmp_path, monkeypatch):
+    """The first line of the log against `evaluate` called here. Guards against the student's weights in the teacher's
+    place, against answers that end at the student's stop tokens alone, and against an eval_ key that is ignored."""
+    monkeypatch.setattr(eval_math, 'verdict', lambda text, problem: {
+        'extracted': None, 'correct': (len(text) + int(problem.answer)) % 3 == 0, 'decided_by': ''})
+    teacher = with_other_stop(toy_cfg['teacher'], tmp_path / 'teacher')
+    keys = dict(seed=3, eval_n=3, eval_problems=5, eval_suffix='+1', eval_temperature=1.4, eval_top_p=0.8, eval_max_new_tokens=13)
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, eval_every=0, student=toy_cfg['student'], teacher=teacher,
+                          data=toy_cfg['data'], eval_data=toy_cfg['eval_data'], **keys)))
+    tok = load_tokenizer(toy_cfg['student'])
+    sets = eval_math.load_eval_sets(toy_cfg['eval_data'], tok, 5, '+1')
+    scores = {}
+    for side, folder in (('student', toy_cfg['student']), ('teacher', teacher), ('distilled', tmp_path / 'r/last')):
+        scores[side] = eval_math.evaluate(load_model(folder), tok, sets, 3, temperature=1.4, top_p=0.8, stop=[2, 20], seed=3,
+                                          vocab=tok.size, max_new_tokens=13)
+    assert read_json(tmp_path / 'r/results.json') | scores == read_json(tmp_path / 'r/results.json')
+    assert len({json.dumps(score) for score in scores.values()}) == 3
+
+
+def test_what_is_loaded_follows_the_keys(toy_dir, tmp_path, monkeypatch, capsys):
+    """Long prompts are left out; chat templates are told about thinking; known answers of both sets are checked; both
+    models know the longest text to come, by which a longrope model chooses its frequencies: in training its forward sees
+    an answer that the sampler has read with those of the whole length."""
+    (tmp_path / 'p.jsonl').write_text('{"question": "1+2+3+4+5+6+7", "answer": "8"}\n{"question": "1+2", "answer": "3"}')
+    monkeypatch.setattr(distill, 'check_answers', lambda problems: [f'{len(problems)} answers were checked'])
+    real, told = distill.load_tokenizer, []
+    monkeypatch.setattr(distill, 'load_tokenizer', lambda *a, **variables: told.append(variables) or real(*a, **variables))
+    keys = dict(data=tmp_path / 'p.jsonl', max_prompt_tokens=6, max_new_tokens=9, eval_max_new_tokens=30, enable_thinking=False)
+    setup = distill.prepare(toy.prepare(load_config(argv(toy_dir, 'x', **keys)), start('cpu')), start('cpu'))
+    assert [problem.question for problem in setup.train] == ['1+2'] and told == [{'enable_thinking': False}] * 2
+    prompt = max(len(problem.ids) for problem in setup.held_out['eval'])
+    assert setup.student.max_length == setup.teacher.max_length == prompt + 30
+    out = capsys.readouterr().out
+    assert '  1 answers were checked' in out and '  6 answers were checked' in out
+
+
+def test_notes_on_the_first_step_name_the_layers():
+    """By the student's own numbers and in their order: a note that blames another layer is worse than none."""
+    shares, note = first_step_notes({'loss/layer': [1.0, 98.0, 1.0], 'adam/below_eps': 0.05}, [2, 5, 9], 1e-8)
+    assert shares.endswith('2:1 5:98 9:1') and 'layer 5 has 98% of the loss' in note
+    assert 'gradients of 20% of the weights are below adam_eps=1e-06' in first_step_notes({'adam/below_eps': 0.2}, [1], 1e-6)[0]
+
+
 @pytest.mark.parametrize('schedule, end', [('cosine', 0.1), ('linear', 0.1), ('constant', 1.0)])
 def test_schedule(schedule, end):
     """Rises to the peak, falls towards the end and never reaches it early; no step at rate 0."""
@@ -245,9 +336,12 @@ def test_an_oprd_run_looks_at_the_vocabulary_now_and_then(finished, toy_dir):
     assert torch.equal(before.head.weight, load_model(finished / 'last').head.weight)
 
 
-def test_what_a_probe_logs_is_what_the_models_say(toy_dir, tmp_path):
-    """KL and entropy of step 1, recomputed here from whole logits."""
-    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, eval_data='', diagnose_rows=10**6)))
+@pytest.mark.parametrize('rows', [10**6, 17])
+@pytest.mark.parametrize('keys', [{}, OPD], ids=['hidden states', 'output space'])
+def test_what_a_probe_logs_is_what_the_models_say(toy_dir, tmp_path, keys, rows):
+    """KL, entropies and cosine of step 1, recomputed here from whole logits and states. What the objective leaves out is
+    a mean over about `diagnose_rows` positions, and not a sum; what it trains on is a mean over all of them."""
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, eval_data='', diagnose_rows=rows, **keys)))
     row = log_of(tmp_path / 'r')[1]
     cfg = load_config(argv(toy_dir, 'x', steps=1))
     folder = folder_of(cfg)
@@ -256,10 +350,20 @@ def test_what_a_probe_logs_is_what_the_models_say(toy_dir, tmp_path):
     order = prompt_order(len(train), 3, 1, 0)
     roll = distill.sample(student, [train[i].ids for i in order], 2, max_new_tokens=20, stop=tok.stop_ids, vocab=tok.size, step=1)
     m = distill.position_mask(roll, 'all')
-    w = distill.position_weights(m)[m]
-    p, q = (model(roll.ids)[m].log_softmax(-1) for model in (student, teacher))
-    assert row['opd/kl'] == pytest.approx(((w * (p.exp() * (p - q)).sum(-1)).sum() / w.sum()).item(), rel=1e-4)
-    assert row['entropy/teacher'] == pytest.approx((w * -(q.exp() * q).sum(-1)).sum().item(), rel=1e-4)
+    w = distill.position_weights(m)
+    few = w * distill.diagnostic_mask(roll, m, 1, rows / int(m.sum()))
+    assert 0 < few.sum() < 0.9 or rows > 100
+    output, hidden = (w, few) if keys else (few, w)
+
+    def mean(values, weights):
+        return pytest.approx(((weights * values).sum() / weights.sum()).item(), rel=1e-4)
+    p, q = (model(roll.ids).log_softmax(-1) for model in (student, teacher))
+    assert row['opd/kl'] == mean((p.exp() * (p - q)).sum(-1), output)
+    assert row['entropy/student'] == mean(-(p.exp() * p).sum(-1), output)
+    assert row['entropy/teacher'] == mean(-(q.exp() * q).sum(-1), output)
+    for l, logged in enumerate(row['rep/cos_layer'], 1):
+        s, t = (model.hidden(roll.ids, [l])[0] for model in (student, teacher))
+        assert logged == mean(torch.cosine_similarity(s, t, dim=-1), hidden)
 
 
 def test_scheduled_weights_resume_bit_for_bit(toy_dir, tmp_path, monkeypatch):
@@ -387,14 +491,22 @@ def test_a_damaged_checkpoint_is_refused(toy_dir, tmp_path, capsys, monkeypatch,
     assert says in refused(capsys, args)
 
 
-def test_divergence_is_an_error_and_not_saved(toy_dir, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_divergence_is_an_error_and_not_saved(what, value, toy_dir, tmp_path, capsys, monkeypatch):
+    """Guards against a look at the loss alone, or for nan alone: clipping turns one infinite number of a gradient into
+    nan everywhere, and a checkpoint of that step would replace the last good one."""
     real = distill.accumulate
 
-    def diverging(*a, **k):
-        return {name: value * float('nan') for name, value in real(*a, **k).items()}
+    def diverging(student, *a, **k):
+        sums = real(student, *a, **k)
+        if what == 'loss':
+            return {name: total * float(value) for name, total in sums.items()}
+        student.norm.weight.grad.fill_(float(value))
+        return sums
     monkeypatch.setattr(distill, 'accumulate', diverging)
-    assert 'lower lr=' in refused(capsys, argv(toy_dir, tmp_path / 'r'))
-    assert not (tmp_path / 'r/last').exists()
+    assert 'lower lr=' in refused(capsys, argv(toy_dir, tmp_path / 'r', save_every=1, eval_data=''))
+    assert not (tmp_path / 'r/last').exists() and [row['step'] for row in log_of(tmp_path / 'r')] == [0]
 
 
 def test_no_room_for_a_checkpoint(toy_dir, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv
+from conftest import argv, with_other_stop
 
 import distill
 from configs import load_config
@@ -21,34 +21,28 @@ from formats.huggingface import load_model
 from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
 from rollout import naive
-from support.files import read_json, write_json
 
 # Clipping acts in every step, the schedule has a warm-up and an end that is not 0, decay acts, the betas are not
-# those of torch, and no sampling key has its neutral value.
-KEYS = dict(steps=6, prompts_per_step=3, n=2, lr=0.01, warmup=0.4, schedule='linear', min_lr=0.25, grad_clip=0.3,
+# those of torch, no sampling key has its neutral value, and no key has that of configs/default.py.
+KEYS = dict(steps=6, prompts_per_step=3, n=3, lr=0.01, warmup=0.4, schedule='linear', min_lr=0.25, grad_clip=0.3,
             weight_decay=0.3, beta1=0.7, beta2=0.9, adam_eps=1e-4, temperature=1.3, top_k=9, top_p=0.9, seed=5,
             max_new_tokens=20, eval_every=4, eval_n=2, diagnose_every=2, diagnose_rows=10**6, token_budget=60)
 OBJECTIVES = {
     'OPRD': dict(positions='last_k', last_k=7),
     'OPRD by token': dict(loss_average='token', rep_loss='cosine', layers=[1, 3]),
     'full KL': dict(oprd_weight=0.0, opd_weight=1.0, opd='full', positions='all'),
+    'one column later': dict(position_offset=1, rep_loss='cosine', positions='first_frac', first_frac=0.37),
+    'drift': dict(positions='drift', rep_loss='nmse', grad_clip=0.03),
+    'bucket': dict(grad_clip=0.1, oprd_weight=0.0, opd_weight=0.7, opd='topk', opd_k=3, opd_support='teacher', opd_tail='bucket',
+                   kl_direction='forward', student_temperature=0.8, teacher_temperature=1.5, positions='last_frac', last_frac=0.61),
+    'sampled, from the middle on': dict(opd_weight='[[0,0],[0.5,0],[0.5,2]]', opd='sampled', opd_future=True, opd_baseline=True,
+                                        positions='all'),
     'both': dict(oprd_weight=0.5, opd_weight='[[0,1],[0.5,1],[0.5,0.2]]', opd='full', positions='first_k', first_k=9),
 }
 
 
 def log_of(out):
     return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-
-
-def with_other_stop(folder, out):
-    """A copy of the teacher whose generation config names one more token that ends an answer."""
-    out.mkdir(parents=True)
-    for file in folder.iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
-    config = read_json(out / 'generation_config.json')
-    config['eos_token_id'] = [2, 20]                     # 20 is the } that closes the box
-    write_json(out / 'generation_config.json', config)
-    return out
 
 
 def verdict(text, answer):
@@ -78,7 +72,40 @@ def supervised(n, cfg):
         return list(range(n))[-cfg['last_k']:]
     if cfg['positions'] == 'first_k':
         return list(range(n))[:cfg['first_k']]
+    if cfg['positions'] == 'last_frac':
+        return list(range(n))[-max(1, round(n * cfg['last_frac'])):]
+    if cfg['positions'] == 'first_frac':
+        return list(range(n))[:max(1, round(n * cfg['first_frac']))]
     return list(range(n))
+
+
+def distance_of(ours, theirs, kind):
+    """rep_loss by its words, (K, d) and (K, d) -> (K,)."""
+    if kind == 'mse':
+        return ((ours - theirs) ** 2).mean(-1)
+    one_minus_cosine = 1 - torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
+    return {'cosine': 1.0, 'nmse': 2 / ours.shape[-1]}[kind] * one_minus_cosine
+
+
+def output_loss(logp, logq, sampled, weight, cfg):
+    """The output-space term of one answer -> (its value, a scalar with its gradient). logp, logq (n, V), sampled (n,)."""
+    KL = (logp.exp() * (logp - logq)).sum(-1)
+    if cfg['opd'] == 'full':
+        return weight * KL.sum(), weight * KL.sum()
+    if cfg['opd'] == 'topk':                 # the tokens outside the set S are one more outcome
+        P, Q = [], []
+        for t in range(len(logp)):
+            S = logq[t].topk(cfg['opd_k']).indices.tolist()
+            others = [i for i in range(logp.shape[-1]) if i not in S]
+            P.append(torch.cat([logp[t, S], logp[t, others].logsumexp(0, keepdim=True)]))
+            Q.append(torch.cat([logq[t, S], logq[t, others].logsumexp(0, keepdim=True)]))
+        P, Q = torch.stack(P), torch.stack(Q)
+        loss = weight * (Q.exp() * (Q - P)).sum()
+        return loss, loss
+    t = torch.arange(len(sampled))
+    ratio = (logp - logq)[t, sampled].detach()
+    reward = torch.stack([ratio[i:].sum() for i in range(len(ratio))]) - KL.detach()
+    return weight * ratio.sum(), (weight * reward * logp[t, sampled]).sum()
 
 
 def loop_by_hand(cfg, student_folder, teacher_folder, data):
@@ -92,6 +119,7 @@ def loop_by_hand(cfg, student_folder, teacher_folder, data):
     weights = {name: p for name, p in student.named_parameters() if trains_head or name != 'head.weight'}
     m = {name: torch.zeros_like(p) for name, p in weights.items()}
     v = {name: torch.zeros_like(p) for name, p in weights.items()}
+    taken = dict.fromkeys(weights, 0)        # steps of AdamW
     rows = []
     for step in range(1, cfg['steps'] + 1):
         # each epoch is a shuffle of all problems; a step takes the next prompts_per_step of them
@@ -104,26 +132,39 @@ def loop_by_hand(cfg, student_folder, teacher_folder, data):
         answers = [(roll.ids[b, :int(roll.length[b])], int(roll.prompt_len[b]), int(roll.resp_len[b])) for b in range(len(roll.ids))]
         counted = [len(supervised(n, cfg)) for _, _, n in answers]
 
-        hidden, output, kl, cosines = 0.0, 0.0, 0.0, [0.0] * len(layers)
+        # per answer: Eq. (6) at each layer, the output-space term, and what is logged beside them
+        hidden, output, surrogate, kl, entropies = 0.0, 0.0, 0.0, 0.0, [0.0, 0.0]
+        cosines, layer_losses = [0.0] * len(layers), [0.0] * len(layers)
         for (ids, P, n), count in zip(answers, counted, strict=True):
             columns = [P - 1 + t for t in supervised(n, cfg)]
+            shifted = [column + cfg['position_offset'] for column in columns]
             weight = 1 / count / len(answers) if cfg['loss_average'] == 'sequence' else 1 / sum(counted)
-            ours, theirs = states(student, ids, columns), {l: h.detach() for l, h in states(teacher, ids, columns).items()}
+            ours, theirs = states(student, ids, shifted), {l: h.detach() for l, h in states(teacher, ids, shifted).items()}
             for i, l in enumerate(layers):
                 cos = torch.nn.functional.cosine_similarity(ours[l], theirs[l], dim=-1)
-                distance = 1 - cos if cfg['rep_loss'] == 'cosine' else ((ours[l] - theirs[l]) ** 2).mean(-1)
-                hidden = hidden + weight * distance.sum() / len(layers)
+                distance = distance_of(ours[l], theirs[l], cfg['rep_loss'])
+                share = torch.full_like(distance, weight)
+                if cfg['positions'] == 'drift':          # an answer's weight, dealt out by distance
+                    share = weight * count * distance.detach() / distance.detach().sum()
+                hidden = hidden + (share * distance).sum() / len(layers)
+                layer_losses[i] += float((share * distance).detach().sum())
                 cosines[i] += weight * float(cos.detach().sum())
-            logp = student.head(ours[student.config.L]).log_softmax(-1)
-            logq = teacher.head(theirs[teacher.config.L]).log_softmax(-1).detach()
-            exact = (logp.exp() * (logp - logq)).sum(-1)
-            output = output + weight * exact.sum()
-            kl += weight * float(exact.detach().sum())
+            top_s, top_t = (states(model, ids, columns)[model.config.L] for model in (student, teacher))
+            logp = (student.head(top_s) / cfg['student_temperature']).log_softmax(-1)
+            logq = (teacher.head(top_t) / cfg['teacher_temperature']).log_softmax(-1).detach()
+            value, with_gradient = output_loss(logp, logq, ids[[column + 1 for column in columns]], weight, cfg)
+            output, surrogate = output + value, surrogate + with_gradient
+            kl += weight * float((logp.exp() * (logp - logq)).detach().sum())
+            for i, log in enumerate((logp.detach(), logq)):
+                entropies[i] -= weight * float((log.exp() * log).sum())
         mu = cfg['opd_weight']
-        if isinstance(mu, list):             # the config's schedule: 1 in the first half, 0.2 in the second
-            mu = 1.0 if (step - 1) / cfg['steps'] < 0.5 else 0.2
-        loss = cfg['oprd_weight'] * hidden + mu * output
-        grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+        if isinstance(mu, list):             # the config's schedules: one weight in the first half, one in the second
+            mu = mu[0][1] if (step - 1) / cfg['steps'] < 0.5 else mu[-1][1]
+        loss, objective = cfg['oprd_weight'] * hidden, cfg['oprd_weight'] * hidden
+        if mu:                               # else the head has no gradient, and does not decay
+            loss, objective = loss + mu * output, objective + mu * surrogate
+        loss = float(loss)
+        grads = dict(zip(weights, torch.autograd.grad(objective, list(weights.values()), allow_unused=True), strict=True))
 
         # clipped together, then AdamW by its recurrence
         norm = math.sqrt(sum(float((g ** 2).sum()) for g in grads.values() if g is not None))
@@ -134,14 +175,18 @@ def loop_by_hand(cfg, student_folder, teacher_folder, data):
                 if grads[name] is None:
                     continue
                 g = grads[name] * scale
+                taken[name] += 1
                 m[name] = cfg['beta1'] * m[name] + (1 - cfg['beta1']) * g
                 v[name] = cfg['beta2'] * v[name] + (1 - cfg['beta2']) * g * g
-                mean, square = m[name] / (1 - cfg['beta1'] ** step), v[name] / (1 - cfg['beta2'] ** step)
+                mean, square = m[name] / (1 - cfg['beta1'] ** taken[name]), v[name] / (1 - cfg['beta2'] ** taken[name])
                 if p.ndim >= 2:
                     p -= lr * cfg['weight_decay'] * p
                 p -= lr * mean / (square.sqrt() + cfg['adam_eps'])
+        learned = torch.cat([(v[name] / (1 - cfg['beta2'] ** n)).sqrt().flatten() for name, n in taken.items() if n])
         right = [verdict(tok.decode(ids[P:].tolist()), problems[chosen[b // cfg['n']]].answer) for b, (ids, P, _) in enumerate(answers)]
-        rows.append({'step': step, 'loss': loss.item(), 'grad_norm': norm, 'lr': lr, 'opd/kl': kl, 'rep/cos_layer': cosines,
+        rows.append({'step': step, 'mu': mu, 'loss': loss, 'grad_norm': norm, 'lr': lr, 'opd/kl': kl, 'rep/cos_layer': cosines,
+                     'loss/layer': layer_losses, 'entropy/student': entropies[0], 'entropy/teacher': entropies[1],
+                     'adam/below_eps': float((learned < cfg['adam_eps']).float().mean()),
                      'len/mean': sum(n for _, _, n in answers) / len(answers), 'finish': float(roll.stopped.float().mean()),
                      'tokens': sum(n for _, _, n in answers), 'acc/rollout': 100 * sum(right) / len(right)})
         assert norm > cfg['grad_clip']
@@ -151,7 +196,9 @@ def loop_by_hand(cfg, student_folder, teacher_folder, data):
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_the_loop_equals_one_written_from_the_equations(name, toy_dir, tmp_path, toy_cfg, monkeypatch):
     """Losses, gradient norms, learning rates, answers (through their lengths, accuracies and every later number), the
-    logged KL and cosines, and the weights at the end; the teacher has a stop token of its own."""
+    logged KL, entropies and cosines, the loss of each layer, the share of damped weights, and the weights at the end;
+    the teacher has a stop token of its own. A key that is not handed on to what it means (adam_eps, opd_tail,
+    position_offset, rep_loss, ...) trains something else without a message."""
     teacher = with_other_stop(Path(toy_cfg['teacher']), tmp_path / 'teacher')
     monkeypatch.setattr(distill, 'grade', verdict)
     args = argv(toy_dir, tmp_path / 'run', student=toy_cfg['student'], teacher=teacher, data=toy_cfg['data'],
@@ -168,12 +215,21 @@ def test_the_loop_equals_one_written_from_the_equations(name, toy_dir, tmp_path,
         for key in ('loss', 'grad_norm', 'lr'):
             assert got[key] == pytest.approx(want[key], rel=2e-3), (name, want['step'], key)
         looked = want['step'] in (1, 2, 4, 6)
-        assert ('opd/kl' in got) == (looked or cfg['opd_weight'] != 0.0)
+        assert ('opd/kl' in got) == (looked or 'loss/opd' in got)
+        assert ('loss/opd' in got) == (want['mu'] > 0)
         if 'opd/kl' in got:
-            assert got['opd/kl'] == pytest.approx(want['opd/kl'], rel=5e-3), (name, want['step'])
+            for key in ('opd/kl', 'entropy/student', 'entropy/teacher'):
+                assert got[key] == pytest.approx(want[key], rel=5e-3), (name, want['step'], key)
+        assert ('loss/layer' in got) == (cfg['oprd_weight'] > 0) and ('adam/below_eps' in got) == looked
+        if 'loss/layer' in got:
+            assert got['loss/layer'] == pytest.approx(want['loss/layer'], rel=2e-3), (name, want['step'])
+        if looked:
+            assert 0.02 < want['adam/below_eps'] < 0.98
+            assert got['adam/below_eps'] == pytest.approx(want['adam/below_eps'], abs=2e-3), (name, want['step'])
         assert ('rep/cos_layer' in got) == (looked or cfg['oprd_weight'] > 0)
         if 'rep/cos_layer' in got:
             assert got['rep/cos_layer'] == pytest.approx(want['rep/cos_layer'], abs=2e-3), (name, want['step'])
+            assert got['rep/cos'] == pytest.approx(sum(want['rep/cos_layer']) / len(want['rep/cos_layer']), abs=2e-3)
     after = dict(load_model(tmp_path / 'run/last').named_parameters())
     before = dict(load_model(toy_cfg['student']).named_parameters())
     moved = sum(float((p - before[key]).square().sum()) for key, p in weights.items()) ** 0.5

@@ -4,6 +4,7 @@ import torch
 from conftest import TINY_SUMS, flat_sums, rounding, step_sums, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
 import losses
 from losses import layer_loss, layer_pairs, layer_set, oprd_loss, teacher_layer
 from rollout import Rollout, sample
@@ -194,6 +195,25 @@ def test_an_edited_distance_trains_as_edited(monkeypatch):
     want = huber(h.flatten(0, 1), h_t).sum()
     assert abs(loss - want) < 1e-13
     assert (torch.autograd.grad(loss, h)[0] - torch.autograd.grad(want, h)[0]).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize('kind', list(losses.DISTANCES))
+def test_short_rows_are_compared_alike_in_both_forms(kind):
+    """Value, logged cosine and gradient of rows whose length is 1e-4 to 1e-9. A smallest norm of 1e-2 in one of the two
+    forms would change each of them, and ordinary rows would not show it."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1e-4, 1.0, 1e-9, 1e-6], dtype=torch.float64)[:, None]
+    h = lengths * torch.randn(4, 16, generator=g, dtype=torch.float64)
+    h_t = lengths.flip(0) * torch.randn(4, 16, generator=g, dtype=torch.float64)
+    at, weights = torch.arange(4), torch.rand(4, generator=g, dtype=torch.float64)
+    fused, readable = h_t.clone(), h_t.clone()
+    got, want = (rows(h, gradient, at, weights, kind) for rows, gradient in (
+        (kernels.layer_rows, fused), (losses.layer_rows_by_autograd, readable)))
+    exact = torch.nn.functional.normalize(h, eps=1e-30) * torch.nn.functional.normalize(h_t, eps=1e-30)
+    for value, cosine in (got, want):
+        assert torch.allclose(cosine, exact.sum(-1), rtol=1e-12, atol=1e-12)
+        assert torch.allclose(value, want[0], rtol=1e-12, atol=1e-14)
+    assert ((fused - readable).norm(dim=-1) <= 1e-10 * readable.norm(dim=-1)).all()
 
 
 def test_hidden_states_one_column_later():

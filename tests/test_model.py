@@ -202,6 +202,15 @@ def test_plain_shares_its_weights():
         assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
 
 
+def test_plain_keeps_the_longest_length():
+    """A longrope model samples answers of a training run through `plain`. Without the length to come, short texts would
+    be read with other frequencies than in the forward that trains."""
+    rope = dict(rope_type='longrope', short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 3.0, 9.0], original_max_position_embeddings=12)
+    model, other = (tiny_model(family='phi3', rope=rope) for _ in range(2))
+    model.max_length, ids = 13, torch.tensor([[1, 2, 3, 4, 5]])
+    assert torch.equal(model.plain()(ids), model(ids)) and not torch.equal(other(ids), model(ids))
+
+
 def test_padding_and_neighbours_do_not_matter():
     model = tiny_model()
     ids = torch.randint(37, (4, 11), generator=torch.Generator().manual_seed(0))

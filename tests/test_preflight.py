@@ -14,7 +14,7 @@ from formats.huggingface import load_model, read_config, save_model
 from formats.tokenizer import load_tokenizer
 from model import Model
 from support.files import write_json
-from support.preflight import as_ranges, check_pair, check_prompts, layer_lines
+from support.preflight import as_ranges, check_lengths, check_pair, check_prompts, layer_lines
 from support.runtime import UserError
 
 
@@ -111,6 +111,25 @@ def test_prompts_that_the_teachers_tokenizer_does_not_know(toy_cfg, tmp_path):
     assert "id 21, b'<extra>', which the teacher's tokenizer does not know" in note
     with pytest.raises(UserError, match='id 21'):
         check_prompts([known, unknown], SimpleNamespace(V=21), tok_s, tok_t)
+
+
+@pytest.mark.parametrize('key, side', [('max_new_tokens', 'student'), ('max_new_tokens', 'teacher'),
+                                       ('eval_max_new_tokens', 'student'), ('eval_max_new_tokens', 'teacher')])
+def test_a_prompt_and_its_answer_must_fit_into_both_contexts(key, side):
+    """To the last token, of training and of held-out problems. A check that forgets the prompt lets a model read
+    beyond its context, where it was never trained."""
+    cfg = {'max_new_tokens': 10, 'eval_max_new_tokens': 0 if key == 'max_new_tokens' else 12}
+    train, held_out = [SimpleNamespace(ids=[1] * 7), SimpleNamespace(ids=[1])], [SimpleNamespace(ids=[1] * 5)]
+    longest = 17                             # 7 + 10 and 5 + 12
+    contexts = {'student': 100, 'teacher': 100} | {side: longest}
+
+    def check():
+        models = [SimpleNamespace(context=contexts[name]) for name in ('student', 'teacher')]
+        return check_lengths(cfg, *models, train if key == 'max_new_tokens' else train[1:], held_out)
+    assert check() == longest
+    contexts[side] -= 1
+    with pytest.raises(UserError, match=f'{side}: reads 16 tokens.*lower {key}'):
+        check()
 
 
 def test_pairs_of_layers_are_shown():

@@ -119,6 +119,7 @@ def assert_same_run(a, b):
     assert [[r['step'] for r in rs] for rs in rows] == [[0, 1, 2, 3, 4]] * 2
     for x, y in zip(*(rs[1:] for rs in rows), strict=True):
         assert [x[k] for k in KEYS] == pytest.approx([y[k] for k in KEYS], rel=1e-5)
+        assert x.get('adam/below_eps') == pytest.approx(y.get('adam/below_eps'), abs=1e-3)
     for p, q in zip(load_model(a / 'last').parameters(), load_model(b / 'last').parameters(), strict=True):
         assert (p - q).norm() <= 1e-5 * p.norm()
 
@@ -132,6 +133,12 @@ def test_a_whole_run_on_two_ranks_and_on_one(toy_dir, tmp_path):
     out = torchrun('distill.py', *args('two'))
     assert out.count('Avg@2') == 2 and out.count('step 0004') == 1
     assert_same_run(tmp_path / 'one', tmp_path / 'two')
+
+    # A mean over all tokens of the step: over those of one rank, the two ranks would each count as half.
+    by_token = ['loss_average=token', 'rep_loss=cosine', 'adam_eps=1e-5', 'eval_data=']
+    main(load_config([*args('one by token'), *by_token]))
+    torchrun('distill.py', *args('two by token'), *by_token)
+    assert_same_run(tmp_path / 'one by token', tmp_path / 'two by token')
 
     torchrun('tests/two_ranks.py', 'interrupt', 3, *args('two, one'), code=1)
     assert [r['step'] for r in log_of(tmp_path / 'two, one')] == [0, 1, 2, 3]
