@@ -186,7 +186,7 @@ def loop_by_hand(cfg, student_folder, teacher_folder, data):
         right = [verdict(tok.decode(ids[P:].tolist()), problems[chosen[b // cfg['n']]].answer) for b, (ids, P, _) in enumerate(answers)]
         rows.append({'step': step, 'mu': mu, 'loss': loss, 'grad_norm': norm, 'lr': lr, 'opd/kl': kl, 'rep/cos_layer': cosines,
                      'loss/layer': layer_losses, 'entropy/student': entropies[0], 'entropy/teacher': entropies[1],
-                     'adam/below_eps': float((learned < cfg['adam_eps']).float().mean()),
+                     'adam/below_eps': float((learned[learned > 0] < cfg['adam_eps']).float().mean()),
                      'len/mean': sum(n for _, _, n in answers) / len(answers), 'finish': float(roll.stopped.float().mean()),
                      'tokens': sum(n for _, _, n in answers), 'acc/rollout': 100 * sum(right) / len(right)})
         assert norm > cfg['grad_clip']
