@@ -321,11 +321,14 @@ def test_regrade(evaluated, toy_dir, tmp_path):
 
 
 def test_a_dry_run_and_a_refused_command_leave_nothing(toy_dir, tmp_path, capsys, monkeypatch):
-    """A dry run used to sample all answers; a refused command left an empty folder behind."""
+    """A dry run used to sample all answers; a refused command left an empty folder behind. What a dry run does is look at
+    the known answers: that it says what `check_answers` found is told here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_math, 'check_answers', lambda problems: [f'{len(problems)} answers were checked'])
     args = [a for a in argv(toy_dir, 'unused') if 'max_new' not in a]
     eval_math.main(*settings([*args, 'max_new_tokens=20', '--dry-run']))
-    assert '0 of 12 answers are there' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert '0 of 12 answers are there' in out and '  eval: 6 answers were checked' in out
     for more in (['max_new_tokens=500'], ['max_new_tokens=500', '--dry-run']):
         with pytest.raises(UserError, match='lower max_new_tokens'):
             eval_math.main(*settings([*args, *more]))

@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import losses
-from losses import layer_loss, layer_pairs, layer_set, oprd_loss, teacher_layer
+from losses import HiddenTerm, layer_loss, layer_pairs, layer_set, oprd_loss, teacher_layer
 from rollout import Rollout, sample
-from step import micro_batches, position_mask, position_weights
+from step import Objective, cut_rollout, diagnose, micro_batches, position_mask, position_weights
 from teacher import hidden_rows
 
 PHI = {1: 1, 2: 2, 3: 3}
@@ -218,7 +218,7 @@ def test_short_rows_are_compared_alike_in_both_forms(kind):
 
 def test_hidden_states_one_column_later():
     """position_offset=1 compares the states that have read y_t, as the authors' code does, and still weighs each answer
-    the same; output space is not moved."""
+    the same; output space is not moved. A look at the cosines without training on them sees the same states."""
     roll, student, teacher = rollout(), tiny_model(0).double(), tiny_model(1).double()
     mask = position_mask(roll, 'last_k', 3)
     w = position_weights(mask.double())
@@ -231,7 +231,10 @@ def test_hidden_states_one_column_later():
             s, t = (model.hidden(roll.ids, [l])[0][b, list(read)] for model in (student, teacher))
             want += (s - t).square().mean(-1).mean() / 5 / 3
     assert sums['loss/oprd'] == pytest.approx(want.item(), rel=1e-12)
+    looked = diagnose(student, teacher, cut_rollout(roll, w, 20, offset=1), Objective(PHI, HiddenTerm(), None))
+    assert looked['layer_cosine'].tolist() == pytest.approx(sums['layer_cosine'].tolist(), rel=1e-6)
     plain = step_sums(student, teacher, roll, w, PHI, 20)
+    assert (plain['layer_cosine'] - sums['layer_cosine']).abs().max() > 1e-3
     assert abs(plain['loss/oprd'] / sums['loss/oprd'] - 1) > 1e-3
 
 

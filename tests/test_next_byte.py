@@ -1,4 +1,5 @@
 """KL over the next byte: against enumeration over small vocabularies, and against the ordinary KL."""
+import math
 import random
 
 import pytest
@@ -144,3 +145,17 @@ def test_plain_rows_equal_the_fused_ones():
     Q, told = table_t.outcomes(q[6:], q[:6], WRITTEN, INSIDE)
     rows = byte_rows(p, Q, told, table_s.first)[Q.sum(-1) > 0]
     assert len(rows) == 5 and loss.item() == pytest.approx(rows.sum().item()) and stats[1] == loss and 0 < stats[2] < 6 * 5.55
+
+
+@pytest.mark.parametrize('q, seen', [(1e-2, 1e-2), (1e-6, 1e-6), (1e-7, 1e-7), (1e-12, 1e-8), (0.0, 1e-8)])
+def test_a_teacher_may_be_sure_up_to_one_in_a_hundred_million(q, seen):
+    """The least probability of an outcome is 1e-8, written here as a number: with 1e-3 the loss would be the same for a
+    byte that the teacher never writes and for one that it writes now and then."""
+    p = torch.tensor([[0.75, 0.25]], dtype=D)
+    Q = torch.zeros(1, 258, dtype=D)
+    Q[0, ord('a')], Q[0, ord('b')] = 1 - q, q
+    first = torch.tensor([ord('a'), ord('b')])
+    got = byte_rows(p, Q, torch.ones(1, 258, dtype=torch.bool), first).item()
+    total = 1 - q + seen                     # renormalised
+    want = sum(s * math.log(s / (t / total)) for s, t in ((0.75, 1 - q), (0.25, seen)))
+    assert got == pytest.approx(want, rel=1e-9)
