@@ -92,8 +92,9 @@ def make_objective_terms(cfg, layer_map, bridge, teacher, output):
         drift = cfg['positions'] == 'drift'
         hidden = HiddenTerm(cfg['rep_loss'], drift, teacher.embed.weight.device)
         if not hidden.fused:
-            print0(f"  note: rep_loss={cfg['rep_loss']!r} has no kernel (or another formula than its "
-                   'kernel): it trains with its gradient by autograd, more slowly')
+            print0(f"  note: no kernel computes rep_loss={cfg['rep_loss']!r}; its gradient is taken by "
+                   'autograd, which is slower')
+
     # Output space: the objective together with the teacher's head.
     if output is not None:
         output = OutputTerm(output, teacher)

@@ -309,7 +309,8 @@ class HiddenTerm:
 
 
 class BridgeTerm:
-    """Eq. (15) as a term of the training loss."""
+    """Eq. (15) as a term of the training loss. There is no offset here: a bridge is fitted at the
+    paper's positions, and preflight refuses position_offset=1 with it."""
     def __init__(self, bridge, normalise=True):
         self.bridge = bridge
         self.normalise = normalise

@@ -1,8 +1,9 @@
 """
 On-policy representation distillation (Eq. 6) on one screen, on the toy.
 
-The same step as distill.py, number for number, without what makes that one fast and safe: no
-micro-batches, no fused loss, no ranks, no resume, no figures. Change it, run it, watch the loss:
+With configs/toy.py it does the same steps as distill.py, number for number, without what makes that
+one fast and safe: no micro-batches, no fused loss, no ranks, no resume, no figures. Change it, run it,
+watch the loss. Keys of other objectives, layers and positions are refused, because it has one of each.
 
     python minimal.py configs/toy.py steps=20
 """
@@ -17,10 +18,13 @@ from rollout import sample
 from step import position_mask, position_weights
 from studies import toy
 from support.optimizer import adamw, learning_rate
-from support.runtime import run, start
+from support.runtime import UserError, run, start
 
 
 def main(cfg):
+    for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0)):
+        if cfg[key] != value:
+            raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
     cfg = toy.prepare(cfg, start('cpu'))     # makes two models and their problems, once
     tokenizer = load_tokenizer(cfg['student'])
     student = load_model(cfg['student'])

@@ -15,9 +15,8 @@ vocabulary. Tests hold the two equal.
 
 With student = teacher every objective has gradient 0 (a reward's is 0 because every reward is).
 
-Letters: K supervised positions, C of them in a chunk, d width, V vocabulary, S a set of k tokens; p
-student,
-         q teacher; D the divergence of a row.
+Letters: K supervised positions, C of them in a chunk, d width, V vocabulary, S a set of k tokens;
+         p student, q teacher; D the divergence of a row.
 """
 from dataclasses import dataclass
 
@@ -38,13 +37,13 @@ def divergence(logp, logq, tail='bucket', direction='reverse'):
     """KL of each row over a set of outcomes: log-probabilities (K, k) and (K, k) -> (K,).
 
     direction: 'reverse' is KL(p || q), 'forward' KL(q || p).
-    tail: what is done about the outcomes that are not in the set. 'renorm'  p and q are both
-    renormalised on the set: Eq. (5). Identically 0 at k = 1. 'bucket'  they are one more outcome,
-    which `on_support` has added: the set is complete. 'reward'  each token of the set earns log p -
-    log q, weighed by p renormalised on the set. Only log p of the
-              tokens has a gradient (score function), the weighted log-ratios are constants: the
-              authors' code. Differentiating the sum directly would also raise or lower the mass of
-              the set, which is not 0 at student = teacher.
+    tail: what is done about the outcomes that are not in the set.
+        'renorm'  p and q are both renormalised on the set: Eq. (5). Identically 0 at k = 1.
+        'bucket'  they are one more outcome, which `on_support` has added: the set is complete.
+        'reward'  each token of the set earns log p - log q, weighed by p renormalised on the set:
+                  the authors' code. Only log p of the tokens has a gradient (score function), the
+                  weighted log-ratios are constants. Differentiating the sum directly would also
+                  move mass into the set or out of it, and not come to rest at the teacher.
     """
     assert tail in TAILS and direction in DIRECTIONS, (tail, direction)
     if tail == 'reward':
@@ -70,9 +69,9 @@ def on_support(logp, logq, top_s, top_t, support='student', tail='renorm'):
 
     support: S is the 'student's likeliest tokens top_s (K, k), the 'teacher's top_t, or their
     'union'. A token that is in both counts once, at its first place; at the second it has no mass
-    and no gradient. tail='bucket' adds a last column to both: all the mass outside S, summed over
-    the tokens there (1 minus the mass inside would be a rounding error where the models are sure of
-    themselves).
+    and no gradient.
+    tail: 'bucket' adds a last column to both, all the mass outside S, summed over the tokens there.
+    (1 minus the mass inside would be a rounding error where the models are sure of themselves.)
     """
     assert support in SUPPORTS and tail in TAILS, (support, tail)
     S = {'student': top_s, 'teacher': top_t, 'union': torch.cat([top_s, top_t], -1)}[support]
@@ -218,14 +217,14 @@ class HeadLoss(torch.autograd.Function):
 
         # From the last chunk to the first: `Sampled` may need the sum over the rest of an answer.
         for start in reversed(range(0, len(h), chunk)):
-            rows = slice(start, start + chunk)
-            logp = log_probs(h[rows], W[:V], objective.temperature)          # (C, V)
-            value[rows], G, statistics[:, rows] = objective.loss_and_gradient(logp, batch, rows)
+            piece = slice(start, start + chunk)
+            logp = log_probs(h[piece], W[:V], objective.temperature)          # (C, V)
+            value[piece], G, statistics[:, piece] = objective.loss_and_gradient(logp, batch, piece)
             # G (C, V) is the gradient of sum_t w_t D_t with respect to the logits. The chain rule
             # goes on from there to the states and to the head.
-            d_h[rows] = (G.to(W.dtype) @ W[:V]).div_(objective.temperature)
+            d_h[piece] = (G.to(W.dtype) @ W[:V]).div_(objective.temperature)
             if d_W is not None:
-                add_product(d_W[:V], G, h[rows], 1 / objective.temperature)
+                add_product(d_W[:V], G, h[piece], 1 / objective.temperature)
             del logp, G                      # before the next chunk's are made
 
         ctx.grads = d_h, d_W
@@ -255,9 +254,9 @@ def head_statistics(h, W, objective, batch):
     chunk = objective.chunk or rows_at_once(max(V, objective.teacher_size(batch)), h.device)
     statistics = weights.new_zeros(4, len(h))
     for start in range(0, len(h), chunk):
-        rows = slice(start, start + chunk)
-        logp = log_probs(h[rows], W[:V], objective.temperature)              # (C, V)
-        statistics[:, rows] = objective.statistics(logp, batch, rows)
+        piece = slice(start, start + chunk)
+        logp = log_probs(h[piece], W[:V], objective.temperature)              # (C, V)
+        statistics[:, piece] = objective.statistics(logp, batch, piece)
     return torch.cat([weights.sum()[None], statistics @ weights])
 
 
@@ -353,13 +352,13 @@ class Vocabulary:
         """The teacher's state at each supervised position."""
         return rows.teacher_at
 
-    def teacher_log_probs(self, batch, rows):
+    def teacher_log_probs(self, batch, piece):
         """log q (C, V) of a chunk."""
-        return log_probs(batch.teacher_h[rows], batch.teacher_W[:self.vocab], self.teacher_temperature)
+        return log_probs(batch.teacher_h[piece], batch.teacher_W[:self.vocab], self.teacher_temperature)
 
-    def statistics(self, logp, batch, rows):
+    def statistics(self, logp, batch, piece):
         """KL, both entropies in nats and the overlap of a chunk (4, C)."""
-        return compare(logp, self.teacher_log_probs(batch, rows)).statistics
+        return compare(logp, self.teacher_log_probs(batch, piece)).statistics
 
 
 @dataclass
@@ -367,10 +366,10 @@ class FullKL(Vocabulary):
     """Eq. (4): the KL over the whole vocabulary."""
     direction: str = 'reverse'
 
-    def loss_and_gradient(self, logp, batch, rows):
+    def loss_and_gradient(self, logp, batch, piece):
         """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
         (4, C)."""
-        both = compare(logp, self.teacher_log_probs(batch, rows))
+        both = compare(logp, self.teacher_log_probs(batch, piece))
         if self.direction == 'reverse':
             D = both.KL
             G = both.p.mul_(both.log_ratio.sub_(both.KL[:, None]))           # p (log p - log q - KL)
@@ -379,7 +378,7 @@ class FullKL(Vocabulary):
             q = (logp - both.log_ratio).exp_()                               # a fourth (C, V)
             D = -row_dot(q, both.log_ratio)
             G = both.p.sub_(q)                                               # p - q
-        return D, G.mul_(batch.weights[rows, None]), both.statistics
+        return D, G.mul_(batch.weights[piece, None]), both.statistics
 
 
 @dataclass
@@ -390,10 +389,10 @@ class TopK(Vocabulary):
     tail: str = 'reward'
     direction: str = 'reverse'
 
-    def loss_and_gradient(self, logp, batch, rows):
+    def loss_and_gradient(self, logp, batch, piece):
         """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
         (4, C)."""
-        logq = self.teacher_log_probs(batch, rows)
+        logq = self.teacher_log_probs(batch, piece)
         top_s = likeliest(logp, max(self.k, OVERLAP))
         top_t = likeliest(logq, max(self.k, OVERLAP))
         S, logp_S, logq_S = on_support(logp, logq, top_s[:, :self.k], top_t[:, :self.k],
@@ -413,7 +412,7 @@ class TopK(Vocabulary):
 
         # From the k tokens to the whole vocabulary, through the softmax.
         both = compare(logp, logq, top_s, top_t)
-        weights = batch.weights[rows, None]
+        weights = batch.weights[piece, None]
         G = support_gradient(both.p, S, g * weights, p_S, rest * weights)
         return D.detach(), G, both.statistics
 
@@ -431,19 +430,19 @@ class Sampled(Vocabulary):
     future: bool = False
     baseline: bool = False
 
-    def loss_and_gradient(self, logp, batch, rows):
+    def loss_and_gradient(self, logp, batch, piece):
         """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
         (4, C)."""
-        both = compare(logp, self.teacher_log_probs(batch, rows))
-        weights = batch.weights[rows]
-        S = batch.next_token[rows, None]                                     # (C, 1)
+        both = compare(logp, self.teacher_log_probs(batch, piece))
+        weights = batch.weights[piece]
+        S = batch.next_token[piece, None]                                     # (C, 1)
         D = both.log_ratio.gather(-1, S).squeeze(-1)                         # (C,)
         reward = weights * D
         if self.future:
             # Rows come from the last to the first, so the log-ratios of the rest of the answer are
             # known.
-            self.ratios = torch.cat([reward, self.ratios]) if rows.stop < len(batch.weights) else reward
-            reward = sum_to_end(self.ratios, batch.answer[rows.start:])[:len(D)]
+            self.ratios = torch.cat([reward, self.ratios]) if piece.stop < len(batch.weights) else reward
+            reward = sum_to_end(self.ratios, batch.answer[piece.start:])[:len(D)]
         if self.baseline:
             reward = reward - weights * both.KL
         G = support_gradient(both.p, S, reward[:, None], both.p.gather(-1, S), 0.0)

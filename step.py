@@ -6,6 +6,12 @@ Steps 3 to 5 of a training step: from a rollout to the gradient of Eq. (7).
     4. the teacher's hidden states at those rows                           Objective.teacher_rows
     5. the student's forward; each matched layer takes its loss; backward  accumulate
 
+Step 5 as a chain of calls, for Eq. (6):
+
+    accumulate -> Model.hidden -> take_loss_at_layer, as each layer passes -> losses.HiddenTerm
+    -> losses.layer_loss -> kernels.layer_rows: value and gradient of the rows; later, in the
+    backward, losses.LayerLoss adds that gradient to the gradient of the states
+
 A "row" is one supervised position: one token of one answer, whose hidden state (or output
 distribution) the student shall match. K rows are picked out of a micro-batch of B x T tokens by their
 flat positions, so answers of different length need no padding in the loss.
@@ -16,7 +22,7 @@ length and never by token id: the stop token is supervised, padding never is.
 
 Letters: B answers, T tokens (columns), K supervised positions, L layers, d width, r rank of a bridge.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -58,7 +64,7 @@ def position_weights(mask, average='sequence', sequences=None, tokens=None):
     """Mask (B, T) -> weights (B, T), float32, that sum to 1 over the global batch.
 
     average: 'sequence' is Eq. (6): a mean over the positions of each answer, then over the answers.
-    'token' gives every supervised token the same weight, as the authors' code does.
+        'token' gives every supervised token the same weight, as the authors' code does.
     sequences, tokens: their numbers in the global batch (default: in this mask). The weights are
     made once per step, before the rollout is cut, so that neither micro-batches nor ranks change
     the gradient.
@@ -127,9 +133,10 @@ class Rows:
 def cut_rollout(roll, weights, budget, reading=None, offset=0):
     """A rollout and its weights (B, T) -> the Rows of one micro-batch after another.
 
-    budget: tokens of a micro-batch. reading: what a teacher of another vocabulary reads
-    (pairing.Reading).
-    offset: see Rows. Every rank yields equally many: FSDP needs as many forwards on each, so a rank
+    budget: tokens of a micro-batch.
+    reading: what a teacher of another vocabulary reads (pairing.Reading).
+    offset: see Rows.
+    Every rank yields equally many: FSDP needs as many forwards on each, so a rank
     that has run out of answers repeats its first one with weight 0.
     """
     groups = micro_batches(roll.length.tolist(), budget)
@@ -157,15 +164,19 @@ def cut_rollout(roll, weights, budget, reading=None, offset=0):
 class Objective:
     """Eq. (7). Its terms are made once, before the loop; None: a term that these models do not
     allow."""
-    layer_map: dict             # {student layer: teacher layer} of the hidden-state term
+    layer_map: dict             # {student layer: teacher layer}, ascending, of the hidden-state term
     hidden: object              # losses.HiddenTerm, Eq. (6), or losses.BridgeTerm, Eq. (15)
     output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
-    bridge: object = None       # bridge.Bridge
+    bridge: object = None       # bridge_parts.saved.Bridge
 
     def only(self, hidden, output):
         """The objective with those of its terms for which the flag is set."""
-        return Objective(self.layer_map if hidden else {}, self.hidden if hidden else None,
-                         self.output if output else None, self.bridge)
+        terms = {}
+        if not hidden:
+            terms |= {'layer_map': {}, 'hidden': None}
+        if not output:
+            terms |= {'output': None}
+        return replace(self, **terms)
 
     def student_layers(self, L):
         """The student layers whose states the terms look at, ascending."""
@@ -195,7 +206,7 @@ class LayerPart(NamedTuple):
     statistics: torch.Tensor | None = None   # see output_losses.head_statistics
 
 
-def layer_losses(l, h, objective, student, rows, teacher_rows):
+def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
     """Called as the states h (B, T, d) of student layer l pass -> h, LayerPart.
 
     A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
@@ -229,11 +240,11 @@ def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weig
         lap('teacher')
 
         # 5. The student reads them once. The loss of each layer is taken as the layer passes.
-        tap = partial(layer_losses, objective=objective, student=student, rows=rows,
+        tap = partial(take_loss_at_layer, objective=objective, student=student, rows=rows,
                       teacher_rows=teacher_rows)
         parts = student.hidden(rows.ids, layers, tap=tap)
-        layer_loss = [part.hidden for part in parts if part.hidden is not None]
-        hidden_loss = sum(layer_loss) / max(1, len(layer_loss))
+        by_layer = [part.hidden for part in parts if part.hidden is not None]    # in layer_map's order
+        hidden_loss = sum(by_layer) / max(1, len(by_layer))
         output_loss = sum(part.output for part in parts if part.output is not None)
 
         # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
@@ -270,7 +281,7 @@ def add_to(sums, parts, rows):
 # ---- what the objective leaves out ------------------------------------------------------------------
 
 def layer_diagnosis(l, h, objective, student, rows, teacher_rows):
-    """`layer_losses` without losses: the cosine of layer l, or the statistics of the output space."""
+    """`take_loss_at_layer` without losses: the cosine of layer l, or the statistics of the output space."""
     cosine = statistics = None
     flat = h.flatten(0, 1)                                                   # (B * T, d)
     if l == student.config.L and objective.output is not None:

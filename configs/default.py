@@ -16,7 +16,7 @@ config = dict(
                                 # weights, gradients and optimizer state are float32
     dry_run=False,              # --dry-run: resolve, check, print the plan and the memory estimate, stop
 
-    # models and problems: local, or a hub id (owner/name, owner/name@revision); 'toy' is made by toy.py
+    # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
     teacher='',                 # Hugging Face folder or id; frozen
     data='',                    # training problems: .parquet, .jsonl, .json, .txt, or a data set's id;
@@ -29,7 +29,8 @@ config = dict(
     # rollout: the student's own answers (section 4.1.1)
     prompts_per_step=8,         # prompts of a step, over all ranks
     n=2,                        # answers per prompt
-    max_new_tokens=16384,       # longest answer, tokens
+    max_new_tokens=16384,       # longest answer, tokens; one that is cut here is supervised and graded like
+                                # the others, and does not count as finished
     temperature=1.0,            # 1 = the student's own distribution, as Eq. (2) wants; 0 = greedy
     top_k=0,                    # sample among the k likeliest tokens; 0 = all
     top_p=1.0,                  # sample among the smallest set with this much probability; 1 = all
@@ -122,7 +123,7 @@ config = dict(
     diagnose_rows=512,          # how many positions such a look at the vocabulary takes, about
     log_every=1,                # steps between lines on the terminal; log.jsonl has every step
 
-    # the toy (toy.py): chains of arithmetic modulo 10, with models trained here from nothing
+    # the toy (studies/toy.py): chains of arithmetic modulo 10, with models trained here from nothing
     toy_dir='out/toy_models',   # made once per recipe, then reused
     toy_ops=6,                  # operations in a problem
     toy_layers=4,               # depth L of student and teacher
@@ -143,7 +144,7 @@ config = dict(
 inf = float('inf')
 positive, share = (1, inf), (0, 1)
 # key -> what it may be: (low, high) for numbers, or a tuple of allowed words and types.
-# Keys not listed take any value of their default's type.
+# Keys not listed take any value of their default's type (rep_loss: a name in losses.DISTANCES).
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
     max_prompt_tokens=(0, inf), prompts_per_step=positive, n=positive, max_new_tokens=positive,

@@ -1,5 +1,5 @@
 """
-The paper's story on two CPU cores, from nothing to a table and a figure in about five minutes:
+The paper's story on two CPU cores, from nothing to a table and a figure in about three minutes:
 a 0.45M-parameter student that adds and multiplies modulo 10 badly, a teacher that does it well.
 
     python distill.py configs/toy.py

@@ -9,17 +9,19 @@ The teacher's is computed likewise, but the student may stand in the middle of a
 Example: the teacher has the token `7=`, and the text so far is `7`. Two teacher states can say what
 follows:
 
-    the state before `7`: it knows how likely `7`, `7=` and `72` were, so it can say how likely `=`
-    is after `7` the state after a lone token `7`: in its training `=` never followed here, because
-    `7=` is one token
+    the state before `7`:              it knows how likely `7`, `7=` and `72` were, so it can say how
+                                       likely `=` is after `7`
+    the state after a lone token `7`:  in its training `=` never followed here, because `7=` is one
+                                       token
 
 We ask the first, and condition on the bytes w that are already written. If we asked the second only
 when the student happened to cut there, the student's own mistake would make itself look right: on
 the toy the accuracy fell to 0. With q the distribution before w, and q' the distribution after the
 token w:
 
-    P(c) = [ sum of q(tokens that begin with w and go on with byte c)  +  q(w) * q'(c) ] / the same
-    summed over c
+    P(c) = [ sum of q(tokens that begin with w and go on with byte c)  +  q(w) * q'(c) ] / Z
+
+where Z makes it sum to 1.
 
 Inside a teacher token no state has read w, so q' is unknown. There q(w) goes to ELSE, with every
 byte that no teacher token continues with, and the student's outcomes are put together in the same
@@ -29,9 +31,8 @@ If no teacher token continues what is written inside a token, the teacher would 
 this way, and the position has no loss. Simpler than possible: only the teacher's last token is
 looked at, and not the other ways to cut the text into tokens before it.
 
-Letters: C rows of a chunk, K rows, d width, V vocabulary, E = 258 outcomes; p student, q teacher
-(tokens); P student,
-         Q teacher (outcomes).
+Letters: C rows of a chunk, K rows, d width, V vocabulary, E = 258 outcomes;
+         p student, q teacher (tokens); P student, Q teacher (outcomes).
 """
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -181,16 +182,16 @@ class NextByte:
         has_token = torch.tensor([bool(word) for word in rows.written], device=at.device) & ~rows.inside
         return torch.cat([at, at - has_token.long()])
 
-    def compare(self, logp, batch, rows):
+    def compare(self, logp, batch, piece):
         """log p (C, V) of a chunk, *overwritten* -> p (C, V); P, Q, told (C, E)."""
         # The teacher's states come in pairs: at the position, and before its last token.
         K = len(batch.weights)
         W_t = batch.teacher_W[:len(self.teacher_table.first)]
         written = [b''] * K if batch.written is None else batch.written
         after_h, before_h = batch.teacher_h.split(K)
-        after = log_probs(after_h[rows], W_t, self.teacher_temperature).exp_()               # (C, V_t)
-        before = log_probs(before_h[rows], W_t, self.teacher_temperature).exp_()
-        Q, told = self.teacher_table.outcomes(before, after, written[rows], batch.inside[rows])
+        after = log_probs(after_h[piece], W_t, self.teacher_temperature).exp_()               # (C, V_t)
+        before = log_probs(before_h[piece], W_t, self.teacher_temperature).exp_()
+        Q, told = self.teacher_table.outcomes(before, after, written[piece], batch.inside[piece])
         # Where the teacher cannot tell bytes apart, the student's are put together as well.
         p = logp.exp_()
         P = merge_untold(self.student_table.first_outcomes(p), told)
@@ -204,18 +205,18 @@ class NextByte:
         entropy_q = -row_dot(logQ.exp(), logQ)
         return torch.stack([D, entropy_p, entropy_q, torch.zeros_like(D)]) * known
 
-    def statistics(self, logp, batch, rows):
+    def statistics(self, logp, batch, piece):
         """Statistics of a chunk without a gradient; see `entropies`."""
-        _, P, Q, _ = self.compare(logp, batch, rows)
+        _, P, Q, _ = self.compare(logp, batch, piece)
         known = Q.sum(-1) > 0
         logP, logQ = outcome_logs(P, Q)
         D = divergence(logP, logQ, 'renorm', self.direction) * known
         return self.entropies(D, logP, logQ, known)
 
-    def loss_and_gradient(self, logp, batch, rows):
+    def loss_and_gradient(self, logp, batch, piece):
         """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
         (4, C)."""
-        p, P, Q, told = self.compare(logp, batch, rows)
+        p, P, Q, told = self.compare(logp, batch, piece)
         known = Q.sum(-1) > 0
         logP, logQ = outcome_logs(P, Q)
 
@@ -231,5 +232,5 @@ class NextByte:
         share = g / P.clamp(min=1e-37)
         share = torch.where(told, share, share[:, ELSE:])                    # (C, E)
         centred = share[:, self.student_table.first].sub_(g.sum(-1, keepdim=True))           # (C, V)
-        G = p.mul_(centred).mul_(batch.weights[rows, None])
+        G = p.mul_(centred).mul_(batch.weights[piece, None])
         return D, G, statistics

@@ -46,6 +46,9 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
         lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'])
 
     lines += check_objective(cfg, same)
+    if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
+        lines.append(f"note: warmup={cfg['warmup']} of {cfg['steps']} steps rounds to 0: the first step has "
+                     'the full learning rate')
     if cfg['prompts_per_step'] < env.world:
         raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {env.world} ranks; "
                         'raise it')
