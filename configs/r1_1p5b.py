@@ -12,6 +12,9 @@ config = config | dict(
     teacher='hbx/JustRL-DeepSeek-1.5B',
     data='BytedTsinghua-SIA/DAPO-Math-17k',     # repeats each problem a hundred times; each is read once
     eval_data='aime24,aime25,aimo', eval_every=20,      # Figure 4: three sets, a point every 20 steps
+    # Eq. (6) to the letter. On pretrained models its last layers weigh most (docs/objectives.md);
+    # rep_loss=cosine is the scale-free form.
+    rep_loss='mse',
     checkpointing=True,
     # everything else is the paper's and stands in default.py
 )
