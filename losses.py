@@ -91,7 +91,10 @@ def row_distance(h_s, h_t, kind='mse'):
     """Distance of each student row to its teacher row, (K, d) and (K, d) -> (K,). kind: a name in
     DISTANCES."""
     assert kind in DISTANCES, f'{kind!r} is not one of {list(DISTANCES)}'
-    return DISTANCES[kind](h_s, h_t)
+    distance = DISTANCES[kind](h_s, h_t)
+    shape = tuple(distance.shape)
+    assert shape == h_s.shape[:-1], f'{kind!r} gives {shape}, not one number per row'
+    return distance
 
 
 def oprd_loss(h_s, h_t, weights, kind='mse'):

@@ -17,8 +17,9 @@ distribution) the student shall match. K rows are picked out of a micro-batch of
 flat positions, so answers of different length need no padding in the loss.
 
 Response position t (0, 1, ...) is the column whose output predicts response token t. The model has
-read the prompt and t response tokens there, so it is column prompt_len - 1 + t. Positions are found by
-length and never by token id: the stop token is supervised, padding never is.
+read the prompt and t response tokens there, so it is column prompt_len - 1 + t. Positions are found
+by length and never by token id: the column that predicts the stop token is supervised, padding
+never is.
 
 Letters: B answers, T tokens (columns), K supervised positions, L layers, d width, r rank of a bridge.
 """
@@ -186,7 +187,8 @@ class Objective:
         return sorted(layers)
 
     def teacher_rows(self, teacher, rows):
-        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K, d)}."""
+        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K,
+        d)}."""
         wanted = {}
         for l in self.layer_map:
             wanted[l] = rows.teacher_at + rows.offset
@@ -212,13 +214,13 @@ def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
     A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
     not needed any more: no second copy of L x K x d numbers is ever made.
     """
-    output = statistics = hidden = cosine = None
+    output = statistics = hidden_loss = cosine = None
     if l == student.config.L and objective.output is not None:
         h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
         output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
     if l in objective.layer_map:
-        h, hidden, cosine = objective.hidden(l, h, teacher_rows[l], rows)
-    return h, LayerPart(hidden, cosine, output, statistics)
+        h, hidden_loss, cosine = objective.hidden(l, h, teacher_rows[l], rows)
+    return h, LayerPart(hidden_loss, cosine, output, statistics)
 
 
 def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale=1.0,
@@ -256,7 +258,8 @@ def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weig
 
 
 def add_losses(sums, hidden_loss, output_loss):
-    """Add the two terms of a micro-batch to a step's sums; a term that did not run is the number 0."""
+    """Add the two terms of a micro-batch to a step's sums; a term that did not run is the number
+    0."""
     for name, loss in (('loss/oprd', hidden_loss), ('loss/opd', output_loss)):
         if torch.is_tensor(loss):
             sums[name] = sums.get(name, 0.0) + loss.detach()
@@ -278,10 +281,12 @@ def add_to(sums, parts, rows):
         sums[name] = sums.get(name, 0.0) + value
 
 
-# ---- what the objective leaves out ------------------------------------------------------------------
+# ---- what the objective leaves out
+# ------------------------------------------------------------------
 
 def layer_diagnosis(l, h, objective, student, rows, teacher_rows):
-    """`take_loss_at_layer` without losses: the cosine of layer l, or the statistics of the output space."""
+    """`take_loss_at_layer` without losses: the cosine of layer l, or the statistics of the output
+    space."""
     cosine = statistics = None
     flat = h.flatten(0, 1)                                                   # (B * T, d)
     if l == student.config.L and objective.output is not None:
