@@ -1,4 +1,5 @@
-""" Where does each output-space objective come to rest? Two questions, on random distributions, in
+"""
+Where does each output-space objective come to rest? Two questions, on random distributions, in
 seconds:
 
     the gradient when student and teacher are the same:  0, or the objective drifts away
