@@ -15,14 +15,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.runtime import UserError
+from support.runtime import UserError, barrier, print0
 
 # ---- one file or folder, atomically -----------------------------------------------------------
 
@@ -73,6 +75,52 @@ def locked(path):
     with path.open('w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def owned(folder, rank=0):
+    """Hold a folder for the life of a run: `with owned(out, env.rank):`. The folder is made if it is not
+    there. Another process that holds it is a UserError, which says who that is.
+
+    Rank 0 holds the lock for all ranks, and the others go on only when it does: two launches into one
+    folder cannot both get past this line. The lock is the operating system's, so a killed process leaves
+    none behind. What a killed process left half-written in the folder is deleted.
+    """
+    if rank > 0:
+        barrier()
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / '.lock').open('a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(100).strip() or 'another process'
+            raise UserError(f'{folder}: in use by {owner}; wait for its end, or choose another folder') from None
+        except OSError as error:
+            print0(f'  note: {folder} is on a disk without locks ({error.strerror}); do not start twice there')
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        sweep(folder)
+        barrier()
+        yield
+
+
+def sweep(folder):
+    """Delete the temporary files and folders that killed processes left in a folder. Only its owner may."""
+    for path in folder.glob('.*'):
+        left = re.fullmatch(r'\.(.+)\.(tmp|old)\d+', path.name)
+        if not left:
+            continue
+        # A folder that had stepped aside comes back if nothing has taken its place.
+        target = folder / left[1]
+        if left[2] == 'old' and not target.exists():
+            os.replace(path, target)
+        else:
+            remove(path)
 
 
 def remove(path):
