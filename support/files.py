@@ -98,9 +98,10 @@ def owned(folder, rank=0):
         except BlockingIOError:
             file.seek(0)
             owner = file.read(100).strip() or 'another process'
-            raise UserError(f'{folder}: in use by {owner}; wait for its end, or choose another folder') from None
+            raise UserError(f'{folder}: in use by {owner}; wait for its end, or choose another '
+                            'folder') from None
         except OSError as error:
-            print0(f'  note: {folder} is on a disk without locks ({error.strerror}); do not start twice there')
+            print0(f'  note: {folder} is on a disk without locks ({error.strerror}); start only once there')
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
