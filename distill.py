@@ -30,14 +30,13 @@ sharded over ranks. The algorithm without everything that makes it fast: minimal
 Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank of a bridge.
 """
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from bridge_parts.saved import fingerprint, load_bridge
-from configs import default, free, load_config
+from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, evaluate, load_eval_sets, table
@@ -58,15 +57,15 @@ from step import (
     position_weights,
 )
 from studies import figures, toy
-from support.checkpoints import open_run, resume, save
-from support.files import Log, read_json, write_json
+from support.checkpoints import resume, save
+from support.files import owned, read_json, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
 from support.report import first_step_notes, step_line, summary
+from support.run_folder import begin, open_run
 from support.runtime import (
     Clock,
     UserError,
-    all_gather,
     all_reduce,
     barrier,
     full,
@@ -207,26 +206,6 @@ def load_models(cfg, setup, env, longest):
     setup.teacher = teacher
 
 
-def open_log(out, asked, env, student, opt):
-    """Write the run's config, or go on from its last checkpoint -> (log, steps done, seconds
-    spent)."""
-    if env.rank == 0 and not (out / 'config.json').exists():
-        write_json(out / 'config.json', {'config': asked, 'versions': versions(env)})
-    # What a crashed run logged after its last checkpoint is forgotten, and made again.
-    log = Log(out / 'log.jsonl')
-    done, elapsed = resume(out, student, opt)
-    log.keep(done)
-    if done and (not log.rows or log.rows[-1]['step'] != done):
-        raise UserError(f'{log.path}: its lines end before the checkpoint at step {done}, so the run cannot '
-                        'be told whole; choose another out_dir=')
-    if len(set(all_gather((done, len(log.rows))))) > 1:
-        raise UserError(f'{out}: ranks see different files there; out_dir= must be on a disk that all share')
-    if done:
-        print0(f'resumed after step {done}')
-    log.rewrite(env.rank)
-    return log, done, elapsed
-
-
 def evaluate_model(cfg, setup, env, name, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
     tok, sets, stop = setup.tok, setup.held_out, setup.stop
@@ -247,13 +226,12 @@ def evaluate_model(cfg, setup, env, name, side='student'):
 
 # ---- the loop ----------------------------------------------------------------------------------
 
-def train(cfg, setup, env, out, log, done, began):
-    """Steps done + 1 .. steps, each a line of the log. began: when the run began, less the time it
-    stood still."""
+def train(cfg, setup, env, run_folder):
+    """The steps that are left, each a line of the log."""
     student, teacher, steps = setup.student, setup.teacher, cfg['steps']
     clock = Clock(env.device)
     with interruptible() as caught:
-        for step in range(done + 1, steps + 1):
+        for step in range(run_folder.step + 1, steps + 1):
             clock.start()
             # 1. prompts: a function of (step, seed). Each slot of the step goes to one rank.
             order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
@@ -295,8 +273,8 @@ def train(cfg, setup, env, out, log, done, began):
 
             row = {'step': step, **objective_metrics(sums, looked, oprd_weight, opd_weight),
                    **rollout_metrics(roll, setup.tok, problems, reading), 'lr': lr, 'grad_norm': norm}
-            finish_step(cfg, setup, env, row | clock.stop(), log, began, clock)
-            stop_or_save(cfg, setup, env, step, out, began, caught)
+            row = finish_step(cfg, setup, env, row | clock.stop(), run_folder, clock)
+            stop_or_save(cfg, setup, env, row, run_folder, caught)
 
 
 def update(cfg, setup, step):
@@ -346,8 +324,8 @@ def supervised_positions(cfg, setup, roll, problems):
     return reading, mask & (reading.column >= 0)         # -1: the teacher has no state there
 
 
-def finish_step(cfg, setup, env, row, log, began, clock):
-    """Check, evaluate, log and print a step."""
+def finish_step(cfg, setup, env, row, run_folder, clock):
+    """Check, evaluate, log and print a step -> its row, with the scores if it was evaluated."""
     step, steps = row['step'], cfg['steps']
     if not math.isfinite(row['loss'] + row['grad_norm']):
         raise UserError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
@@ -360,31 +338,35 @@ def finish_step(cfg, setup, env, row, log, began, clock):
         row |= evaluate_model(cfg, setup, env, f'step {step}')
 
     # Every step is a line of log.jsonl; the terminal shows some of them.
-    log.write(row | {'elapsed': time.time() - began}, env.rank)
+    run_folder.log(row)
     if step == 1:
         for line in first_step_notes(row, list(setup.layer_map), cfg['adam_eps']):
             print0(line)
     if step % cfg['log_every'] == 0 or step == steps:
         print0(step_line(row, steps, clock.eta(steps - step)))
+    return row
 
 
-def stop_or_save(cfg, setup, env, step, out, began, caught):
-    """Save a checkpoint where one is due. caught: signals; if any rank has caught one, all ranks
-    save and stop."""
+def stop_or_save(cfg, setup, env, row, run_folder, caught):
+    """Save a checkpoint where one is due: every `save_every` steps, at the end, and where the student was
+    better on the held-out problems than ever before. caught: signals; if any rank has caught one, all
+    ranks save and stop."""
     # All ranks must agree, or those that go on would wait for the others for ever.
     halt = torch.tensor(float(bool(caught)), device=env.device)
     halt = bool(all_reduce(halt, 'max'))
-    if step % cfg['save_every'] == 0 or step == cfg['steps'] or halt:
+    step = row['step']
+    if halt or step % cfg['save_every'] == 0 or step == cfg['steps'] or run_folder.is_best(step):
         write_model = partial(write_student, cfg, setup.student, env)
-        save(out, step, time.time() - began, setup.student, setup.opt, write_model, env.rank)
+        save(run_folder, step, setup.student, setup.opt, write_model, cfg['keep'])
     if halt and step < cfg['steps']:
         print0(f'stopped after step {step}; the same command goes on from there')
         raise KeyboardInterrupt
 
 
 def write_student(cfg, student, env, folder, weights):
-    """A Hugging Face folder of the student in the dtype of forwards, its tokenizer beside it."""
-    weights = {name: weight.to(env.dtype) for name, weight in weights.items()}
+    """A Hugging Face folder of the student in the dtype of forwards, its tokenizer beside it. weights:
+    (name, float32 tensor) one by one."""
+    weights = {name: weight.to(env.dtype) for name, weight in weights}
     save_model(student, folder, snapshot(cfg['student']), weights)
 
 
@@ -444,7 +426,6 @@ def rollout_metrics(roll, tok, problems, reading):
 # ---- the script ---------------------------------------------------------------------------------
 
 def main(cfg):
-    began = time.time()
     env = start(cfg['device'], cfg['dtype'])
     print0('config:', ' '.join(f'{key}={value!r}' for key, value in cfg.items() if value != default[key]))
     print0('on:', ' '.join(f'{key}={value}' for key, value in versions(env).items()),
@@ -453,14 +434,17 @@ def main(cfg):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
 
-    # A finished run shows its result; a run of another config is an error, before anything is loaded.
+    # A run of another config is an error, before anything is loaded; a finished run shows its result.
     asked = cfg | {'dtype': str(env.dtype)[6:]}    # 'auto' must not mean something else at resume
-    out = open_run(cfg['out_dir'], asked, free)
+    may_change = free + later
+    out = open_run(cfg['out_dir'], asked, may_change)
     if (out / 'results.json').exists():
         results = read_json(out / 'results.json')
-        print0(f"{out}: finished at step {results['steps']}; give another out_dir= to run again")
-        print0('\n'.join(show(results)))
-        return
+        if results['steps'] >= cfg['steps']:
+            print0(f"{out}: finished at step {results['steps']}; raise steps= to go on, or give another "
+                   'out_dir=')
+            print0('\n'.join(show(results)))
+            return
     if cfg['dry_run'] and not toy.is_made(cfg):
         print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
         return
@@ -470,22 +454,34 @@ def main(cfg):
     setup = prepare(cfg, env)
     if cfg['dry_run']:
         return
+    with owned(out, env.rank):
+        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank, versions(env)))
 
-    # Resume, or start with the scores of both models.
-    log, done, elapsed = open_log(out, asked, env, setup.student, setup.opt)
-    began -= elapsed                                 # seconds spent by earlier runs of this folder
-    if not log.rows:
+
+def run_in_folder(cfg, setup, env, run_folder):
+    """Start or resume, take the steps, write table and figure."""
+    resume(run_folder, setup.student, setup.opt, later)
+    if run_folder.step:
+        print0(f'resumed after step {run_folder.step}')
+    if run_folder.step > cfg['steps']:
+        raise UserError(f"{run_folder.out}: has taken {run_folder.step} steps already; raise steps=")
+    for key, (before, now) in run_folder.changed.items():
+        print0(f'  from step {run_folder.step + 1} on: {key}={now!r}, before {before!r}')
+
+    # At the start, the scores of both models.
+    if not run_folder.rows:
         row = {'step': 0}
         for side in ('student', 'teacher'):
             row[side] = evaluate_model(cfg, setup, env, side, side)
-        log.write(row | {'elapsed': time.time() - began}, env.rank)
+        run_folder.log(row)
         scores = {side: row[side] for side in ('student', 'teacher')} if setup.held_out else {}
         print0('\n'.join(table(scores)))
 
     # The loop, then table and figure.
-    train(cfg, setup, env, out, log, done, began)
+    train(cfg, setup, env, run_folder)
     if env.rank == 0:
-        results = summary(log.rows)
+        out = run_folder.out
+        results = summary(run_folder.rows)
         figures.curve([out], out / 'curve.png')
         write_json(out / 'results.json', results)
         print0('\n'.join(show(results)))

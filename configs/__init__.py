@@ -11,11 +11,11 @@ import runpy
 import sys
 from pathlib import Path
 
-from configs.default import checks, free
+from configs.default import checks, free, later
 from configs.default import config as default
 from support.runtime import ROOT, UserError
 
-__all__ = ['load_config', 'checks', 'default', 'free']
+__all__ = ['load_config', 'checks', 'default', 'free', 'later']
 
 
 def load_config(argv=None):

@@ -117,7 +117,8 @@ config = dict(
     eval_top_p=1.0,             # the authors' scripts use 0.95
     eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
     eval_rows=64,               # answers sampled at once on a rank; 64 of 16k tokens: 30 GB of cache at 1.5B
-    save_every=50,              # steps between checkpoints; the newest is kept
+    save_every=50,              # steps between checkpoints; the best evaluation so far is one too
+    keep=2,                     # how many of the newest checkpoints stay, beside the best
     diagnose_every=10,          # steps between looks at what the objective leaves out: KL, entropies, top-16
                                 # overlap, cosines; 0 = at the first and the last step
     diagnose_rows=512,          # how many positions such a look at the vocabulary takes, about
@@ -166,7 +167,7 @@ checks = dict(
     weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
     eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),
     eval_top_p=(1e-6, 1), eval_max_new_tokens=(0, inf), eval_rows=positive,
-    save_every=positive, log_every=positive,
+    save_every=positive, keep=positive, log_every=positive,
     toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=positive,
     toy_teacher_layers=(0, 64), toy_teacher_width=(0, 4096), toy_teacher_tokens=('same', 'merged'),
     toy_student_steps=positive, toy_teacher_steps=positive, toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
@@ -174,5 +175,8 @@ checks = dict(
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
-free = ('out_dir', 'device', 'dry_run', 'token_budget', 'head_rows', 'checkpointing', 'compile',
-        'eval_rows', 'save_every', 'log_every', 'toy_dir')
+free = ('out_dir', 'device', 'dry_run', 'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir')
+
+# Keys with which a run may go on differently; its log says from which step.
+later = ('steps', 'lr', 'keep')
+later += tuple(key for key in config if key.startswith(('eval_', 'diagnose_', 'save_', 'log_')))

@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean
 
 from configs import default
-from support.files import Log, read_json, whole
+from support.files import read_json, whole
+from support.run_folder import log_rows
 from support.runtime import UserError, run
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
@@ -31,7 +32,7 @@ MOST_MARKERS = 40               # with more points than these, a line is drawn w
 
 def read_log(folder):
     """The rows of a run's log.jsonl: step 0 and at least one more."""
-    rows = Log(Path(folder) / 'log.jsonl').rows
+    rows = log_rows(Path(folder) / 'log.jsonl')
     if len(rows) < 2:
         raise UserError(f'{folder}/log.jsonl: no steps in it; run distill.py first')
     return rows

@@ -1,120 +1,277 @@
 """
-The run folder and its checkpoints: what a run needs in order to go on after it was stopped.
+Checkpoints of a run: what it needs in order to go on after it was stopped, whatever stopped it.
 
-    out/config.json         the config that the run was started with
-    out/log.jsonl           one line per step (support/files.py)
-    out/ckpt-000040/        the newest checkpoint: `model`, a Hugging Face folder, and the resume state
-    out/last                a link to ckpt-000040/model, for whoever wants the newest weights
+    out/ckpt-000040/model/          a Hugging Face folder in the dtype of forwards
+    out/ckpt-000040/resume/         float32 weights and AdamW's moments, as safetensors
+    out/ckpt-000040/log.jsonl       the log up to this step
+    out/ckpt-000040/resume.json     step, seconds, and the digest of each file above
+    out/last, out/best              links to the model of the newest checkpoint, and of the best one
 
-A checkpoint holds whole tensors, not shards, so that another number of ranks can read it. Every folder
-and the link are written completely or not at all. What it does not do: keep more than the newest
-checkpoint, or save the state of a random generator (a rollout's randomness is a function of the seed and
-the step).
+Every rank writes and reads its own shard (torch.distributed.checkpoint), so no host holds more than the
+shards of its ranks, and another number of ranks can go on. A checkpoint appears under its name when all of
+it is on the disk. At resume the newest one is taken whose files are as they were written; the links are
+not asked, since copies of a folder may lack them. No pickle is written or read.
+
+What it does not do: save the state of a random generator (a rollout's randomness is a function of the seed
+and the step), or delete anything but the checkpoints of this run.
 """
+import hashlib
 import os
+import re
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
-from support.files import open_safetensors, read_json, remove, whole, write_json, write_safetensors
-from support.runtime import UserError, barrier, full
+from support.files import digest, read_json, remove, whole, write_json
+from support.jsonl import append_row
+from support.run_folder import log_rows, rewrite_log
+from support.runtime import UserError, all_gather, barrier, print0
 
+# ---- save ---------------------------------------------------------------------------------------
 
-def open_run(out_dir, cfg, may_change):
-    """The run folder -> Path. It is looked at, and nothing is made yet: a command that fails must not
-    claim it. A folder that was started with another config (but for the keys in `may_change`), or that
-    cannot be made, is a UserError."""
-    out = Path(out_dir)
-    file = out / 'config.json'
-    if file.exists():
-        before = read_json(file).get('config', {})
-        changed = []
-        for key, value in cfg.items():
-            if key not in may_change and before.get(key) != value:
-                changed.append(f'{key}={before.get(key)!r}, now {value!r}')
-        if changed:
-            raise UserError(f'{file}: this run was started with {"; ".join(changed)}; '
-                            'give the same again, or another out_dir=')
-    elif (out / 'last').is_symlink():
-        raise UserError(f'{file}: not there, but {out}/last is; '
-                        'delete the folder or choose another out_dir=')
+def save(run, step, student, opt, write_model, keep):
+    """Write the checkpoint of a step, move the links, and delete checkpoints that are no longer kept: all but
+    the newest `keep` and the best. All ranks call it.
 
-    # The nearest folder above that exists must be writable.
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f'{out}: cannot be made, {above} is not a folder of yours; '
-                        'choose another out_dir=')
-    return out
-
-
-def save(out, step, elapsed, student, opt, write_model, rank):
-    """Write the checkpoint of a step, move `out/last` to it, and delete older ones. All ranks call it.
-
-    The resume state is the float32 weights and the optimizer's tensors, {'weight.NAME', 'exp_avg.NAME',
-    ...}. write_model(folder, weights) writes the Hugging Face folder, given {name: float32 tensor}.
+    write_model(folder, weights) writes the Hugging Face folder on rank 0, given (name, whole tensor) one by
+    one; gathering a tensor is a collective. Weights that are not finite are a UserError, and what was saved
+    before stays.
     """
-    # Making a shard whole is a collective, in which all ranks take part. Rank 0 alone keeps the result,
-    # and one tensor at a time is whole elsewhere.
-    state = {}
-    for name, p in student.named_parameters():
-        moments = opt.state[p] if p in opt.state else {}
-        for key, tensor in {'weight': p, **moments}.items():
-            tensor = full(tensor)
-            if rank == 0:
-                state[f'{key}.{name}'] = tensor
+    state = tensors(student, opt)
+    require_finite(run, step, state)
 
-    if rank == 0:
-        weights = {}
-        for name, tensor in state.items():
-            if name.startswith('weight.'):
-                weights[name.removeprefix('weight.')] = tensor
-        folder = out / f'ckpt-{step:06d}'
-        with whole(folder) as tmp:
-            tmp.mkdir()
-            write_model(tmp / 'model', weights)
-            write_safetensors(state, tmp / 'resume.safetensors')
-            write_json(tmp / 'resume.json', {'step': step, 'elapsed': elapsed})
+    # Rank 0 makes the folder and renames it at the end; all ranks write into it.
+    folder = folder_of(run.out, step)
+    with whole(folder) if run.rank == 0 else nullcontext() as temporary:
+        if run.rank == 0:
+            (temporary / 'resume').mkdir(parents=True)
+        temporary = Path(all_gather(str(temporary))[0])
+        transfer(dcp.save, state, temporary, storage_writer=HuggingFaceStorageWriter(
+            str(temporary / 'resume'), save_distributed=True))
+        weights = whole_weights(student, run.rank)
+        if run.rank == 0:
+            write_model(temporary / 'model', weights)
+            with (temporary / 'log.jsonl').open('w') as file:
+                for row in run.rows:
+                    append_row(file, row)
+        for _ in weights:                    # the other ranks take part in the gathering
+            pass
+        barrier()
+        names = [str(file.relative_to(temporary)) for file in sorted(temporary.rglob('*')) if file.is_file()]
+        record = {'run': run.name, 'step': step, 'elapsed': run.seconds(), 'config': run.config,
+                  'best': run.best, 'files': digests(temporary, names)}
+        if run.rank == 0:
+            write_json(temporary / 'resume.json', record | {'digest': digest(record, 64)})
+        barrier()
 
-        # The link moves when all of the checkpoint is on the disk, and older ones go after that. Folders
-        # that begin with a dot were cut off by a kill.
-        with whole(out / 'last') as link:
-            link.symlink_to(f'{folder.name}/model')
-        for old in (*out.glob('ckpt-*'), *out.glob('.ckpt-*')):
-            if old != folder:
-                remove(old)
+    # The links move when all of the checkpoint is on the disk, and older ones go after that.
+    if run.rank == 0:
+        link(run.out, 'last', folder)
+        if run.best:
+            link(run.out, 'best', folder_of(run.out, run.best['step']))
+        delete_old(run, keep)
     barrier()
 
 
-def resume(out, student, opt):
-    """Read back what `save` wrote into student and optimizer -> (step, elapsed); (0, 0.0) where nothing
-    was saved. Each rank reads the file and keeps its own shard."""
-    if not (out / 'last').is_symlink():
-        return 0, 0.0
-    folder = (out / 'last').resolve().parent
-    head = read_json(folder / 'resume.json')
-    saved = open_safetensors(folder / 'resume.safetensors')
-    names = set(saved.keys())
+def folder_of(out, step):
+    return out / f'ckpt-{step:06d}'
 
-    def read(name, tensor):
-        """Copy one saved tensor into the one that the model or the optimizer holds."""
-        if name not in names:
-            raise UserError(f'{folder}/resume.safetensors: {name} is missing; '
-                            f'delete {out} and start again')
-        value = saved.get_tensor(name)
-        if value.shape != tensor.shape:
-            raise UserError(f'{folder}/resume.safetensors: {name} has shape {list(value.shape)}, '
-                            f'but the model has {list(tensor.shape)}; use another out_dir=')
-        value = value.to(tensor.device)
+
+def tensors(student, opt):
+    """What a checkpoint holds -> {'weight.NAME', 'exp_avg.NAME', ...: tensor}, shards where the student is
+    sharded. 'step' is among them: a weight that had no gradient at first has taken fewer steps."""
+    state = {}
+    for name, p in student.named_parameters():
+        for key, tensor in {'weight': p, **opt.state.get(p, {})}.items():
+            state[f'{key}.{name}'] = tensor.detach()
+    return state
+
+
+def require_finite(run, step, state):
+    """UserError, on all ranks, if a weight or a moment is not finite on one of them."""
+    broken = []
+    for name, tensor in state.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not local.isfinite().all():
+            broken.append(name)
+    broken = [name for names in all_gather(broken) for name in names]
+    if broken:
+        raise UserError(f'step {step}: {broken[0]} holds NaN or infinite numbers; it is not saved, and '
+                        f'earlier ones in {run.out} stay; lower lr= and go on from there')
+
+
+def whole_weights(student, rank):
+    """(name, whole tensor) of each parameter: on the CPU of rank 0, one at a time. Others get the names."""
+    for name, p in student.named_parameters():
+        tensor = p.detach()
         if isinstance(tensor, DTensor):
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-        tensor.copy_(value)
+            tensor = tensor.full_tensor()
+        yield name, tensor.cpu() if rank == 0 else None
 
-    # 'step' is read as well: a weight that had no gradient at first has taken fewer steps than the rest.
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            read(f'weight.{name}', p)
-            if p in opt.state:
-                for key, tensor in opt.state[p].items():
-                    read(f'{key}.{name}', tensor)
-    return head['step'], head['elapsed']
+
+def transfer(operation, state, folder, **storage):
+    """dcp.save or dcp.load. Its errors, which are bundles with tracebacks, become the error inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')      # that there is one process, and how it copies
+        try:
+            operation(state, **storage, no_dist=not dist.is_initialized())
+        except CheckpointException as bundle:
+            error = next(iter(bundle.failures.values()))[0]
+            if isinstance(error, OSError):
+                raise error from None
+            raise UserError(f'{folder}: {type(error).__name__}: {str(error).splitlines()[0]}') from None
+
+
+def digests(folder, names):
+    """{name: SHA-256} of files in a folder, of which each rank reads its share; '' for one that cannot be
+    read."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mine = {name: file_digest(folder / name) for name in names[rank::world]}
+    return {name: found for part in all_gather(mine) for name, found in part.items()}
+
+
+def file_digest(path):
+    """SHA-256 of a file; '' if it cannot be read."""
+    try:
+        with path.open('rb') as file:
+            return hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError:
+        return ''
+
+
+def link(out, name, folder):
+    """Let out/`name` point to a checkpoint's model."""
+    with whole(out / name) as temporary:
+        temporary.symlink_to(f'{folder.name}/model')
+
+
+def delete_old(run, keep):
+    """Delete this run's checkpoints, but for the newest `keep` and the best one."""
+    ours = []
+    for step, folder in checkpoint_folders(run.out):
+        record = read_record(folder)
+        if record and record['run'] == run.name:
+            ours.append((step, folder))
+    for step, folder in ours[keep:]:
+        if not run.best or step != run.best['step']:
+            remove(folder)
+
+
+# ---- resume -------------------------------------------------------------------------------------
+
+def checkpoint_folders(out):
+    """(step, folder) of everything that has the name of a checkpoint, newest first."""
+    found = []
+    for path in out.glob('ckpt-*'):
+        number = re.fullmatch(r'ckpt-(\d{6,12})', path.name)
+        if number and path.is_dir() and not path.is_symlink():
+            found.append((int(number[1]), path))
+    return sorted(found, reverse=True)
+
+
+def read_record(folder):
+    """resume.json, or None if it is not there or is not as it was written."""
+    try:
+        record = read_json(folder / 'resume.json')
+    except (UserError, OSError):
+        return None
+    said = record.pop('digest', None)
+    return record if digest(record, 64) == said else None
+
+
+def newest_whole(run):
+    """The newest checkpoint of this run whose files are as they were written -> (folder, record), or (None,
+    None) if none was ever saved. A newer one that is damaged is told; if all are, it is a UserError."""
+    told = []
+    folders = all_gather([str(folder) for _, folder in checkpoint_folders(run.out)])
+    if any(names != folders[0] for names in folders):
+        raise UserError(f'{run.out}: ranks see different files there; out_dir= must be on a disk that all '
+                        'share')
+    for folder in map(Path, folders[0]):
+        record = all_gather(read_record(folder))[0]
+        if record is None:
+            told.append(f'{folder}/resume.json is damaged')
+        elif record['run'] != run.name:
+            told.append(f'{folder} belongs to another run')
+        else:
+            found = digests(folder, list(record['files']))
+            damaged = [name for name, said in record['files'].items() if found[name] != said]
+            if not damaged:
+                for line in told:
+                    print0(f'  note: {line}; going back to step {record["step"]}')
+                return folder, record
+            told.append(f'{folder}/{damaged[0]} is not as it was written')
+    if told:
+        raise UserError(f'{told[0]}, and no other checkpoint is whole; choose another out_dir=')
+    return None, None
+
+
+def resume(run, student, opt, later):
+    """Go on from the newest whole checkpoint: fill in the student, the optimizer and the Run, its log
+    included. Without one the run is at step 0, and its log keeps the row of step 0.
+
+    later: keys that may differ from the checkpoint's; those that do are kept in run.changed.
+    """
+    folder, record = newest_whole(run)
+    if folder is None:
+        rewrite_log(run, first_row(run.out / 'log.jsonl'))
+        return
+    transfer(dcp.load, tensors(student, opt), folder,
+             storage_reader=HuggingFaceStorageReader(str(folder / 'resume')))
+    run.step = record['step']
+    run.began -= record['elapsed']
+    for key in later:
+        if record['config'].get(key) != run.config.get(key):
+            run.changed[key] = [record['config'].get(key), run.config.get(key)]
+    rewrite_log(run, log_rows(folder / 'log.jsonl'))
+
+    # The links may be missing or old, or be folders where a copy was made without links.
+    if record['best'] and folder_of(run.out, record['best']['step']).is_dir():
+        run.best = record['best']
+    targets = {'last': folder}
+    if run.best:
+        targets['best'] = folder_of(run.out, run.best['step'])
+    if run.rank == 0:
+        for name, target in targets.items():
+            mend_link(run.out, name, target)
+    barrier()
+
+
+def first_row(file):
+    """The row of step 0, with the scores before training: it need not be measured again. Where the log
+    cannot be read, []."""
+    try:
+        return log_rows(file)[:1]
+    except (UserError, OSError):
+        return []
+
+
+def mend_link(out, name, target):
+    """Let out/`name` point to a checkpoint. If it is a folder, it must hold what a checkpoint here holds."""
+    path = out / name
+    if path.is_symlink() and os.readlink(path) == f'{target.name}/model':
+        return
+    if path.exists() and not path.is_symlink() and not is_copy(path, out):
+        raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
+    link(out, name, target)
+    print0(f'  note: {path} now points to {target.name}')
+
+
+def is_copy(path, out):
+    """Is it a folder whose files are those of the model in one of the checkpoints here?"""
+    found = {}
+    for file in path.rglob('*'):
+        if not file.is_dir():
+            found[f'model/{file.relative_to(path)}'] = file_digest(file)
+    for _, folder in checkpoint_folders(out):
+        record = read_record(folder)
+        if record and found and found.items() <= record['files'].items():
+            return True
+    return False

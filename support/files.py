@@ -1,5 +1,5 @@
 """
-Files that are written completely or not at all: JSON, safetensors, and the log of a run.
+Files that are written completely or not at all: JSON and safetensors; and the lock of a folder.
 
 Everything is written under a temporary name, flushed to the disk and renamed. A crash, a full disk or a
 power cut therefore leaves the file or folder that was there before, and never half of a new one. No
@@ -9,7 +9,7 @@ disks and the usual network ones.
     with whole('out/table.txt') as tmp:      write `tmp`; it becomes out/table.txt at the end of the block
         tmp.write_text('...')
 
-Checkpoints, which are made of these, are in support/checkpoints.py.
+Checkpoints, which are made of these, are in support/checkpoints.py; files that grow, in support/jsonl.py.
 """
 import fcntl
 import hashlib
@@ -155,8 +155,10 @@ def read_json(path, kind=dict):
         obj = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
-    except ValueError as e:
-        raise UserError(f'{path}: not valid JSON ({e}); delete it or fetch it again') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not valid JSON ({error}); delete it or fetch it again') from None
+    except IsADirectoryError:
+        raise UserError(f'{path}: a folder, where a file belongs') from None
     if not isinstance(obj, kind):
         raise UserError(f'{path}: holds a {type(obj).__name__}, not a {kind.__name__}; fetch it again')
     return obj
@@ -190,41 +192,3 @@ def write_safetensors(tensors, file, metadata=None):
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(file, 0o666 & ~mask)
-
-
-# ---- the log: one dict per line -----------------------------------------------------------------
-
-class Log:
-    """`log.jsonl` of a run folder, one dict per step. The figures are drawn from it alone.
-
-    A run that resumes calls `keep(step)` with its last checkpoint's step, and `rewrite` once: what was
-    logged after that checkpoint will be logged again.
-    """
-    def __init__(self, path):
-        self.path = Path(path)
-        self.rows = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    self.rows.append(json.loads(line))
-                except ValueError:
-                    break                    # a power cut ended this line; nothing after it can be used
-
-    def keep(self, step):
-        """Forget the rows after this step."""
-        self.rows = [row for row in self.rows if row['step'] <= step]
-
-    def rewrite(self, rank=0):
-        """Make the file say what `rows` say."""
-        if rank == 0 and self.path.exists():
-            with whole(self.path) as tmp:
-                tmp.write_text(''.join(json.dumps(row) + '\n' for row in self.rows))
-
-    def write(self, row, rank=0):
-        """Add a row. When this returns it is on the disk: a checkpoint is never newer than its log."""
-        self.rows.append(row)
-        if rank == 0:
-            with self.path.open('a') as file:
-                file.write(json.dumps(row) + '\n')
-                file.flush()
-                os.fsync(file.fileno())

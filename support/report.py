@@ -67,6 +67,13 @@ def summary(rows):
     first = rows[0]
     last = rows[-1]
     cosines = [row['rep/cos'] for row in rows if 'rep/cos' in row]
+
+    # The last step may have been evaluated otherwise than the models before the first one: eval_n= may
+    # change when a run goes on. 'len/mean' is of the step's own answers.
+    distilled = {}
+    for name, value in last.items():
+        if name.startswith(('avg@', 'best@', 'len')) and name != 'len/mean':
+            distilled[name] = value
     return {'student': first['student'], 'teacher': first['teacher'],
-            'distilled': {name: last[name] for name in first['student']}, 'steps': last['step'],
+            'distilled': distilled, 'steps': last['step'],
             'seconds': last['elapsed'], 'rep_cos': [cosines[0], cosines[-1]] if cosines else []}

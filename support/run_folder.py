@@ -1,0 +1,172 @@
+"""
+The folder of a run: whose it is, how the run was started, and its log.
+
+    out/config.json         the run's name and the config of its last start
+    out/starts.jsonl        a line for every start: versions, and digests of what it read
+    out/log.jsonl           a line for every step; the figures are drawn from it alone
+    out/ckpt-000040/        a checkpoint (support/checkpoints.py)
+    out/last, out/best      links to the newest model, and to the one with the best held-out accuracy
+    out/results.json, out/curve.png       at the end
+
+    out = open_run('out/toy', config, may_change)            looks, and writes nothing
+    with owned(out, rank):                                   support/files.py: one process owns it
+        run = begin(out, config, may_change, rank, versions)
+        resume(run, student, opt, later)                     support/checkpoints.py
+        run.log({'step': run.step + 1, ...})
+
+Simpler than an experiment tracker: files that can be read with any editor. A run's name is drawn once, and
+only checkpoints that bear it are ever deleted. It does not merge the logs of two runs.
+"""
+import fcntl
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.files import read_json, whole, write_json
+from support.jsonl import append_row, read_rows
+from support.runtime import UserError, all_gather
+
+CHANGED = 'changed'             # key in a row of the log: what has been different since this step
+
+
+@dataclass
+class RunFolder:
+    """A run that goes on in its folder."""
+    out: Path
+    name: str                   # drawn when the run was started; its checkpoints bear it
+    config: dict                # of this start
+    rank: int
+    rows: list = field(default_factory=list)             # of log.jsonl
+    step: int = 0               # steps that were taken before this start
+    began: float = field(default_factory=time.monotonic)     # moved back by the seconds of earlier starts
+    best: dict | None = None    # the checkpoint with the best held-out accuracy: {'step', 'score', 'metric'}
+    changed: dict = field(default_factory=dict)          # {key: [before, now]} since the last checkpoint
+
+    def seconds(self):
+        """How long the run has taken, earlier starts included."""
+        return time.monotonic() - self.began
+
+    def log(self, row):
+        """Add a row to the log. It is with the operating system when this returns; what a power cut takes
+        is logged again, because a checkpoint has the log up to its step beside it."""
+        row = row | {'elapsed': self.seconds()}
+        if self.changed:
+            row[CHANGED] = self.changed
+            self.changed = {}
+        self.rows.append(row)
+        self.note_score(row)
+        if self.rank == 0:
+            with (self.out / 'log.jsonl').open('a') as file:
+                append_row(file, row)
+
+    def note_score(self, row):
+        """Remember the step with the best held-out accuracy, of several sets their mean. Scores of another
+        metric (another eval_n) cannot be compared, so the best one is then looked for anew."""
+        for metric, score in row.items():
+            if metric.startswith('avg@') and '/' not in metric:
+                if self.best is None or self.best['metric'] != metric or score > self.best['score']:
+                    self.best = {'step': row['step'], 'score': score, 'metric': metric}
+
+    def is_best(self, step):
+        """Was the student better after this step than after all before it?"""
+        return self.best is not None and self.best['step'] == step
+
+
+def open_run(out_dir, config, may_change):
+    """The run folder -> Path. It is looked at, and nothing is made: a command that is refused must not leave
+    a folder behind.
+
+    UserError: another process is using it; it is a folder with other things than a run; its run was started
+    with another config (the keys in `may_change` may differ); it cannot be made.
+    """
+    if not out_dir:
+        raise UserError("out_dir='': nothing given; name a folder for this run")
+    out = Path(out_dir)
+    check_place(out)
+    check_config(out, config, may_change)
+    return out
+
+
+def check_config(out, config, may_change):
+    """UserError if the run in a folder was started with another config."""
+    before = stored_config(out)
+    differences = []
+    for key, value in config.items():
+        if before and key not in may_change and before.get(key) != value:
+            differences.append(f'{key}={before.get(key)!r}, now {value!r}')
+    if differences:
+        raise UserError(f'{out}/config.json: this run was started with {"; ".join(differences[:3])}; '
+                        'give the same again, or another out_dir=')
+
+
+def stored_config(out):
+    """The config with which a run was last started; {} if there is no run."""
+    file = Path(out) / 'config.json'
+    if not file.exists():
+        return {}
+    stored = read_json(file)
+    if not isinstance(stored.get('config'), dict) or not isinstance(stored.get('run'), str):
+        raise UserError(f'{file}: does not describe a run; choose another out_dir=')
+    return stored['config']
+
+
+def check_place(out):
+    """UserError if a folder cannot be made or used, holds something else, or is in use."""
+    # The nearest folder above that exists must be writable.
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f'{out}: cannot be made, {above} is not a folder of yours; '
+                        'choose another out_dir=')
+    if not out.exists():
+        return
+
+    # The lock of support.files.owned. It is only tried: who goes on takes it later.
+    if (out / '.lock').is_file():
+        with (out / '.lock').open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'{out}: in use by {file.read(100).strip() or "another process"}; wait for '
+                                'its end, or choose another out_dir=') from None
+            except OSError:
+                pass                         # a disk without locks, which `owned` tells
+
+    # A folder with other things in it would be mixed with the run's files.
+    visible = sorted(path.name for path in out.iterdir() if not path.name.startswith('.'))
+    if visible and 'config.json' not in visible:
+        raise UserError(f'{out}: holds {visible[0]!r} and no run (no config.json); choose another out_dir=')
+
+
+def begin(out, config, may_change, rank, versions):
+    """Write or renew config.json, by rank 0 -> RunFolder at step 0. The caller owns the folder; another start
+    may have used it in the meantime, so its config is compared again."""
+    check_config(out, config, may_change)
+    file = out / 'config.json'
+    name = read_json(file)['run'] if file.exists() else uuid.uuid4().hex[:12]
+    name = all_gather(name)[0]               # what rank 0 has read or drawn
+    if rank == 0:
+        write_json(file, {'run': name, 'config': config, 'versions': versions})
+    return RunFolder(out, name, config, rank)
+
+
+def rewrite_log(run, rows):
+    """Make log.jsonl say what `rows` say: what was logged after the checkpoint will be logged again."""
+    run.rows = rows
+    if run.rank == 0:
+        with whole(run.out / 'log.jsonl') as temporary, temporary.open('w') as file:
+            for row in rows:
+                append_row(file, row)
+
+
+def log_rows(file):
+    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError: steps are
+    numbered 0, 1, 2, ..."""
+    rows = read_rows(file)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or row.get('step') != number:
+            found = json.dumps(row.get('step') if isinstance(row, dict) else row)
+            raise UserError(f'{file}:{number + 1}: step {found[:40]} where step {number} belongs')
+    return rows
