@@ -365,13 +365,14 @@ def table(rows):
     for name, values in rows.items():
         labelled += split_sets(name, values)
 
-    keys = list(labelled[0][1])
+    # Models that were evaluated with another n have other columns; a cell that was not measured is empty.
+    keys = list(dict.fromkeys(key for _, values in labelled for key in values))
 
     # Text first: a column's width is known only when all of its cells are.
     titles = [key.replace('avg', 'Avg').replace('best', 'Best').replace('len', 'length') for key in keys]
     cells = [['', *titles]]
     for name, values in labelled:
-        cells.append([name, *(cell(values[key]) for key in keys)])
+        cells.append([name, *(cell(values[key]) if key in values else '' for key in keys)])
 
     # Names to the left, numbers to the right, a column as wide as its longest cell.
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -208,6 +208,8 @@ def newest_whole(run):
                     print0(f'  note: {line}; going back to step {record["step"]}')
                 return folder, record
             told.append(f'{folder}/{damaged[0]} is not as it was written')
+    if not told and (run.out / 'last').is_symlink():
+        told.append(f'{run.out}: last points to a checkpoint that is not there')
     if told:
         raise UserError(f'{told[0]}, and no other checkpoint is whole; choose another out_dir=')
     return None, None

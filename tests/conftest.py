@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs import load_config
 from cross_tokenizer.next_byte import NextByte
@@ -126,3 +127,33 @@ def toy_dir(tmp_path_factory):
 def toy_cfg(toy_dir):
     """Config of the tiny toy, paths filled in."""
     return toy.prepare(load_config(argv(toy_dir, 'unused')), start('cpu'))
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is asked of the operating system, in order: ('fsync', inode, size then) and ('rename', inode, new name)."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        about = os.fstat(descriptor)
+        events.append(('fsync', about.st_ino, about.st_size))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        events.append(('rename', os.lstat(source).st_ino, os.path.basename(target)))
+        replace(source, target)
+    monkeypatch.setattr(os, 'fsync', recorded_fsync)
+    monkeypatch.setattr(os, 'replace', recorded_replace)
+    return events
+
+
+def entries(folder):
+    """Inodes of a folder and of all that it holds."""
+    return {path.stat().st_ino for path in (folder, *folder.rglob('*'))}
+
+
+def resume_state(out):
+    """{'weight.NAME': tensor, 'exp_avg.NAME': ...} of a run's newest checkpoint, which one rank wrote."""
+    shards = list(((out / 'last').resolve().parent / 'resume').iterdir())
+    assert len(shards) == 1
+    return load_file(shards[0])

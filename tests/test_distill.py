@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv, with_other_stop
+from conftest import argv, resume_state, with_other_stop
 from safetensors.torch import load_file
 
 import distill
@@ -26,7 +26,7 @@ from formats.tokenizer import load_tokenizer
 from model import PRESETS
 from studies import toy
 from studies.toy import folder_of, write_tokenizer
-from support.files import read_json, write_json
+from support.files import digest, read_json, write_json
 from support.optimizer import learning_rate
 from support.report import first_step_notes
 from support.runtime import ROOT, Clock, run, start
@@ -41,10 +41,6 @@ def timeless(rows):
     return [{k: v for k, v in r.items() if not k.startswith('time/') and k != 'elapsed'} for r in rows]
 
 
-def resume_state(out):
-    return load_file((out / 'last').resolve().parent / 'resume.safetensors')
-
-
 @pytest.fixture(scope='module')
 def finished(toy_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'whole'
@@ -53,8 +49,11 @@ def finished(toy_dir, tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
-    assert {p.name for p in finished.iterdir()} == {'config.json', 'log.jsonl', 'results.json', 'curve.png', 'last',
-                                                    'ckpt-000007'}
+    best = max((row for row in log_of(finished) if 'avg@2' in row), key=lambda row: row['avg@2'])['step']
+    kept = {f'ckpt-{step:06d}' for step in (6, 7, best)}
+    assert {p.name for p in finished.iterdir()} == {'.lock', 'config.json', 'log.jsonl', 'results.json', 'curve.png',
+                                                    'last', 'best', *kept}
+    assert (finished / 'best').resolve() == finished / f'ckpt-{best:06d}/model'
     r = read_json(finished / 'results.json')
     assert set(r) == {'student', 'teacher', 'distilled', 'steps', 'seconds', 'rep_cos'} and r['steps'] == 7
     for side in ('student', 'teacher', 'distilled'):
@@ -142,7 +141,9 @@ def test_seconds_go_on_after_a_resume(toy_dir, tmp_path, monkeypatch):
     file = (out / 'last').resolve().parent / 'resume.json'
     saved = read_json(file)
     assert 0 < log_of(out)[-1]['elapsed'] <= saved['elapsed'] < 5000
-    write_json(file, saved | {'elapsed': 5000.0})
+    del saved['digest']
+    saved['elapsed'] = 5000.0
+    write_json(file, saved | {'digest': digest(saved, 64)})
     main(load_config(args))
     seconds = [row['elapsed'] for row in log_of(out)]
     assert 0 < seconds[0] < seconds[1] < 5000 < seconds[2] < seconds[3] < 10_000
@@ -460,35 +461,59 @@ def test_an_output_folder_that_cannot_be_written(toy_dir, tmp_path, capsys):
 
 
 def test_resuming_something_else(finished, toy_dir, capsys, tmp_path):
-    assert 'lr=0.002, now 0.1' in refused(capsys, argv(toy_dir, finished, steps=7, lr=0.1))
-    assert 'steps=7, now 9' in refused(capsys, argv(toy_dir, finished, steps=9))
+    assert 'n=2, now 3' in refused(capsys, argv(toy_dir, finished, steps=7, n=3))
     (finished / 'config.json').rename(tmp_path / 'c')
     try:
         (finished / 'config.json').write_text('{"config"')
         assert 'config.json: not valid JSON' in refused(capsys, argv(toy_dir, finished, steps=7))
         (finished / 'config.json').unlink()
-        assert 'not there, but' in refused(capsys, argv(toy_dir, finished, steps=7))
+        assert 'and no run (no config.json)' in refused(capsys, argv(toy_dir, finished, steps=7))
     finally:
         (tmp_path / 'c').rename(finished / 'config.json')
 
 
-@pytest.mark.parametrize('spoil, says', [
-    (lambda f: (f / 'resume.safetensors').write_bytes(b'x' * 50), 'not a whole safetensors file'),
-    (lambda f: (f / 'resume.safetensors').unlink(), 'resume.safetensors'),
-    (lambda f: (f / 'resume.json').unlink(), 'resume.json: no such file'),
-    (shutil.rmtree, 'resume.json: no such file'),             # `last` points at nothing
-    (lambda f: (f.parent / 'log.jsonl').write_text(''), 'its lines end before the checkpoint'),
-])
-def test_a_damaged_checkpoint_is_refused(toy_dir, tmp_path, capsys, monkeypatch, spoil, says):
-    args = argv(toy_dir, tmp_path / 'r', steps=3)
-    real = distill.figures.curve
-    monkeypatch.setattr(distill.figures, 'curve', lambda *a: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        main(load_config(args))
-    monkeypatch.setattr(distill.figures, 'curve', real)
-    folder = (tmp_path / 'r/last').resolve().parent
-    spoil(folder)
-    assert says in refused(capsys, args)
+def test_a_finished_run_goes_on_with_more_steps(toy_dir, tmp_path, capsys):
+    """And with another rate, another number of answers to evaluate: what has changed is printed, and is a part of the log
+    from the step on from which it holds. Fewer steps than were taken are an error."""
+    out = tmp_path / 'r'
+    main(load_config(argv(toy_dir, out, steps=3)))
+    capsys.readouterr()
+    main(load_config(argv(toy_dir, out, steps=5, lr=1e-3, eval_n=3, save_every=4)))
+    printed = capsys.readouterr().out
+    assert 'from step 4 on: lr=0.001, before 0.002' in printed and 'from step 4 on: steps=5, before 3' in printed
+    rows = log_of(out)
+    assert [row['step'] for row in rows] == list(range(6))
+    assert [row['step'] for row in rows if 'changed' in row] == [4]
+    assert rows[4]['changed'] == {'steps': [3, 5], 'lr': [0.002, 0.001], 'eval_n': [2, 3], 'save_every': [2, 4]}
+    assert rows[4]['lr'] == learning_rate(4, 5, 1e-3, 0.03, 'cosine', 0.0)
+    results = read_json(out / 'results.json')
+    assert results['steps'] == 5 and set(results['distilled']) == {'avg@3', 'best@3', 'len'}
+    main(load_config(argv(toy_dir, out, steps=3)))
+    assert 'finished at step 5' in capsys.readouterr().out
+    (out / 'results.json').unlink()
+    assert 'has taken 5 steps already; raise steps=' in refused(capsys, argv(toy_dir, out, steps=3))
+
+
+def test_the_best_evaluation_is_saved_where_nothing_else_is(toy_dir, tmp_path, monkeypatch):
+    """save_every and eval_every need not meet."""
+    scores = iter([{'avg@2': score, 'best@2': score, 'len': 1.0} for score in (1.0, 2.0, 10.0, 90.0, 50.0)])
+    monkeypatch.setattr(distill, 'evaluate_model', lambda *a: next(scores))
+    out = tmp_path / 'r'
+    main(load_config(argv(toy_dir, out, steps=3, eval_every=1, save_every=100, keep=1)))
+    assert (out / 'best').resolve() == out / 'ckpt-000002/model'
+    assert sorted(path.name for path in out.glob('ckpt-*')) == ['ckpt-000002', 'ckpt-000003']
+
+
+def test_a_damaged_log_does_not_matter(finished, toy_dir, tmp_path, monkeypatch):
+    """It lies with the checkpoint: a log that was cut at its end made a whole checkpoint useless."""
+    out = tmp_path / 'r'
+    shutil.copytree(finished, out, symlinks=True)
+    (out / 'results.json').unlink()
+    for content in ('', '{"step": 0}\n{"step": 0}\n', '{"st'):
+        (out / 'log.jsonl').write_text(content)
+        main(load_config(argv(toy_dir, out, steps=7)))
+        assert log_of(out) == log_of(finished)
+        (out / 'results.json').unlink()
 
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
@@ -522,7 +547,8 @@ def test_no_room_for_a_checkpoint(toy_dir, tmp_path):
                        capture_output=True, text=True)
     assert p.returncode == 2 and p.stderr.startswith('error: ') and p.stderr.count('\n') == 1, p.stderr
     assert (tmp_path / 'r/last').resolve().parent.name == 'ckpt-000002'
-    assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['ckpt-000002', 'config.json', 'last', 'log.jsonl']
+    assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['.lock', 'best', 'ckpt-000002', 'config.json', 'last',
+                                                                  'log.jsonl']
     load_model(tmp_path / 'r/last')
 
 

@@ -1,15 +1,14 @@
 """Every file is written completely or not at all, and reaches the disk before its name does."""
 import fcntl
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import entries
 
-from support.checkpoints import open_run, resume, save
-from support.files import Log, digest, locked, read_json, whole, write_json, write_safetensors
+from support.files import digest, locked, owned, read_json, sweep, whole, write_json, write_safetensors
 from support.runtime import ROOT, UserError
 
 
@@ -57,43 +56,6 @@ run(main, dict)
     assert (tmp_path / 'm.safetensors').read_bytes() == before and os.listdir(tmp_path) == ['m.safetensors']
 
 
-def test_log_survives_a_half_written_line_and_forgets_what_was_not_saved(tmp_path):
-    log = Log(tmp_path / 'log.jsonl')
-    for step in range(5):
-        log.write({'step': step, 'loss': step / 10})
-    with log.path.open('a') as f:
-        f.write('{"step": 5, "lo')
-    log = Log(log.path)
-    log.keep(3)
-    log.rewrite()
-    log.write({'step': 4, 'loss': 9.0})
-    rows = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [r['step'] for r in rows] == [0, 1, 2, 3, 4] and rows[-1]['loss'] == 9.0
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    """What is asked of the operating system, in order: ('fsync', inode, size then) and ('rename', inode, new name)."""
-    events, fsync, replace = [], os.fsync, os.replace
-
-    def recorded_fsync(descriptor):
-        about = os.fstat(descriptor)
-        events.append(('fsync', about.st_ino, about.st_size))
-        fsync(descriptor)
-
-    def recorded_replace(source, target):
-        events.append(('rename', os.lstat(source).st_ino, os.path.basename(target)))
-        replace(source, target)
-    monkeypatch.setattr(os, 'fsync', recorded_fsync)
-    monkeypatch.setattr(os, 'replace', recorded_replace)
-    return events
-
-
-def entries(folder):
-    """Inodes of a folder and of all that it holds."""
-    return {path.stat().st_ino for path in (folder, *folder.rglob('*'))}
-
-
 def test_a_file_reaches_the_disk_before_its_name(disk, tmp_path):
     """Renamed before it is flushed, a power cut leaves the new name on an empty file; and without the parent folder's
     flush the rename itself may be lost."""
@@ -122,19 +84,6 @@ def test_a_folder_reaches_the_disk_before_its_name(disk, tmp_path):
         assert [event[:2] for event in disk[last + 1:]] == [('fsync', tmp_path.stat().st_ino)]
 
 
-def test_a_line_of_the_log_is_on_the_disk_when_write_returns(disk, tmp_path):
-    """Flushed from Python's buffer first, or the flush of the file would find nothing. Else a checkpoint could be newer than
-    its log, and the run could not resume. The other ranks write nothing."""
-    log = Log(tmp_path / 'log.jsonl')
-    for step in range(3):
-        log.write({'step': step})
-        about = log.path.stat()
-        assert disk == [('fsync', about.st_ino, about.st_size)]
-        disk.clear()
-        log.write({'step': step}, rank=1)
-        assert disk == [] and log.path.stat().st_size == about.st_size
-
-
 def test_one_at_a_time_holds_a_lock(tmp_path):
     """And it is free again afterwards. A second opening of the file stands for another process, as it does for flock."""
     path = tmp_path / 'x/.lock'
@@ -143,62 +92,6 @@ def test_one_at_a_time_holds_a_lock(tmp_path):
         fcntl.flock(other, now_or_never)
     with path.open() as other:
         fcntl.flock(other, now_or_never)
-
-
-def trained(seed):
-    """A model of two weights, one of which never had a gradient, and its optimizer after two steps."""
-    torch.manual_seed(seed)
-    model = torch.nn.Linear(3, 2)
-    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model.weight.grad = torch.randn(2, 3)
-        opt.step()
-    return model, opt
-
-
-def write_model(folder, weights):
-    """Stands in for the Hugging Face folder."""
-    folder.mkdir()
-    write_safetensors(weights, folder / 'model.safetensors')
-
-
-def test_the_link_moves_when_the_checkpoint_is_whole(disk, tmp_path):
-    """And the older one goes after that: at every instant `last` names a whole checkpoint. What was saved is read back to
-    the bit, the optimizer's moments included."""
-    model, opt = trained(0)
-    for step in (20, 40):
-        disk.clear()
-        save(tmp_path, step, 1.5 * step, model, opt, write_model, rank=0)
-        renamed = [name for kind, _, name in disk if kind == 'rename']
-        assert renamed[-2:] == [f'ckpt-0000{step}', 'last']
-        assert sorted(os.listdir(tmp_path)) == [f'ckpt-0000{step}', 'last']
-        assert os.readlink(tmp_path / 'last') == f'ckpt-0000{step}/model'
-        flushed = {inode for kind, inode, _ in disk if kind == 'fsync'}
-        assert entries(tmp_path / f'ckpt-0000{step}') <= flushed
-
-    other, other_opt = trained(1)
-    assert resume(tmp_path / 'nothing', other, other_opt) == (0, 0.0)
-    assert resume(tmp_path, other, other_opt) == (40, 60.0)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-    for key, moment in opt.state[model.weight].items():
-        assert torch.equal(moment, other_opt.state[other.weight][key])
-
-
-def test_a_crash_between_checkpoint_and_link_leaves_the_old_one(tmp_path, monkeypatch):
-    """The old checkpoint is deleted last of all."""
-    model, opt = trained(0)
-    save(tmp_path, 20, 0.0, model, opt, write_model, rank=0)
-    replace = os.replace
-
-    def power_cut(source, target):
-        if os.path.basename(target) == 'last':
-            raise KeyboardInterrupt
-        replace(source, target)
-    monkeypatch.setattr(os, 'replace', power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 40, 0.0, model, opt, write_model, rank=0)
-    assert resume(tmp_path, *trained(1)) == (20, 0.0)
 
 
 def test_json_errors_name_the_file(tmp_path):
@@ -212,13 +105,34 @@ def test_digest_ignores_order_but_not_values():
     assert digest({'a': 1, 'b': 2}) == digest({'b': 2, 'a': 1}) != digest({'a': 1, 'b': 3})
 
 
-def test_a_run_folder_belongs_to_one_config(tmp_path):
-    """And looking at one makes nothing: a command that fails must not claim the folder."""
-    out = open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cpu'}, ('device',))
-    assert not out.exists()
-    write_json(out / 'config.json', {'config': {'lr': 1.0, 'device': 'cpu'}})
-    open_run(tmp_path / 'r', {'lr': 1.0, 'device': 'cuda'}, ('device',))
-    with pytest.raises(UserError, match='lr=1.0, now 2.0'):
-        open_run(tmp_path / 'r', {'lr': 2.0, 'device': 'cpu'}, ('device',))
-    with pytest.raises(UserError, match='cannot be made'):
-        open_run(out / 'config.json' / 'x', {}, ())
+def test_a_folder_has_one_owner(tmp_path):
+    """Two starts in one folder both trained, and mixed their logs. Another opening of the lock stands for another
+    process, as it does for flock."""
+    with owned(tmp_path / 'r'):
+        with pytest.raises(UserError, match=f'in use by process {os.getpid()} on .*wait for its end'):
+            with owned(tmp_path / 'r'):
+                pass
+    with owned(tmp_path / 'r'):
+        pass
+
+
+def test_a_killed_owner_leaves_no_lock(tmp_path):
+    code = f'import os\nfrom support.files import owned\nwith owned({str(tmp_path)!r}): os.kill(os.getpid(), 9)'
+    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT)
+    assert p.returncode == -9 and (tmp_path / '.lock').exists()
+    with owned(tmp_path):
+        pass
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    """Half-written files and folders go, others stay; a folder that had stepped aside comes back if nothing has taken
+    its place."""
+    (tmp_path / '.a.json.tmp123').write_text('half')
+    (tmp_path / '.m.tmp123').mkdir()
+    (tmp_path / '.b.old123').mkdir()
+    (tmp_path / '.c.old123').mkdir()
+    (tmp_path / 'c').mkdir()
+    for mine in ('.profile', '.notes.tmp', 'x.tmp12'):
+        (tmp_path / mine).write_text('mine')
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ['.notes.tmp', '.profile', 'b', 'c', 'x.tmp12']
