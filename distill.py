@@ -62,6 +62,7 @@ from support.checkpoints import open_run, resume, save
 from support.files import Log, read_json, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
+from support.provenance import versions
 from support.report import first_step_notes, step_line, summary
 from support.runtime import (
     Clock,
@@ -76,7 +77,6 @@ from support.runtime import (
     run,
     shard,
     start,
-    versions,
 )
 
 # ---- what is minimised -----------------------------------------------------------------------
