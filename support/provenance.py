@@ -37,9 +37,10 @@ from support.runtime import ROOT, UserError
 
 # The files of this project that can change what a run computes. The root files are named one by one: in an
 # installation other packages' files lie beside them.
-SOURCES = ('bridge.py', 'distill.py', 'eval_math.py', 'losses.py', 'model.py', 'output_losses.py', 'rollout.py',
-           'step.py', 'teacher.py', 'bridge_parts/*.py', 'configs/__init__.py', 'cross_tokenizer/*.py',
-           'formats/*.py', 'grading/*.py', 'kernels/*.py', 'studies/toy.py', 'support/*.py')
+SOURCES = ('bridge.py', 'distill.py', 'eval_math.py', 'losses.py', 'model.py', 'output_losses.py',
+           'rollout.py', 'step.py', 'teacher.py', 'bridge_parts/*.py', 'configs/__init__.py',
+           'cross_tokenizer/*.py', 'formats/*.py', 'grading/*.py', 'kernels/*.py', 'studies/toy.py',
+           'support/*.py')
 
 # The small files of a model folder that decide what the model reads and when it stops.
 TEXT_FILES = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
@@ -118,8 +119,8 @@ def weights_digest(folder):
 
 
 def add_sample(sha, file, blocks):
-    """Add to a sha256 object: a weight file's name, size, header, and evenly spaced blocks of its data. A file
-    that is not larger than these blocks is read whole."""
+    """Add to a sha256 object: a weight file's name, size, header, and evenly spaced blocks of its data. A
+    file that is not larger than these blocks is read whole."""
     size = file.stat().st_size
     sha.update(os.fsencode(file.name) + f'\n{size}\n'.encode())
     with file.open('rb', buffering=BLOCK) as opened:
@@ -157,8 +158,8 @@ def start_record(cfg, env, train, held_out):
 def read_starts(out):
     """The rows of a run's starts.jsonl; [] where there is none. A damaged file is a UserError."""
     file = Path(out) / 'starts.jsonl'
-    damage = UserError(f'{file}: damaged, so it does not say what made this run; restore it, or delete it to go '
-                       'on without this check')
+    damage = UserError(f'{file}: damaged, so it does not say what made this run; restore it, or delete it '
+                       'to go on without this check')
     try:
         rows = read_rows(file)
     except UserError:
@@ -206,23 +207,27 @@ def check_start(out, record, step):
     """
     rows = read_starts(out)
     if not rows and step > 0:
-        return [f'{out}/starts.jsonl: not there, so whether code, data or models have changed since step {step} '
-                'is not known']
+        return [f'{out}/starts.jsonl: not there, so whether code, data or models have changed since '
+                f'step {step} is not known']
     if not rows:
         return []
 
     # Before the first checkpoint there are only the scores of both models, which the first start made.
     made_steps = [row for row in lasting_starts(rows) if row['step'] < step]
     before = made_steps[-1] if made_steps else rows[0]
-    other = [what for key, what in ANOTHER_RUN.items() if key in before and before[key] != record[key]]
+    other = []
+    for key, what in ANOTHER_RUN.items():
+        if key in before and before[key] != record[key]:
+            other.append(what)
     if other:
-        raise UserError(f'{out}: changed since this run was started: {" and ".join(other)}; give the same again '
-                        '(of a hub: owner/name@revision), or another out_dir=')
+        raise UserError(f'{out}: changed since this run was started: {" and ".join(other)}; give the same '
+                        'again (of a hub: owner/name@revision), or another out_dir=')
     return [f'changed since step {step} was made: {line}' for line in differences(before, record)]
 
 
 def differences(before, now):
-    """Two records -> what differs and may well be meant: held-out problems, code, versions; a line for each."""
+    """Two records -> what differs and may well be meant: held-out problems, code, versions. A line for
+    each."""
     lines = []
 
     # A set that is in one of them alone was asked for, or not, by the config.
@@ -260,8 +265,8 @@ def shortened(names):
 # ---- many runs -----------------------------------------------------------------------------------
 
 def code_notes(folders):
-    """How the code that made these runs differs from the code now and from one run to another -> at most three
-    lines; none if all of it is the same."""
+    """How the code that made these runs differs from the code now, and from one run to another -> at most
+    three lines; none if all of it is the same."""
     now = source_digests()
     unknown = []                             # folders without a record
     other = []                               # folders that other code has made, or part of them
