@@ -19,6 +19,7 @@ from statistics import fmean
 
 from configs import default
 from support.files import Log, read_json, whole
+from support.provenance import mixed_code
 from support.runtime import UserError, run
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
@@ -225,6 +226,8 @@ def main(folders):
                 raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')
         file = Path(folders[0]) / 'curve.png'
         curve(folders, file)
+        for note in mixed_code(folders):
+            print(f'note: {note}')
     print(file)
 
 

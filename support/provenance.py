@@ -269,36 +269,39 @@ def code_notes(folders):
     three lines; none if all of it is the same."""
     now = source_digests()
     unknown = []                             # folders without a record
-    other = []                               # folders that other code has made, or part of them
-    changed = set()                          # files that have changed since
-    revisions = set()
-    codes = []                               # each code that has made a run, once
+    other = []                               # folders that other code has made, at least in part
+    changed = set()                          # files that differ between then and now
+    revisions = set()                        # then
     for folder in folders:
         starts = lasting_starts(read_starts(folder))
         if not starts:
             unknown.append(str(folder))
-        for start in starts:
-            files = changed_files(start['sources'], now)
-            if files:
-                changed |= set(files)
-                revisions.add(str(start['versions'].get('git')))
-            if files and str(folder) not in other:
-                other.append(str(folder))
-            if start['sources'] not in codes:
-                codes.append(start['sources'])
+        made_by_other = [start for start in starts if start['sources'] != now]
+        if made_by_other:
+            other.append(str(folder))
+        for start in made_by_other:
+            changed |= set(changed_files(start['sources'], now))
+            revisions.add(str(start['versions'].get('git')))
 
     lines = []
-    again = 'to make them again, delete their folders'
     if other:
         lines.append(f'{len(other)} of {len(folders)} runs were made by other code than there is now: '
-                     f'{shortened(sorted(changed))} (revision {shortened(sorted(revisions))}); {again} '
-                     f'({shortened(other)})')
+                     f'{shortened(sorted(changed))} (revision {shortened(sorted(revisions))}); to make them '
+                     f'again, delete {shortened(other)}')
     if unknown:
-        lines.append(f'{len(unknown)} of {len(folders)} runs do not say what code made them; {again} '
-                     f'({shortened(unknown)})')
-    if len(codes) > 1:
-        among = set()
-        for code in codes[1:]:
-            among |= set(changed_files(codes[0], code))
-        lines.append(f'the runs were not all made by the same code: it differs in {shortened(sorted(among))}')
-    return lines
+        lines.append(f'{len(unknown)} of {len(folders)} runs do not say what code made them; to make them '
+                     f'again, delete {shortened(unknown)}')
+    return lines + mixed_code(folders)
+
+
+def mixed_code(folders):
+    """A line if not all of these runs were made by the same code; [] if they were."""
+    codes = []                               # {path: digest} of every start
+    for folder in folders:
+        codes += [start['sources'] for start in lasting_starts(read_starts(folder))]
+    files = set()
+    for code in codes:
+        files |= set(changed_files(codes[0], code))
+    if not files:
+        return []
+    return [f'the runs were not all made by the same code: it differs in {shortened(sorted(files))}']
