@@ -61,6 +61,7 @@ from support.checkpoints import resume, save
 from support.files import owned, read_json, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
+from support.provenance import versions
 from support.report import first_step_notes, step_line, summary
 from support.run_folder import begin, open_run
 from support.runtime import (
@@ -75,7 +76,6 @@ from support.runtime import (
     run,
     shard,
     start,
-    versions,
 )
 
 # ---- what is minimised -----------------------------------------------------------------------

@@ -56,7 +56,8 @@ from rollout import Rollout, Sampling, Slots, naive, sample, stream
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
 from studies.measure import MB, Case, counted, machine, measure
 from support.optimizer import adamw
-from support.runtime import ROOT, UserError, gathered, run, shard, start, versions
+from support.provenance import versions
+from support.runtime import ROOT, UserError, gathered, run, shard, start
 
 # ---- models of a shape -----------------------------------------------------------------------------
 

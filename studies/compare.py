@@ -15,6 +15,7 @@ is a Python file that holds
 
 Simpler than a scheduler: the same command again reads the runs that are finished, resumes those that were
 interrupted and starts those that are missing. It uses one machine, and a single GPU for one run at a time.
+Runs that other code has made are not made again: a line under the table says which they are.
 """
 import os
 import re
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from configs import load_config
 from studies.figures import accuracy, finish, read_log, require_comparable
 from support.files import whole
+from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
 from support.runtime import ROOT, UserError, run
 
 # ---- many processes ------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def compare(study):
     logs = {}                                # {method: [rows of each seed]}
     for name in plan['runs']:
         logs[name] = [read_log(folders[name, seed]) for seed in plan['seeds']]
-    lines = comparison_table(logs)
+    lines = comparison_table(logs) + notes_under_table(folders, plan['seeds'])
     with whole(out / 'table.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n')
     print('\n'.join(lines))
@@ -188,6 +190,29 @@ def comparison_table(logs):
         last_rows = [rows[-1] for rows in seeds]
         seconds, milliseconds = step_times(seeds)
         add_line(name, last_rows, str(last_rows[0]['step']), f'{seconds:.0f}', f'{milliseconds:.0f}')
+    return lines
+
+
+def notes_under_table(folders, seeds):
+    """What a reader must know before comparing these runs -> markdown lines: that other code has made some of
+    them, or that the runs of one seed did not begin with the same files. Most often there is none.
+
+    folders: {(method, seed): run folder}.
+    """
+    notes = code_notes(list(folders.values()))
+    shared = {'student': ANOTHER_RUN['student'], 'eval_data': 'the held-out problems or their prompts'}
+    for seed in seeds:
+        starts = []
+        for (_, its_seed), folder in folders.items():
+            if its_seed == seed:
+                starts += lasting_starts(read_starts(folder))
+        for key, what in shared.items():
+            if any(start.get(key) != starts[0].get(key) for start in starts):
+                notes.append(f'the runs of seed {seed} differ in {what} and cannot be compared; delete their '
+                             'folders and run the study again')
+    lines = []
+    for note in notes:
+        lines += ['', f'When this table was written: {note}.']
     return lines
 
 

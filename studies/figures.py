@@ -19,6 +19,7 @@ from statistics import fmean
 
 from configs import default
 from support.files import read_json, whole
+from support.provenance import mixed_code
 from support.run_folder import log_rows
 from support.runtime import UserError, run
 
@@ -226,6 +227,8 @@ def main(folders):
                 raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')
         file = Path(folders[0]) / 'curve.png'
         curve(folders, file)
+        for note in mixed_code(folders):
+            print(f'note: {note}')
     print(file)
 
 

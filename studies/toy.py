@@ -38,11 +38,13 @@ from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
 from model import PRESETS, Model, init_weights
 from support.files import digest, locked, read_json, whole, write_json
+from support.provenance import changed_files, shortened, source_digests
 from support.runtime import UserError, barrier, print0, run, start
 
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>']
 BOX = '\\boxed{'                                     # one token, as a digit is
 LETTERS = [*'0123456789+-*=;', BOX, '}']
+MADE_BY = ('formats/huggingface.py', 'formats/tokenizer.py', 'model.py', 'studies/toy.py')
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
             '{% if add_generation_prompt %}={% endif %}')
 
@@ -185,6 +187,12 @@ def recipe(cfg):
     return {key: cfg[key] for key in (*keys, 'seed')} | {'version': 1}
 
 
+def sources():
+    """{file: digest} of the code that decides what is trained and how it is written. What only times or
+    prints, or draws the samples of a later run, is not among it."""
+    return {file: source_digests()[file] for file in MADE_BY}
+
+
 def folder_of(cfg):
     return Path(cfg['toy_dir']) / f"seed{cfg['seed']}-{digest(recipe(cfg))}"
 
@@ -203,7 +211,9 @@ def is_whole(folder, cfg):
     if not folder.exists():
         return False
     try:
-        if read_json(folder / 'recipe.json') != recipe(cfg):
+        made = read_json(folder / 'recipe.json')
+        made.pop('sources', None)                    # other code is told by `code_note`, and not refused
+        if made != recipe(cfg):
             raise UserError('it was made by another recipe')
         for side in ('student', 'teacher'):
             tok = load_tokenizer(folder / side)
@@ -215,6 +225,17 @@ def is_whole(folder, cfg):
         print0(f'toy: {folder} cannot be used ({error})')
         return False
     return True
+
+
+def code_note(folder):
+    """A line for a folder that other code has made, or ''. Most edits change no weight, and training again
+    takes minutes, so the user decides."""
+    made_by = read_json(folder / 'recipe.json').get('sources')
+    again = f'to make it again (about two minutes), delete {folder}'
+    if not isinstance(made_by, dict):
+        return f'toy: its models were made by a version that did not note its code; {again}'
+    changed = changed_files(made_by, sources())
+    return f'toy: {shortened(changed)} changed since its models were made; {again}' if changed else ''
 
 
 def make(folder, cfg, device):
@@ -248,7 +269,7 @@ def make(folder, cfg, device):
         # Each model's folder has its own copy of the tokenizer.
         for file in (*tmp.glob('token*.json'), tmp / 'generation_config.json', tmp / 'chat_template.jinja'):
             file.unlink()
-        write_json(tmp / 'recipe.json', recipe(cfg))
+        write_json(tmp / 'recipe.json', recipe(cfg) | {'sources': sources()})
 
 
 def prepare(cfg, env):
@@ -261,6 +282,9 @@ def prepare(cfg, env):
             if not is_whole(folder, cfg):                # another run may have made it in the meantime
                 make(folder, cfg, env.device)
     barrier()
+    note = code_note(folder)
+    if note:
+        print0(note)
     paths = {'student': folder / 'student', 'teacher': folder / 'teacher',
              'data': folder / 'train.jsonl', 'eval_data': folder / 'eval.jsonl'}
     return cfg | {key: str(path) for key, path in paths.items() if cfg[key] == 'toy'}

@@ -11,9 +11,7 @@ group. What it does not do: restart after a lost node, or anything that knows wh
     torchrun --nproc_per_node=8 distill.py configs/toy.py         eight ranks: GPUs, or CPU processes
 """
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -85,20 +83,6 @@ def check_device(device, dtype, local, world):
         raise UserError("device='mps' runs on one rank; use device=cpu, or start without torchrun")
     if device == 'mps' and dtype != 'float32':
         raise UserError("device='mps' runs in float32; use dtype=float32")
-
-
-def versions(env):
-    """What a reader of the run folder needs in order to repeat the run."""
-    revision = 'no git'
-    if shutil.which('git'):
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT,
-                             capture_output=True, text=True)
-        if git.returncode == 0:
-            revision = git.stdout.strip()
-    on_cuda = env.device.type == 'cuda'
-    return {'torch': torch.__version__, 'python': sys.version.split()[0],
-            'device': torch.cuda.get_device_name() if on_cuda else env.device.type,
-            'ranks': env.world, 'threads': torch.get_num_threads(), 'git': revision}
 
 
 def print0(*words):

@@ -8,7 +8,8 @@ import pytest
 from conftest import argv
 from matplotlib import pyplot as plt
 
-from studies.compare import comparison_figure, comparison_table, main
+from studies.compare import comparison_figure, comparison_table, main, notes_under_table
+from support.provenance import append_start, source_digests
 from support.runtime import UserError
 
 
@@ -24,6 +25,33 @@ def seeds(*finals):
         rows[2] |= {'avg@4': final, 'best@4': 80.0, 'len': 10.0}
         logs.append(rows)
     return logs
+
+
+def start_of(folder, losses=None, **changes):
+    """Give a run folder one start, by the code that there is now, or with another losses.py."""
+    sources = source_digests() | ({'losses.py': losses} if losses else {})
+    row = {'versions': {'git': 'abc'}, 'sources': sources, 'student': 's', 'eval_data': {'toy': 'e'}} | changes
+    folder.mkdir(exist_ok=True)
+    (folder / 'starts.jsonl').unlink(missing_ok=True)
+    append_start(folder, row, 0)
+
+
+def test_runs_of_a_seed_that_began_with_other_files_are_told(tmp_path):
+    """Two methods, two seeds: seeds may differ in student and problems, methods may not. All that differs else is the
+    method's. The lines stand apart from the table, each in a paragraph of its own."""
+    folders = {(name, seed): tmp_path / f'{name}-{seed}' for name in 'ab' for seed in (0, 1)}
+    for (name, seed), folder in folders.items():
+        start_of(folder, student=f's{seed}', eval_data={'toy': f'e{seed}'}, teacher=name, data=name, bridge=name)
+    assert notes_under_table(folders, [0, 1]) == []
+    start_of(folders['b', 0], student='s0', eval_data={'toy': 'other'})
+    start_of(folders['b', 1], student='other', eval_data={'toy': 'e1'})
+    first, second, third, fourth = notes_under_table(folders, [0, 1])
+    assert first == third == '' and 'the runs of seed 0 differ in the held-out problems' in second
+    assert 'the runs of seed 1 differ in the student that it started from' in fourth
+    for folder in folders.values():
+        (folder / 'starts.jsonl').unlink()
+    (_, line) = notes_under_table(folders, [0, 1])
+    assert line.startswith('When this table was written: 4 of 4 runs do not say what code made them')
 
 
 def test_comparison_table_by_hand():
@@ -71,8 +99,20 @@ def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
     assert p.returncode == 0, p.stderr
     out = tmp_path / 'out/tiny_study'
     assert {f.name for f in out.iterdir()} == {'oprd-s0', 'oprd-s1', 'opd_full-s0', 'opd_full-s1', 'table.md', 'curves.png'}
+
+    # Other code than now has made all of them: the same numbers with a line under them, and nothing is run again.
+    for folder in out.glob('*/'):
+        start_of(folder, losses='0')
+    p = figures()
+    note = ('4 of 4 runs were made by other code than there is now: losses.py (revision abc); to make them again, delete '
+            'out/tiny_study/oprd-s0, out/tiny_study/opd_full-s0, out/tiny_study/oprd-s1, out/tiny_study/opd_full-s1')
+    noted = (out / 'table.md').read_text()
+    assert noted.splitlines()[6:] == ['', f'When this table was written: {note}.'] and noted in p.stdout
+    for folder in out.glob('*/'):
+        start_of(folder)
+    assert figures().returncode == 0
     table = (out / 'table.md').read_text()
-    assert table.count('\n') == 6 and '| OPD, full |' in table and table in p.stdout
+    assert table.count('\n') == 6 and '| OPD, full |' in table and table in noted
     logs = {f: f.read_bytes() for f in out.glob('*/log.jsonl')}
     assert figures().returncode == 0 and (out / 'table.md').read_text() == table and len(logs) == 4
     assert all(f.read_bytes() == was for f, was in logs.items())

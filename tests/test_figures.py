@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 
 from configs import load_config
 from studies.figures import bridges, curve, main
+from support.provenance import append_start
 from support.runtime import UserError, run
 
 
@@ -78,6 +79,20 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, keys, says):
     assert f'{runs[0]} and {runs[2]} cannot be compared: {says};' in printed
     assert not (runs[0] / 'curve.png').exists()
     main([str(runs[2])])                     # alone it can be drawn
+
+
+def test_runs_of_different_code_are_drawn_with_a_line(tmp_path, capsys):
+    """The files differ, which may well be what the figure shows; the line names them. Runs of the same code, and of versions
+    that did not note it, need none."""
+    runs = [str(write_log(tmp_path / name)) for name in 'abc']
+    for folder, losses in zip(runs, ('1', '1', '2'), strict=True):
+        append_start(folder, {'versions': {'git': 'abc'}, 'sources': {'losses.py': losses}, 'eval_data': {}}, 0)
+    old = str(write_log(tmp_path / 'd'))
+    main([*runs[:2], old])
+    assert capsys.readouterr().out == f'{runs[0]}/curve.png\n'
+    main(runs)
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 2 and printed.startswith('note: the runs were not all made by the same code: it differs in losses.py')
 
 
 def test_runs_that_differ_in_the_method_are_drawn(tmp_path):

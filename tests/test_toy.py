@@ -16,8 +16,8 @@ from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
 from grading.grader import grade
 from studies import toy
-from support.files import read_json
-from support.runtime import UserError, start
+from support.files import read_json, write_json
+from support.runtime import ROOT, UserError, start
 
 
 def test_worked_answers_are_right():
@@ -82,6 +82,48 @@ def test_a_folder_of_models_of_another_shape_is_not_reused(tmp_path, capsys, mon
     assert toy.is_made(cfg) and load_model(paths['teacher']).config.activation == 'gelu'
 
 
+def test_models_that_other_code_made_are_used_with_a_line(tmp_path, capsys, monkeypatch):
+    """After an edit in model.py the models of the old code were used without a word. The line names the file and what to do;
+    nothing is trained again, and the folder keeps saying what made it. Deleted, as the line says, it is made anew."""
+    cfg = load_config(argv(tmp_path, 'unused', toy_student_steps=1, toy_teacher_steps=1))
+    toy.prepare(cfg, start('cpu'))
+    folder = toy.folder_of(cfg)
+    made = {file: file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+    capsys.readouterr()
+    toy.prepare(cfg, start('cpu'))
+    assert capsys.readouterr().out == ''
+
+    edited = toy.source_digests() | {'model.py': 'edited', 'rollout.py': 'edited', 'new.py': 'new'}
+    monkeypatch.setattr(toy, 'source_digests', lambda: edited)
+    for _ in range(2):
+        toy.prepare(cfg, start('cpu'))
+        assert capsys.readouterr().out == (f'toy: model.py changed since its models were made; to make it again (about two '
+                                           f'minutes), delete {folder}\n')
+    assert toy.is_made(cfg) and made == {file: file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+    shutil.rmtree(folder)
+    toy.prepare(cfg, start('cpu'))
+    assert 'changed since' not in capsys.readouterr().out
+    assert read_json(folder / 'recipe.json')['sources']['model.py'] == 'edited'
+
+
+@pytest.mark.parametrize('sources', [None, {}, [], {'model.py': ['x']}])
+def test_models_of_a_version_that_noted_no_code_are_used_with_a_line(toy_dir, toy_cfg, capsys, tmp_path, sources):
+    """Its recipe.json holds the recipe alone, or something else under that name."""
+    cfg = load_config(argv(tmp_path, 'unused'))
+    folder = toy.folder_of(cfg)
+    shutil.copytree(toy.folder_of(load_config(argv(toy_dir, 'unused'))), folder)
+    write_json(folder / 'recipe.json', toy.recipe(cfg) | ({} if sources is None else {'sources': sources}))
+    toy.prepare(cfg, start('cpu'))
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 1 and f'delete {folder}' in printed and 'making' not in printed
+
+
+def test_the_folder_of_the_toy_is_the_one_that_documents_name():
+    """Its name is a digest of the recipe: what is noted besides must not change it."""
+    name = toy.folder_of(load_config(['configs/toy.py'])).name
+    assert name == 'seed0-a3fbe5f9' and name in (ROOT / 'README.md').read_text()
+
+
 def test_teacher_shares_embedding_and_head_but_not_blocks(toy_cfg):
     student, teacher = load_model(toy_cfg['student']), load_model(toy_cfg['teacher'])
     assert torch.equal(student.embed.weight, teacher.embed.weight)
@@ -95,7 +137,7 @@ def test_another_seed_or_size_is_another_folder(toy_dir):
              for k in ({}, {'seed': 1}, {'toy_width': 48}, {'toy_teacher_steps': 11})}
     assert len(names) == 4
     cfg = load_config(argv(toy_dir, 'x'))
-    assert read_json(toy.folder_of(cfg) / 'recipe.json') == toy.recipe(cfg)
+    assert read_json(toy.folder_of(cfg) / 'recipe.json') == toy.recipe(cfg) | {'sources': toy.sources()}
     assert len(load_problems(toy.folder_of(cfg) / 'eval.jsonl', load_tokenizer(
         str(toy.folder_of(cfg) / 'student')))) == TINY['toy_eval']
 
