@@ -61,7 +61,7 @@ from support.checkpoints import resume, save
 from support.files import owned, read_json, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
-from support.provenance import versions
+from support.provenance import append_start, check_start, start_record, versions
 from support.report import first_step_notes, step_line, summary
 from support.run_folder import begin, open_run
 from support.runtime import (
@@ -455,7 +455,7 @@ def main(cfg):
     if cfg['dry_run']:
         return
     with owned(out, env.rank):
-        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank, versions(env)))
+        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank))
 
 
 def run_in_folder(cfg, setup, env, run_folder):
@@ -467,6 +467,13 @@ def run_in_folder(cfg, setup, env, run_folder):
         raise UserError(f"{run_folder.out}: has taken {run_folder.step} steps already; raise steps=")
     for key, (before, now) in run_folder.changed.items():
         print0(f'  from step {run_folder.step + 1} on: {key}={now!r}, before {before!r}')
+
+    # Other data or another teacher would make it another run; other code may well be meant.
+    if env.rank == 0:
+        record = start_record(cfg, env, setup.train, setup.held_out)
+        for line in check_start(run_folder.out, record, run_folder.step):
+            print0(f'  note: {line}')
+        append_start(run_folder.out, record, run_folder.step)
 
     # At the start, the scores of both models.
     if not run_folder.rows:

@@ -11,7 +11,7 @@ Simpler than usual: no tracker and no copy of the code. A source file is compare
 comment counts as a change. Weights are compared by about 1 MB of them, because to read 100 GB at every
 start would take minutes: another training run changes nearly every number and is noticed, one flipped bit in
 a large file is not. What it does not look at: the code of torch and of other libraries, apart from their
-versions, and the files in configs/, because a run's config is compared key by key (support/checkpoints.py).
+versions, and the files in configs/, because a run's config is compared key by key (support/run_folder.py).
 
     record = start_record(cfg, env, train, held_out)
     lines = check_start(out, record, step)                   # to print; a UserError if it is another run

@@ -2,7 +2,7 @@
 The folder of a run: whose it is, how the run was started, and its log.
 
     out/config.json         the run's name and the config of its last start
-    out/starts.jsonl        a line for every start: versions, and digests of what it read
+    out/starts.jsonl        a line for every start (support/provenance.py)
     out/log.jsonl           a line for every step; the figures are drawn from it alone
     out/ckpt-000040/        a checkpoint (support/checkpoints.py)
     out/last, out/best      links to the newest model, and to the one with the best held-out accuracy
@@ -10,7 +10,7 @@ The folder of a run: whose it is, how the run was started, and its log.
 
     out = open_run('out/toy', config, may_change)            looks, and writes nothing
     with owned(out, rank):                                   support/files.py: one process owns it
-        run = begin(out, config, may_change, rank, versions)
+        run = begin(out, config, may_change, rank)
         resume(run, student, opt, later)                     support/checkpoints.py
         run.log({'step': run.step + 1, ...})
 
@@ -140,7 +140,7 @@ def check_place(out):
         raise UserError(f'{out}: holds {visible[0]!r} and no run (no config.json); choose another out_dir=')
 
 
-def begin(out, config, may_change, rank, versions):
+def begin(out, config, may_change, rank):
     """Write or renew config.json, by rank 0 -> RunFolder at step 0. The caller owns the folder; another start
     may have used it in the meantime, so its config is compared again."""
     check_config(out, config, may_change)
@@ -148,7 +148,7 @@ def begin(out, config, may_change, rank, versions):
     name = read_json(file)['run'] if file.exists() else uuid.uuid4().hex[:12]
     name = all_gather(name)[0]               # what rank 0 has read or drawn
     if rank == 0:
-        write_json(file, {'run': name, 'config': config, 'versions': versions})
+        write_json(file, {'run': name, 'config': config})
     return RunFolder(out, name, config, rank)
 
 

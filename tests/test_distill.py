@@ -26,6 +26,7 @@ from formats.tokenizer import load_tokenizer
 from model import PRESETS
 from studies import toy
 from studies.toy import folder_of, write_tokenizer
+from support import provenance
 from support.files import digest, read_json, write_json
 from support.optimizer import learning_rate
 from support.report import first_step_notes
@@ -51,8 +52,8 @@ def finished(toy_dir, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
     best = max((row for row in log_of(finished) if 'avg@2' in row), key=lambda row: row['avg@2'])['step']
     kept = {f'ckpt-{step:06d}' for step in (6, 7, best)}
-    assert {p.name for p in finished.iterdir()} == {'.lock', 'config.json', 'log.jsonl', 'results.json', 'curve.png',
-                                                    'last', 'best', *kept}
+    assert {p.name for p in finished.iterdir()} == {'.lock', 'config.json', 'starts.jsonl', 'log.jsonl', 'results.json',
+                                                    'curve.png', 'last', 'best', *kept}
     assert (finished / 'best').resolve() == finished / f'ckpt-{best:06d}/model'
     r = read_json(finished / 'results.json')
     assert set(r) == {'student', 'teacher', 'distilled', 'steps', 'seconds', 'rep_cos'} and r['steps'] == 7
@@ -199,7 +200,7 @@ def test_bfloat16_run_keeps_float32_master_weights(toy_dir, tmp_path):
 
 def test_a_student_from_the_hub_keeps_its_tokenizer(toy_dir, tmp_path, monkeypatch):
     """A hub id is no folder: what goes along with the weights must come from its snapshot."""
-    for module in (huggingface, tokenizer, problems, distill):
+    for module in (huggingface, tokenizer, problems, provenance, distill):
         monkeypatch.setattr(module, 'snapshot', lambda name, **_: folder if name == 'me/student' else Path(name))
     folder = folder_of(load_config(argv(toy_dir, 'x'))) / 'student'
     main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, student='me/student', eval_data='')))
@@ -548,7 +549,7 @@ def test_no_room_for_a_checkpoint(toy_dir, tmp_path):
     assert p.returncode == 2 and p.stderr.startswith('error: ') and p.stderr.count('\n') == 1, p.stderr
     assert (tmp_path / 'r/last').resolve().parent.name == 'ckpt-000002'
     assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['.lock', 'best', 'ckpt-000002', 'config.json', 'last',
-                                                                  'log.jsonl']
+                                                                  'log.jsonl', 'starts.jsonl']
     load_model(tmp_path / 'r/last')
 
 

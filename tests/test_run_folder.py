@@ -15,7 +15,7 @@ def test_a_run_folder_belongs_to_one_config(tmp_path):
     out = open_run(tmp_path / 'r', config, ('device',))
     assert not out.exists()
     with owned(out):
-        begin(out, config, ('device',), 0, {})
+        begin(out, config, ('device',), 0)
     open_run(out, config | {'device': 'cuda'}, ('device',))
     with pytest.raises(UserError, match='lr=1.0, now 2.0'):
         open_run(out, config | {'lr': 2.0}, ('device',))
@@ -53,17 +53,17 @@ def test_a_config_that_describes_no_run(tmp_path, content):
 
 def test_the_name_of_a_run_stays(tmp_path):
     """Checkpoints are known by it. The stored config is that of the last start."""
-    first = begin(tmp_path, {'steps': 3}, ('steps',), 0, {})
-    again = begin(tmp_path, {'steps': 5}, ('steps',), 0, {})
+    first = begin(tmp_path, {'steps': 3}, ('steps',), 0)
+    again = begin(tmp_path, {'steps': 5}, ('steps',), 0)
     assert again.name == first.name and len(first.name) == 12
     check_config(tmp_path, {'steps': 5}, ())
     with pytest.raises(UserError, match='steps=5, now 3'):
-        begin(tmp_path, {'steps': 3}, (), 0, {})
+        begin(tmp_path, {'steps': 3}, (), 0)
 
 
 def test_the_log(tmp_path):
     """A line for each step; rank 0 alone writes. What has changed is told once, in the first row after it."""
-    run, other = (begin(tmp_path, {}, (), rank, {}) for rank in (0, 1))
+    run, other = (begin(tmp_path, {}, (), rank) for rank in (0, 1))
     run.changed = {'lr': [1.0, 2.0]}
     for step in range(3):
         run.log({'step': step})
@@ -78,7 +78,7 @@ def test_the_log(tmp_path):
 
 def test_the_seconds_do_not_go_back_with_the_clock(tmp_path, monkeypatch):
     """A clock that was set back made the time of a run negative."""
-    run = begin(tmp_path, {}, (), 0, {})
+    run = begin(tmp_path, {}, (), 0)
     monkeypatch.setattr('time.time', lambda: 0.0)
     run.log({'step': 0})
     assert 0 <= run.rows[0]['elapsed'] < 60
@@ -106,7 +106,7 @@ def test_a_log_with_doubled_or_missing_lines(tmp_path, lines, says):
 def test_the_best_step(tmp_path):
     """By the plain accuracy, which of several sets is their mean; a tie keeps the earlier one; another eval_n begins
     anew, since its scores cannot be compared."""
-    run = begin(tmp_path, {}, (), 0, {})
+    run = begin(tmp_path, {}, (), 0)
     assert not run.is_best(0)
     run.log({'step': 0, 'student': {'avg@2': 99.0}})
     for step, score in enumerate([30.0, 50.0, 50.0, 40.0], 1):
