@@ -239,8 +239,10 @@ def differences(before, now):
     # Another revision whose files are the same computes the same.
     files = changed_files(before['sources'], now['sources'])
     if files:
-        revisions = f"{before['versions'].get('git')}, now {now['versions'].get('git')}"
-        lines.append(f'code in {shortened(files)} (revision {revisions})')
+        revisions = [str(record['versions'].get('git')) for record in (before, now)]
+        if revisions[0] == revisions[1]:
+            revisions.pop()
+        lines.append(f'code in {shortened(files)} (revision {", now ".join(revisions)})')
     values = []
     for key, value in now['versions'].items():
         if key != 'git' and key in before['versions'] and before['versions'][key] != value:

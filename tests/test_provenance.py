@@ -217,10 +217,11 @@ def test_changed_code_versions_and_held_out_problems_are_lines_that_name_them(tm
     append_start(tmp_path, record(), 0)
     now = record(sources={'losses.py': '9', 'model.py': '2', 'step.py': '1'}, eval_data={'aime24': 'x', 'amc23': 'y'},
                  versions={'torch': '2.14.0', 'threads': 4, 'git': 'def-dirty', 'tokenizers': '1'})
-    before = f'changed since step {40} was made: '
+    before = 'changed since step 40 was made: '
     assert check_start(tmp_path, now, 40) == [
         f'{before}the held-out problems of aime24', f'{before}code in losses.py, step.py (revision abc, now def-dirty)',
         f'{before}torch=2.13.0, now 2.14.0; threads=1, now 4']
+    assert check_start(tmp_path, record(sources={'losses.py': '1'}), 40) == [f'{before}code in model.py (revision abc)']
 
 
 def test_another_revision_of_the_same_files_is_not_told():
