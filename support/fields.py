@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from support.runtime import UserError, shown
 
-WORDS = {int: 'a whole number', float: 'a finite number', str: 'a text', bool: 'true or false', list: 'a list',
-         dict: 'an object'}
+WORDS = {int: 'a whole number', float: 'a finite number', str: 'a text', bool: 'true or false',
+         list: 'a list', dict: 'an object'}
 
 
 @dataclass(frozen=True)

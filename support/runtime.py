@@ -55,8 +55,8 @@ def start(device='auto', dtype='auto'):
     """
     tasks = os.environ.get('SLURM_NTASKS', '1')
     if tasks != '1' and 'RANK' not in os.environ:
-        raise UserError(f'SLURM_NTASKS={tasks}, but no RANK: each of the tasks would run alone; start one task '
-                        'per node, with torchrun in it')
+        raise UserError(f'SLURM_NTASKS={tasks}, but no RANK: each of the tasks would run alone; start one '
+                        'task per node, with torchrun in it')
     end_with_torchrun()
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
