@@ -20,7 +20,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import torch
@@ -328,6 +328,11 @@ def all_gather(obj):
     if ranks() > 1:
         dist.all_gather_object(gathered_objects, obj)
     return gathered_objects
+
+
+def today():
+    """The date on rank 0, YYYY-MM-DD: the same on all ranks, at midnight too."""
+    return all_gather(date.today().isoformat())[0]
 
 
 def barrier():
