@@ -34,6 +34,7 @@ distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is t
 import math
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -41,15 +42,16 @@ import torch
 from tqdm import tqdm
 
 from configs import default, load_config
-from formats.huggingface import load_model, read_config, snapshot
+from formats.huggingface import load_model, read_config
 from formats.problems import load_problems
 from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from grading.grader import equal, grade, judge
 from rollout import stream
 from studies import toy
-from support.files import digest, remove, whole, write_json
-from support.jsonl import append_row, read_rows
-from support.runtime import UserError, all_gather, barrier, print0, run, start
+from support.files import owned, write_json
+from support.jsonl import append_row
+from support.runtime import UserError, all_gather, barrier, print0, run, start, today
+from support.samples import check_samples, read_samples, samples_folder, write_samples
 
 __all__ = ['grade', 'evaluate', 'load_eval_sets', 'check_answers']
 
@@ -407,51 +409,6 @@ def cell(value):
     return f'{value:.1f}' if isinstance(value, float) else str(value)
 
 
-# ---- samples on disk -----------------------------------------------------------------------------
-
-def read_samples(folder):
-    """Whole rows of samples.jsonl and of every rank's part -> {(set, problem, sample): row}. A line that was
-    cut off as it was written is dropped; any other damage is a UserError."""
-    # A row can be in two files, if a kill came between merging the parts and deleting them.
-    samples = {}
-    for file in sorted(folder.glob('samples*.jsonl')):
-        for number, row in enumerate(read_rows(file), 1):
-            try:
-                samples[row['set'], row['problem'], row['sample']] = row
-            except (KeyError, TypeError):
-                raise UserError(f'{file}:{number}: damaged; delete the line to make it anew') from None
-    return samples
-
-
-def write_samples(folder, samples):
-    """All rows in order into samples.jsonl; then the ranks' parts can go."""
-    with whole(folder / 'samples.jsonl') as temporary, temporary.open('w') as file:
-        for key in sorted(samples):
-            append_row(file, samples[key])
-    for part in folder.glob('samples-*.jsonl'):
-        remove(part)
-
-
-def folder_of(cfg, sets):
-    """out/eval/<model>-<digest>: one for each model (by its files), problem sets and way of sampling."""
-    files = []                               # names, sizes and times: hashing the weights would take minutes
-    for file in snapshot(cfg['student']).iterdir():
-        if file.is_file():
-            files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
-
-    # Everything that decides an answer or its grade. What changes neither, such as eval_rows, is left out.
-    keys = ('seed', 'teacher', 'dtype', 'enable_thinking', 'max_new_tokens', 'eval_n', 'eval_temperature',
-            'eval_top_p', 'eval_max_new_tokens', 'eval_suffix')
-    asked = {}
-    for name, problems in sets.items():
-        asked[name] = [(problem.question, problem.answer) for problem in problems]
-
-    # The last part of a path or hub id, for people; the digest is for the computer.
-    model_name = cfg['student'].rstrip('/').split('/')[-1]
-    fingerprint = digest([sorted(files), [cfg[key] for key in keys], asked])
-    return Path('out/eval') / f'{model_name}-{fingerprint}'
-
-
 # ---- the script ----------------------------------------------------------------------------------
 
 def settings(argv=None):
@@ -473,61 +430,112 @@ def settings(argv=None):
     return load_config(translated), '--regrade' in argv
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a command asks for. Only configs, tokenizers and problems have been read."""
+    cfg: dict
+    date: str                   # the day that chat templates are told is today
+    tokenizer: object
+    stop: list                  # token ids that end an answer
+    vocab: int                  # ids below it are written
+    sets: dict                  # {name: [Problem]}
+    numbered: dict              # {(name, i): (i, Problem)}
+    total: int                  # answers
+    longest: int                # tokens of the longest prompt and answer together
+    folder: Path                # where the answers are
+
+
+def prepare(cfg, env, date):
+    """Read and check what can be checked before the weights are loaded -> Evaluation."""
+    tokenizer = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'], date=date)
+    check_ids(cfg['student'], read_config(cfg['student']).V, tokenizer)
+    sets = load_eval_sets(cfg['eval_data'], tokenizer, cfg['eval_problems'], cfg['eval_suffix'])
+    numbered = number_problems(sets)
+
+    # As in training, an answer ends at a stop token of either model, if both have the same tokens.
+    teacher_tokenizer = load_tokenizer(cfg['teacher'] or cfg['student'])
+    stop = stop_set(tokenizer, teacher_tokenizer)
+    vocab = shared_size(tokenizer, teacher_tokenizer)
+    longest = longest_sequence(cfg, numbered)
+    total = len(numbered) * cfg['eval_n']
+    folder = samples_folder(cfg | {'dtype': str(env.dtype)}, sets)
+    return Evaluation(cfg, date, tokenizer, stop, vocab, sets, numbered, total, longest, folder)
+
+
 def main(cfg, regrade=False):
     env = start(cfg['device'], cfg['dtype'])
-    cfg = toy.prepare(cfg, env)
     for key, short in (('student', 'model'), ('eval_data', 'data')):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {short}=")
+    if cfg['dry_run'] and not toy.is_made(cfg):
+        print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+        return
+    cfg = toy.prepare(cfg, env)
 
-    # The problems. An answer that the grader cannot read is told now, not after hours of sampling.
-    tokenizer = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
-    sets = load_eval_sets(cfg['eval_data'], tokenizer, cfg['eval_problems'], cfg['eval_suffix'])
-    for name, problems in sets.items():
+    # The problems, and the answers that earlier runs of this command have left. Prompts may hold the date:
+    # an evaluation that goes on the next day asks as it asked on the first.
+    evaluation = prepare(cfg, env, cfg['date'] or today())
+    samples = read_samples(evaluation.folder)
+    first_day = next((row['date'] for row in samples.values()), evaluation.date)
+    if first_day != evaluation.date:
+        evaluation = prepare(cfg, env, first_day)
+    check_samples(evaluation.folder, samples, texts_asked(evaluation), cfg['eval_n'], cfg['seed'])
+
+    # An answer that the grader cannot read is told now, not after hours of sampling.
+    for name, problems in evaluation.sets.items():
         for line in check_answers(problems):
             print0(f'  {name}: {line}')
-    numbered = number_problems(sets)
-    total = len(numbered) * cfg['eval_n']
-
-    # The answers that earlier runs of this command have left.
-    folder = folder_of(cfg | {'dtype': str(env.dtype)}, sets)
-    samples = read_samples(folder)
-    check_samples(samples, numbered, cfg['eval_n'], folder)
+    there = f'{evaluation.folder}: {len(samples)} of {evaluation.total} answers'
     if cfg['dry_run']:                       # nothing is written
-        longest_sequence(cfg, numbered)
-        print0(f'{folder}: {len(samples)} of {total} answers are there; a run samples the rest')
+        print0(f'{there} are there; a run samples the rest')
         return
+    if regrade and len(samples) < evaluation.total:
+        raise UserError(f'{there}; run it without --regrade first')
 
-    # Rank 0 merges the ranks' parts into one file, once everybody has read them.
-    all_gather(None)
-    if env.rank == 0 and folder.exists():
+    # The folder is made only after the weights are loaded, so that a refused command leaves nothing behind.
+    model = None
+    if len(samples) < evaluation.total:
+        print0(f'{there} are there')
+        model = load_model(cfg['student'], env.dtype, env.device)
+        model.max_length = evaluation.longest      # longrope chooses its factors by the longest sequence
+    with owned(evaluation.folder, env.rank):
+        run_in_folder(evaluation, model, env, regrade)
+
+
+def texts_asked(evaluation):
+    """{(set, problem): (prompt, answer)}, as texts."""
+    asked = {}
+    for key, (_, problem) in evaluation.numbered.items():
+        asked[key] = (evaluation.tokenizer.decode(problem.ids), problem.answer)
+    return asked
+
+
+def run_in_folder(evaluation, model, env, regrade):
+    """Sample what is missing or, without a model, nothing; grade again if asked; score. This process and its
+    ranks own the folder."""
+    # Rank 0 merges the ranks' parts into one file, once everybody has read them. They are read again, because
+    # another process may have gone on until a moment ago.
+    samples = read_samples(evaluation.folder)
+    barrier()
+    if env.rank == 0:
         if regrade:
             for (name, number, _), row in samples.items():
-                row |= verdict(row['text'], numbered[name, number][1])
-        write_samples(folder, samples)
+                row |= verdict(row['text'], evaluation.numbered[name, number][1])
+        write_samples(evaluation.folder, samples)
     barrier()
 
-    # Sample what is missing; each rank appends to a part of its own, and rank 0 merges again.
-    if not regrade and len(samples) < total:
-        print0(f'{folder}: {len(samples)} of {total} answers are there')
-        sample_rest(cfg, env, tokenizer, folder, numbered, samples)
+    # Each rank appends to a part of its own, and rank 0 merges again.
+    if model is not None:
+        sample_rest(evaluation, model, env, samples)
         barrier()
         if env.rank == 0:
-            samples = read_samples(folder)
-            write_samples(folder, samples)
+            samples = read_samples(evaluation.folder)
+            write_samples(evaluation.folder, samples)
 
     # Scores are made from what is on disk: answers of earlier runs count as those of this one.
     if env.rank == 0:
-        report(cfg, folder, sets, samples, total)
+        report(evaluation, samples)
     barrier()
-
-
-def check_samples(samples, numbered, per_problem, folder):
-    """A row of another evaluation would count as an answer that is there: UserError."""
-    for name, number, sample in samples:
-        if (name, number) not in numbered or sample not in range(per_problem):
-            raise UserError(f'{folder}: its samples hold set {name!r}, problem {number}, sample {sample}, '
-                            'which this command does not ask for; delete the folder')
 
 
 def longest_sequence(cfg, numbered):
@@ -541,46 +549,34 @@ def longest_sequence(cfg, numbered):
     return longest
 
 
-def sample_rest(cfg, env, tokenizer, folder, numbered, samples):
+def sample_rest(evaluation, model, env, samples):
     """Sample the answers that are not there yet, and append each to this rank's part as it ends."""
-    longest = longest_sequence(cfg, numbered)
-
-    # The lengths fit; only now are the weights loaded.
-    model = load_model(cfg['student'], env.dtype, env.device)
-    check_ids(cfg['student'], model.config.V, tokenizer)
-    model.max_length = longest               # longrope chooses its factors by the longest sequence to come
-
-    # As in training, an answer ends at a stop token of either model, if both have the same tokens.
-    teacher_tokenizer = load_tokenizer(cfg['teacher'] or cfg['student'])
-    stop = stop_set(tokenizer, teacher_tokenizer)
-    vocab = shared_size(tokenizer, teacher_tokenizer)
+    cfg = evaluation.cfg
 
     # What is there is not sampled again.
     done = {((name, number), sample) for name, number, sample in samples}
-    new = answers(model, numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=env.rank, world=env.world,
-                  done=done, max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
-                  stop=stop, vocab=vocab, seed=cfg['seed'],
+    new_tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
+    new = answers(model, evaluation.numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=env.rank,
+                  world=env.world, done=done, max_new_tokens=new_tokens,
+                  stop=evaluation.stop, vocab=evaluation.vocab, seed=cfg['seed'],
                   temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
-    graded = graded_rows(new, tokenizer, numbered, cfg['seed'])
-    share = (len(numbered) * cfg['eval_n'] - len(done)) // env.world
-
-    # The folder is made only now, so that a refused command leaves nothing behind.
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f'samples-{env.rank}.jsonl').open('a') as file:
+    graded = graded_rows(new, evaluation.tokenizer, evaluation.numbered, cfg['seed'])
+    share = (evaluation.total - len(done)) // env.world
+    with (evaluation.folder / f'samples-{env.rank}.jsonl').open('a') as file:
         for row in with_progress(graded, share, 'evaluate' if env.rank == 0 else ''):
-            append_row(file, row)
+            append_row(file, row | {'date': evaluation.date}, crc=True)
 
 
-def report(cfg, folder, sets, samples, total):
+def report(evaluation, samples):
     """Score all answers, set by set: results.json, and a table on the terminal."""
-    if len(samples) < total:
-        raise UserError(f'{folder}: {len(samples)} of {total} answers; run it without --regrade first')
     results = {}
-    for name in sets:
+    for name in evaluation.sets:
         results[name] = scores([row for row in samples.values() if row['set'] == name])
-    write_json(folder / 'results.json', {'model': cfg['student'], 'seed': cfg['seed'], 'sets': results})
+    cfg = evaluation.cfg
+    write_json(evaluation.folder / 'results.json',
+               {'model': cfg['student'], 'seed': cfg['seed'], 'sets': results})
     print0('\n'.join(table(results)))
-    print0(f'{folder}: results.json, samples.jsonl')
+    print0(f'{evaluation.folder}: results.json, samples.jsonl')
 
 
 if __name__ == '__main__':

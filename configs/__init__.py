@@ -7,15 +7,18 @@ are one-line errors, so that nothing downstream looks at the config with suspici
 """
 import ast
 import difflib
+import re
 import runpy
 import sys
 from pathlib import Path
 
 from configs.default import checks, free, later
 from configs.default import config as default
-from support.runtime import ROOT, UserError
+from support.runtime import ROOT, UserError, cut, shown
 
 __all__ = ['load_config', 'checks', 'default', 'free', 'later']
+
+LONGEST = 1000                  # entries of a list, and the largest layer number
 
 
 def load_config(argv=None):
@@ -28,7 +31,7 @@ def load_config(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if '-h' in argv or '--help' in argv:
         print('usage: script.py [configs/x.py] [key=value ...]\n')
-        print((ROOT / 'configs/default.py').read_text().split('\ninf = ')[0])
+        print((ROOT / 'configs/default.py').read_text().split('\n)\n')[0] + '\n)', flush=True)
         raise SystemExit(0)
     files = [a for a in argv if '=' not in a and not a.startswith('-')]
     if len(files) > 1:
@@ -39,7 +42,7 @@ def load_config(argv=None):
             key, eq, text = arg.removeprefix('--').partition('=')
             key = key if eq else key.replace('-', '_')
             if not eq and not (key in default and isinstance(default[key], bool)):
-                raise UserError(f'{arg}: not key=value, and not a switch; see --help')
+                raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; see --help')
             cfg[key] = parse(key, text) if eq else True
     return check(cfg, 'command line')
 
@@ -56,8 +59,9 @@ def read_config_file(name):
         sys.path.insert(0, str(ROOT))        # so that it can say `from configs.default import config`
     try:
         cfg = runpy.run_path(str(path)).get('config')
-    except Exception as e:                   # the file is the user's own Python: say where it broke
-        raise UserError(f'{name}: {type(e).__name__}: {e}; mend the config file') from None
+    except (Exception, SystemExit) as e:     # the file is the user's own Python: say where it broke
+        what = cut(' '.join(str(e).split()), 150)
+        raise UserError(f'{name}: {type(e).__name__}: {what}; mend the config file') from None
     if not isinstance(cfg, dict):
         raise UserError(f'{name}: no dict called `config` in it; see configs/toy.py')
     return dict(cfg)
@@ -69,43 +73,62 @@ def parse(key, text):
         return text
     try:
         return ast.literal_eval(text)        # literals only: numbers, True, lists, strings
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):           # the last two: deep nesting
         return text
 
 
 def check(cfg, where):
-    """cfg, with every key known, of the right type and in range; else UserError."""
+    """cfg, with every key there is, each of the right type and in range; else UserError."""
+    checked = dict(default)
     for key, value in cfg.items():
         if key not in default:
-            near = difflib.get_close_matches(key, default, 1)
-            raise UserError(f'{where}: unknown key {key!r}' +
-                            (f'; did you mean {near[0]!r}?' if near else '; see --help for all keys'))
-        like, rule = default[key], checks.get(key)
-        if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = cfg[key] = float(value)
-        allowed = isinstance(rule, tuple) and list in rule and isinstance(value, list)
-        if not allowed and type(value) is not type(like):
-            raise UserError(f'{where}: {key}={value!r} is {type(value).__name__}, but {key} is '
-                            f'{type(like).__name__} (default {like!r})')
-        if rule and isinstance(value, (int, float)) and not rule[0] <= value <= rule[1]:
-            raise UserError(f'{where}: {key}={value!r} is out of range; choose {rule[0]:g} to {rule[1]:g}')
-        if rule and isinstance(value, str) and value not in rule:
-            words = ', '.join(repr(w) if isinstance(w, str) else 'a list of numbers' for w in rule)
-            raise UserError(f'{where}: {key}={value!r}; choose one of {words}')
-        if isinstance(value, list) and isinstance(like, float) and not are_knots(value):
-            raise UserError(f'{where}: {key}={value!r}; give knots [[share of the run, weight], ...] with '
-                            'ascending shares from 0 to 1, such as [[0,1],[0.5,0]]')
-        if isinstance(value, list) and not isinstance(like, float) and not (
-                value and all(type(v) is int and v >= 1 for v in value)):
-            raise UserError(f'{where}: {key}={value!r}; give a list of layer numbers from 1, such as [1,2]')
-    return {key: cfg.get(key, like) for key, like in default.items()}
+            near = difflib.get_close_matches(str(key)[:60], default, 1)
+            hint = f'did you mean {near[0]!r}?' if near else 'see --help for all keys'
+            raise UserError(f'{where}: unknown key {shown(key)}; {hint}')
+        checked[key] = check_value(key, value, f'{where}: {key}={shown(value)}')
+    return checked
 
 
-def are_knots(value):
-    """[[x, weight], ...] with x ascending in 0..1 and weights that are not negative?"""
-    if not value or not all(isinstance(v, list) and len(v) == 2 for v in value):
+def check_value(key, value, told):
+    """The value of a key, a float where the default is one; else UserError. told: where it is, and what."""
+    like, rule = default[key], checks.get(key)
+    if isinstance(like, float) and type(value) is int:
+        value = float(max(-1e300, min(value, 1e300)))        # larger ones would overflow; no range holds them
+
+    # Lists: of layer numbers, or the knots of a schedule.
+    if isinstance(value, list) and list in (rule or ()):
+        if isinstance(like, float) and not are_knots(value, rule[1]):
+            raise UserError(f'{told}; give knots [[share of the run, weight], ...] with ascending shares '
+                            'from 0 to 1, such as [[0,1],[0.5,0]]')
+        if not isinstance(like, float) and not are_layers(value):
+            raise UserError(f'{told}; give a list of layer numbers from 1, such as [1,2]')
+        return value
+
+    if type(value) is not type(like):
+        raise UserError(f'{told} is {type(value).__name__}, but {key} is {type(like).__name__} '
+                        f'(default {like!r})')
+    if isinstance(value, (int, float)) and rule and not rule[0] <= value <= rule[1]:
+        raise UserError(f'{told} is out of range; choose {rule[0]:g} to {rule[1]:g}')
+    if key in ('temperature', 'eval_temperature') and 0 < value < 1e-3:
+        raise UserError(f'{told}: logits divided by it overflow; choose 0 (greedy), or 1e-3 and more')
+    if isinstance(value, str) and rule and value not in rule:
+        words = ', '.join(repr(w) if isinstance(w, str) else 'a list of numbers' for w in rule)
+        raise UserError(f'{told}; choose one of {words}')
+    if isinstance(value, str) and re.search('[\0\ud800-\udfff]', value):
+        raise UserError(f'{told}: no text in UTF-8; remove the characters that are shown as escapes')
+    return value
+
+
+def are_knots(value, highest):
+    """At most LONGEST pairs [x, weight] with x ascending in 0..1 and weights from 0 to `highest`?"""
+    if not 1 <= len(value) <= LONGEST or not all(isinstance(v, list) and len(v) == 2 for v in value):
         return False
-    if not all(type(x) in (int, float) and 0 <= x < float('inf') for pair in value for x in pair):
+    if not all(type(x) in (int, float) and 0 <= x <= highest for pair in value for x in pair):
         return False
     xs = [x for x, _ in value]
     return xs == sorted(xs) and xs[-1] <= 1
+
+
+def are_layers(value):
+    """At least one whole number from 1, at most LONGEST of them?"""
+    return 1 <= len(value) <= LONGEST and all(type(v) is int and 1 <= v <= LONGEST for v in value)

@@ -25,6 +25,8 @@ config = dict(
                                 # between; by name: aime24, aime25, aimo, amc23, math500 (eval_math.py)
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
+    date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
+                                # which the run was started
 
     # rollout: the student's own answers (section 4.1.1)
     prompts_per_step=8,         # prompts of a step, over all ranks
@@ -142,36 +144,36 @@ config = dict(
     toy_eval=128,               # held-out problems
 )
 
-inf = float('inf')
-positive, share = (1, inf), (0, 1)
-# key -> what it may be: (low, high) for numbers, or a tuple of allowed words and types.
-# Keys not listed take any value of their default's type (rep_loss: a name in losses.DISTANCES).
+# What each key may be: (low, high) for numbers, or a tuple of allowed words and types. Every number has both
+# bounds, far beyond any real use: a larger one would run for days, fill the memory or overflow before any
+# message. Texts that are not listed may be anything (rep_loss: a name in losses.DISTANCES).
+positive, natural, share = (1, 10**7), (0, 10**7), (0, 1)
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
-    max_prompt_tokens=(0, inf), prompts_per_step=positive, n=positive, max_new_tokens=positive,
-    temperature=(0, inf), top_k=(0, inf), top_p=(1e-6, 1),
+    max_prompt_tokens=natural, prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
+    temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
-    position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, inf, list),
-    opd_weight=(0, inf, list),
+    position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, 1e6, list),
+    opd_weight=(0, 1e6, list),
     opd=('sampled', 'full', 'topk', 'byte'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
-    opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=(0, inf),
+    opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
-    diagnose_every=(0, inf), diagnose_rows=positive,
+    diagnose_every=natural, diagnose_rows=positive,
     layer_map=('depth', 'cka', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
-    bridge_rank=(0, inf), bridge_prompts=(2, inf), bridge_held_out=(1e-6, 0.9), bridge_ridge=(0, 1e3),
+    bridge_rank=natural, bridge_prompts=(2, 10**7), bridge_held_out=(1e-6, 0.9), bridge_ridge=(0, 1e3),
     bridge_fit=('ridge', 'adamw', 'random', 'shuffled'), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,
     beta1=(0, 0.9999), beta2=(0, 0.99999), adam_eps=(0, 1),
-    weight_decay=(0, 10), grad_clip=(0, inf), token_budget=positive,
-    eval_every=(0, inf), eval_n=positive, eval_problems=(0, inf), eval_temperature=(0, inf),
-    eval_top_p=(1e-6, 1), eval_max_new_tokens=(0, inf), eval_rows=positive,
-    save_every=positive, keep=positive, log_every=positive,
-    toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=positive,
+    weight_decay=(0, 10), grad_clip=(0, 1e9), token_budget=(1, 10**9),
+    eval_every=natural, eval_n=(1, 10**4), eval_problems=natural, eval_temperature=(0, 1e3),
+    eval_top_p=(1e-6, 1), eval_max_new_tokens=natural, eval_rows=(1, 10**5),
+    save_every=positive, keep=(1, 10**6), log_every=positive,
+    toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=(1, 10**5),
     toy_teacher_layers=(0, 64), toy_teacher_width=(0, 4096), toy_teacher_tokens=('same', 'merged'),
-    toy_student_steps=positive, toy_teacher_steps=positive, toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
-    toy_train=positive, toy_eval=positive,
+    toy_student_steps=(1, 10**6), toy_teacher_steps=(1, 10**6), toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
+    toy_train=(1, 10**6), toy_eval=(1, 10**5),
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.

@@ -6,9 +6,16 @@ the prompts of a training run are asked.
 
 Simpler than a data loader: all problems are read into memory once, and which of them a step asks is a
 function of (seed, step) alone, so there is no state to save. It does not stream, and it does not mix
-several training sets. Questions and answers are data: nothing in them is run or evaluated.
+several training sets. Questions and answers are data: nothing in them is run or evaluated. What a row may
+hold is checked for every row, because files are downloaded or written by hand:
+
+    question    a text, or a list of messages, each an object whose role and content are texts
+    answer      a text, a whole number or a finite number, or none; a list, an object or true is an error
+    any text    at most LONGEST_TEXT characters, all of which UTF-8 can write
 """
+import codecs
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +27,13 @@ import torch
 
 from formats.huggingface import snapshot
 from support.files import read_json
-from support.runtime import UserError, print0
+from support.runtime import UserError, cut, print0, shown
 
 # The names of the columns that are read, in the order in which they are looked for.
 QUESTION_KEYS = ('prompt', 'question', 'problem')
 ANSWER_KEYS = ('answer', 'reward_model', 'solution')
+
+LONGEST_TEXT = 1_000_000        # characters of a question or an answer: a few hundred pages
 
 # Words in a file's path that say it is held out; such files are never read for training.
 HELD_OUT_WORDS = {'test', 'validation', 'valid', 'val', 'dev', 'eval'}
@@ -82,26 +91,34 @@ def parquet_rows(file):
     try:
         table = pyarrow.parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name in QUESTION_KEYS + ANSWER_KEYS]
+        if len(set(columns)) < len(columns):
+            raise UserError(f'{file}: two of its columns have one name ({", ".join(columns)}); rename one')
         number = 0
         for batch in table.iter_batches(columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield f'{file}, row {number}', row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f'{file}: not a whole parquet file ({str(error).splitlines()[0]}); '
-                        'fetch it again') from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two: texts that are not UTF-8, and dates that Python does not have.
+        message = cut(str(error).partition('\n')[0], 100)
+        raise UserError(f'{file}: not a whole parquet file ({message}); fetch it again') from None
 
 
 def line_rows(file):
     """(where, row) of a .jsonl file, or of a .txt file, in which each line is a question."""
+    # Windows writes a mark in front of the file and a carriage return at the end of each line.
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+
     # Split at newlines only: str.splitlines would also split at U+2028, which JSON texts may hold.
-    for number, line in enumerate(file.read_bytes().split(b'\n'), 1):
+    for number, line in enumerate(content.split(b'\n'), 1):
+        line = line.removesuffix(b'\r')
         if not line.strip():
             continue
         try:
-            row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line)
+            row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line.decode())
         except (ValueError, RecursionError) as error:        # not UTF-8 is a ValueError as well
-            raise UserError(f'{file}:{number}: {error}; fix the line or delete it') from None
+            message = cut(str(error), 100)
+            raise UserError(f'{file}:{number}: {message}; fix the line or delete it') from None
         yield f'{file}:{number}', row
 
 
@@ -116,7 +133,12 @@ def question_and_answer(row, where):
     if not isinstance(row, dict):
         raise UserError(f'{where}: a {type(row).__name__}, not a row with names')
     question = next((row[key] for key in QUESTION_KEYS if row.get(key)), None)
-    if not isinstance(question, str) and not is_conversation(question):
+    if is_conversation(question):
+        question = [{'role': message['role'], 'content': message['content']} for message in question]
+        texts = [text for message in question for text in message.values()]
+    elif isinstance(question, str):
+        texts = [question]
+    else:
         raise UserError(f'{where}: no question; wants {" or ".join(QUESTION_KEYS)}, '
                         'a text or [{role, content}]')
 
@@ -125,19 +147,44 @@ def question_and_answer(row, where):
     if isinstance(reward, dict):
         row = row | {'reward_model': reward.get('ground_truth')}
     answer = next((row[key] for key in ANSWER_KEYS if row.get(key) is not None), None)
-    return question, None if answer is None else final_answer(str(answer))
+    if answer is not None:
+        answer = answer_text(answer, where)
+        texts.append(answer)
+    for text in texts:
+        check_text(text, where)
+    return question, None if answer is None else final_answer(answer)
 
 
 def is_conversation(question):
-    """Is it a list of messages, each with a role and a text?"""
-    if not isinstance(question, list):
+    """Is it a list of messages, each with a role and a content that are texts?"""
+    if not isinstance(question, list) or not question:
         return False
     for message in question:
-        if not isinstance(message, dict) or 'role' not in message:
+        if not isinstance(message, dict):
             return False
-        if not isinstance(message.get('content'), str):
+        if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
             return False
     return True
+
+
+def answer_text(answer, where):
+    """A known answer as text; a UserError if it is neither a text nor a number. The text of a list,
+    "['7']", would be an answer that no model can ever give."""
+    is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
+    if not is_number and not isinstance(answer, str):
+        raise UserError(f'{where}: the answer {shown(answer)} is of type {type(answer).__name__}; '
+                        'wants a text or a number')
+    return str(answer)
+
+
+def check_text(text, where):
+    """A text that is endless, or that no tokenizer can read, is a UserError."""
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f'{where}: a text of {len(text)} characters, {shown(text)}; at most {LONGEST_TEXT} '
+                        'are read, so delete the row')
+    half = re.search('[\ud800-\udfff]', text)
+    if half:
+        raise UserError(f'{where}: holds {shown(half[0])}, half of a character; delete it')
 
 
 def final_answer(answer):

@@ -152,7 +152,7 @@ def write_json(path, obj):
 def read_json(path, kind=dict):
     """Parsed JSON of a file. A file that is missing, malformed or not of the kind is a UserError."""
     try:
-        obj = json.loads(Path(path).read_text(encoding='utf-8'))
+        obj = json.loads(Path(path).read_text(encoding='utf-8-sig'))         # with or without a mark
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,5 @@
 """
-Where a script runs: ranks, devices, shards of a model, clocks, and one-line errors.
+Where a script runs: ranks, devices, shards of a model, clocks, printing, and one-line errors.
 
 torchrun gives each process its rank in the environment. Without torchrun there is one rank, and every
 collective below does nothing, so the scripts read the same on a laptop and on eight GPUs.
@@ -11,12 +11,14 @@ group. What it does not do: restart after a lost node, or anything that knows wh
     torchrun --nproc_per_node=8 distill.py configs/toy.py         eight ranks: GPUs, or CPU processes
 """
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import torch
@@ -49,6 +51,11 @@ def start(device='auto', dtype='auto'):
 
     'auto' means CUDA with bfloat16 where there is CUDA, else CPU with float32.
     """
+    tasks = os.environ.get('SLURM_NTASKS', '1')
+    if tasks != '1' and 'RANK' not in os.environ:
+        raise UserError(f'SLURM_NTASKS={tasks}, but no RANK: each of the tasks would run alone; start one '
+                        'task per node, with torchrun in it')
+    end_with_torchrun()
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
@@ -70,6 +77,27 @@ def start(device='auto', dtype='auto'):
     return Env(rank, world, local, own_device, getattr(torch, dtype))
 
 
+def end_with_torchrun():
+    """Under torchrun: watch it from a thread, and end this process when it has died.
+
+    A killed torchrun (SIGKILL, out of memory) cannot stop its ranks. They would go on as orphans, and mix
+    with those of the next launch. A process without torchrun outlives its shell, as nohup promises.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return
+    torchrun = os.getppid()
+
+    def watch():
+        while os.getppid() == torchrun:      # an orphan gets another parent
+            time.sleep(1)
+        try:
+            print('error: torchrun has died; this rank ends with it', file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def check_device(device, dtype, local, world):
     """A device that is not there, or that cannot do what is asked, is a UserError."""
     if device == 'cuda' and not torch.cuda.is_available():
@@ -85,10 +113,41 @@ def check_device(device, dtype, local, world):
         raise UserError("device='mps' runs in float32; use dtype=float32")
 
 
+# ---- printing: text from outside cannot command the terminal ----------------------------------
+
+# Control characters but tab and newline, marks that change the direction of text, separators that some
+# programs take for a newline, and halves of characters, which no encoding can write.
+UNPRINTABLE = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]')
+ERROR_LENGTH = 300              # of an error line, in characters
+
+
+def printable(text):
+    """Text that may come from outside, safe to print: '\\x1b[2J' and '\\u202e' become visible escapes. Other
+    text, in any script, stays as it is."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode('unicode_escape').decode(), text)
+
+
+def cut(text, length):
+    """A text of at most so many characters: its beginning and its end, with ' ... ' between them."""
+    if len(text) <= length:
+        return text
+    end = (length - 5) // 2
+    return f'{text[:length - 5 - end]} ... {text[len(text) - end:]}'
+
+
+def shown(value, length=60):
+    """A value from a file or a command line as an error line shows it: its repr, cut."""
+    try:
+        return cut(repr(value), length)
+    except (ValueError, RecursionError):     # an integer of thousands of digits, or lists in lists in lists
+        return f'a large {type(value).__name__}'
+
+
 def print0(*words):
     """print on rank 0 only."""
     if int(os.environ.get('RANK', 0)) == 0:
-        print(*words, flush=True)
+        print(*(printable(str(word)) for word in words), flush=True)
 
 
 # ---- run: one-line errors, exit codes, signals ------------------------------------------------
@@ -96,6 +155,9 @@ def print0(*words):
 def run(main, cfg_of):
     """Run `main(cfg_of())` as a script and exit. A UserError, a full disk or a full GPU is one line and
     exit code 2."""
+    # A terminal that knows ASCII alone is shown escapes; a path or an answer must not end a run.
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
     line = None
     try:
         code = main(cfg_of()) or 0
@@ -104,6 +166,11 @@ def run(main, cfg_of):
     except torch.OutOfMemoryError as error:
         line = (f'{str(error).splitlines()[0]} Lower token_budget=, eval_rows= or head_rows=, or set '
                 'checkpointing=True')
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `--help | head`. There is nobody to tell, and the
+        # interpreter's last flush must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(128 + signal.SIGPIPE, failed=True)
     except OSError as error:
         line = f'{error.filename or "system"}: {error.strerror or error}; look at space and permissions there'
     except KeyboardInterrupt:
@@ -114,7 +181,8 @@ def run(main, cfg_of):
         # An error that rank 0 meets too is printed once: rank 0 is first, and its end stops the others.
         if int(os.environ.get('RANK', 0)):
             time.sleep(3)
-        print(f'error: {line}', file=sys.stderr, flush=True)
+        line = printable(f'error: {line}').replace('\n', ' ').replace('\t', ' ')
+        print(cut(line, ERROR_LENGTH), file=sys.stderr, flush=True)
         code = 2
     leave(code, failed=line is not None)
 
@@ -244,6 +312,11 @@ def all_gather(obj):
     if ranks() > 1:
         dist.all_gather_object(gathered_objects, obj)
     return gathered_objects
+
+
+def today():
+    """The date on rank 0, YYYY-MM-DD: the same on all ranks, at midnight too."""
+    return all_gather(date.today().isoformat())[0]
 
 
 def barrier():

@@ -53,7 +53,7 @@ def test_a_config_may_build_on_another(tmp_path):
     (['steps=1.5'], 'steps=1.5 is float, but steps is int'),
     (['steps=many'], "steps='many' is str"),
     (['n=True'], 'n=True is bool'),
-    (['steps=0'], 'steps=0 is out of range; choose 1 to inf'),
+    (['steps=0'], 'steps=0 is out of range; choose 1 to 1e+07'),
     (['temperature=-1'], 'out of range'),
     (['lr=nan'], "lr='nan' is str"),
     (['top_p=0'], 'out of range'),
@@ -68,13 +68,58 @@ def test_a_config_may_build_on_another(tmp_path):
     (['layers=[0]'], 'give a list of layer numbers from 1'),
     (['layers=[]'], 'give a list of layer numbers from 1'),
     (['--fast'], 'not key=value'),
+    (['steps=1000000000000'], 'steps=1000000000000 is out of range; choose 1 to 1e+07'),
+    (['n=10000000'], 'out of range; choose 1 to 10000'),
+    (['temperature=1e999'], 'temperature=inf is out of range'),
+    (['temperature=1e-300'], 'choose 0 (greedy), or 1e-3 and more'),
+    (['lr=1' + '0' * 400], 'out of range; choose 0 to 10'),
+    (['lr=-1' + '0' * 400], 'out of range; choose 0 to 10'),
+    (['lr=1' + '0' * 100_000], 'is str, but lr is float'),
+    (['steps=1' + '0' * 4000], 'out of range'),
+    (['steps=0x1' + '0' * 9000], 'steps=a large int is out of range'),
+    (['layers=' + '[' * 90 + ']' * 90], 'give a list of layer numbers'),
+    (['layers=' + '[' * 50_000], "choose one of 'all'"),
+    (['layers=[1' + ',1' * 1000 + ']'], 'give a list of layer numbers'),
+    (['layers=[1' + '0' * 30 + ']'], 'give a list of layer numbers'),
+    (['layers=[True]'], 'give a list of layer numbers'),
+    (['oprd_weight=' + str([[0, 1]] * 1001)], 'give knots'),
+    (['oprd_weight=[[0,1e300]]'], 'give knots'),
+    (['oprd_weight=[[0,1],[1e999,1]]'], 'give knots'),
+    (['oprd_weight=[[0,1],[1]]'], 'give knots'),
+    (['steps=-' + '-' * 50_000 + '1'], 'is str, but steps is int'),
+    (['data=a\0b'], 'no text in UTF-8'),
+    (['out_dir=\udcff'], 'no text in UTF-8'),
+    (['x' * 100_000 + '=1'], "unknown key 'xxx"),
+    (['--' + 'x' * 100_000], 'not key=value'),
     (['configs/tooy.py'], 'did you mean configs/toy.py?'),
     (['configs/toy.py', 'configs/toy.py', 'x.py'], 'second config file'),
 ])
 def test_bad_command_lines(args, says):
     with pytest.raises(UserError) as e:
         load_config(args)
-    assert says in str(e.value) and '\n' not in str(e.value)
+    assert says in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 280
+
+
+def test_every_number_has_finite_bounds_that_hold_its_default():
+    """Without an upper bound, steps=10**12 walked every step of a schedule before the first message, and
+    temperature=1e999 made NaN of every logit."""
+    for key, like in default.items():
+        if type(like) in (int, float):
+            low, high = checks[key][:2]
+            assert low <= like <= high and abs(low) < 2**63 and high < 2**63, key
+
+
+@pytest.mark.parametrize('key', [key for key, like in default.items() if type(like) in (int, float)])
+def test_a_number_beyond_its_bounds_is_refused(key):
+    """Each key by itself, whole numbers and fractions, NaN too: a bound that is compared the wrong way round lets NaN in."""
+    low, high = checks[key][:2]
+    kind = type(default[key])
+    beyond = [low - 1, high + 1, 10**400, -10**400] + ([float('nan'), float('inf')] if kind is float else [])
+    for value in beyond:
+        with pytest.raises(UserError, match='is out of range; choose'):
+            check({key: kind(value) if abs(value) < 1e300 else value}, 'here')
+    for value in (low, high):
+        assert check({key: kind(value)}, 'here')[key] == value
 
 
 def test_the_ends_of_a_range_are_in_it():
@@ -88,9 +133,22 @@ def test_the_ends_of_a_range_are_in_it():
     ('config = {', 'SyntaxError'),
     ('from configs.default import config\nconfig = config | dict(lrr=1)', "unknown key 'lrr'"),
     ('import no_such_module', 'ModuleNotFoundError'),
+    ('raise SystemExit(0)', 'SystemExit'),
+    ('def again():\n    again()\nagain()', 'RecursionError'),
+    ('raise ValueError("x\\n" * 9999)', 'ValueError: x x x'),
+    ('config = {' + '[' * 3000, 'bad.py'),
+    ('\x00\x01\x02', 'null bytes'),
+    ('config = {3: 4}', 'unknown key 3'),
+    ('config = {("steps",): 4}', "unknown key ('steps',)"),
+    ('config = dict(steps=None)', 'steps=None is NoneType'),
+    ('config = dict(layers=(1, 2))', 'layers=(1, 2) is tuple'),
+    ('config = dict(lr=float("nan"))', 'lr=nan is out of range'),
+    ('config = dict(lr=1 + 0j)', 'lr=(1+0j) is complex'),
+    ('config = dict(data="a\\ud800")', 'no text in UTF-8'),
+    ('x = []\nfor _ in range(99999): x = [x]\nconfig = dict(layers=x)', 'give a list of layer numbers'),
 ])
 def test_bad_config_files(tmp_path, text, says):
     (tmp_path / 'bad.py').write_text(text)
     with pytest.raises(UserError) as e:
         load_config([str(tmp_path / 'bad.py')])
-    assert says in str(e.value) and 'bad.py' in str(e.value) and '\n' not in str(e.value)
+    assert says in str(e.value) and 'bad.py' in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 280

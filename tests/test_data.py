@@ -265,6 +265,109 @@ def test_bad_problems(folder, text, says):
         load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
 
 
+@pytest.mark.parametrize('row, says', [
+    ({'answer': ['7']}, "the answer ['7'] is of type list; wants a text or a number"),
+    ({'answer': {'x': 7}}, 'is of type dict'),
+    ({'answer': True}, 'the answer True is of type bool'),
+    ({'answer': float('nan')}, 'the answer nan is of type float'),
+    ({'answer': float('inf')}, 'the answer inf is of type float'),
+    ({'reward_model': {'ground_truth': ['7', '8']}}, 'is of type list'),
+    ({'reward_model': [7]}, 'is of type list'),
+    ({'answer': 'a' * 1_000_001}, "a text of 1000001 characters, 'aaa"),
+    ({'answer': '\ud800'}, "holds '\\ud800', half of a character"),
+    ({'question': 'a\udfffb'}, "holds '\\udfff', half of a character"),
+    ({'question': 'long ' * 200_001}, 'at most 1000000 are read'),
+    ({'question': [{'role': 'user', 'content': '\ud9ab'}]}, "holds '\\ud9ab'"),
+    ({'question': [{'role': '\ud9ab', 'content': 'x'}]}, "holds '\\ud9ab'"),
+    ({'question': [{'role': 5, 'content': 'x'}]}, 'no question'),
+    ({'question': [{'role': 'user', 'content': None}]}, 'no question'),
+    ({'question': ['text']}, 'no question'),
+    ({'question': True}, 'no question'),
+    ({'question': {'text': 'a'}}, 'no question'),
+])
+def test_rows_that_no_problem_can_be(folder, row, says):
+    """Each was taken as it is: the text of a list, which no model can ever answer, or a traceback of the tokenizer.
+    The line names file and row, and shows a little of the value."""
+    rows = [{'question': 'fine', 'answer': '1'}, {'question': 'a', 'answer': '1'} | row]
+    if 'reward_model' in row:
+        del rows[1]['answer']
+    for file, where in (('p.jsonl', 'p.jsonl:2: '), ('p.json', 'p.json, row 2: ')):
+        (folder / file).write_text(json.dumps(rows) if file == 'p.json' else '\n'.join(map(json.dumps, rows)))
+        with pytest.raises(UserError) as e:
+            load_problems(folder / file, load_tokenizer(folder))
+        message = str(e.value).removeprefix(f'{folder}/')
+        assert message.startswith(where) and says in message and '\n' not in message and len(message) < 200
+
+
+def test_numbers_and_texts_are_answers(folder):
+    """What rows may hold besides: columns without a value, messages with other fields, which are left out."""
+    rows = [{'question': 'a', 'answer': 7}, {'question': 'b', 'answer': 0.5}, {'question': 'c', 'answer': None, 'solution': '8'},
+            {'question': 'd', 'answer': -10**30}, {'question': 'e', 'reward_model': {}}, {'question': 'f', 'answer': ''},
+            {'prompt': [{'role': 'user', 'content': 'g', 'name': None, 'deep': [[[]]]}], 'answer': '1'}]
+    (folder / 'p.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    problems = load_problems(folder / 'p.jsonl', load_tokenizer(folder))
+    assert [p.answer for p in problems] == ['7', '0.5', '8', '-1' + '0' * 30, None, '', '1']
+    assert problems[-1].question == [{'role': 'user', 'content': 'g'}]
+
+
+@pytest.mark.parametrize('ending', ['txt', 'jsonl', 'json'])
+def test_files_from_windows_are_read_as_any_others(folder, ending):
+    """A mark in front and carriage returns became part of the questions of a .txt file, and the mark made JSON
+    malformed."""
+    tok = load_tokenizer(folder)
+    texts = {'txt': 'one\n\ntwo\n', 'jsonl': '{"question": "one"}\n\n{"question": "two"}\n',
+             'json': '[{"question": "one"},\n {"question": "two"}]\n'}
+    for mark, newline in ((b'', '\n'), (b'\xef\xbb\xbf', '\n'), (b'', '\r\n'), (b'\xef\xbb\xbf', '\r\n')):
+        (folder / f'p.{ending}').write_bytes(mark + texts[ending].replace('\n', newline).encode())
+        problems = load_problems(folder / f'p.{ending}', tok)
+        assert [p.question for p in problems] == ['one', 'two'] and problems[0].ids == tok.chat('one')
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'json', 'txt', 'parquet'])
+@pytest.mark.parametrize('content', [
+    b'[' * 100_000, b'[' * 990 + b']' * 990, b'[{"question": ' + b'[' * 100_000, b'{"question": "a", "answer": 1' + b'0' * 5000 + b'}',
+    b'\xff\xfe{', b'{"question": "a\x00', b'PAR1', b'PAR1' * 9, b'', b'\x00' * 99, b'null', b'3', b'"text"', b'[3]', b'{}'], ids=repr)
+def test_files_that_hold_no_problems_are_one_line(folder, ending, content):
+    """Deep nesting, integers of thousands of digits, other encodings, half a parquet file, nothing at all."""
+    file = folder / f'p.{ending}'
+    file.write_bytes(content)
+    if ending == 'txt' and b'\xff' not in content and content:
+        assert len(load_problems(file, load_tokenizer(folder))) == 1         # any text is a question
+        return
+    with pytest.raises(UserError) as e:
+        load_problems(file, load_tokenizer(folder))
+    assert f'p.{ending}' in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 280
+
+
+def test_odd_columns_of_parquet_are_one_line(folder):
+    """Bytes, dates, decimals, maps, structs, nulls inside of nested values, texts that are not UTF-8, two columns of
+    one name."""
+    from datetime import datetime
+    from decimal import Decimal
+
+    import pyarrow
+    from pyarrow import parquet
+    text = pyarrow.array(['q'])
+    bad_text = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b'\0\0\0\0\2\0\0\0'), pyarrow.py_buffer(b'\xff\xfe'))
+    far = pyarrow.array([2**60], pyarrow.int64()).cast(pyarrow.timestamp('ms'))
+    map_type = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    null_talk = pyarrow.array([[{'role': 'user', 'content': None}, None]])
+    for columns in ([text, pyarrow.array([b'7'])], [text, pyarrow.array([datetime(2020, 1, 1)])], [text, far],
+                    [text, pyarrow.array([Decimal('7.0')])], [text, pyarrow.array([{'x': 7}])], [text, pyarrow.array([[None]])],
+                    [text, pyarrow.array([True])], [text, bad_text], [bad_text, text], [pyarrow.array([b'q']), text],
+                    [pyarrow.array([[('a', 'b')]], map_type), text], [null_talk, text], [pyarrow.array([5]), text],
+                    [pyarrow.array([None]), text], [pyarrow.array([{'a': {'b': None}}]), text], [pyarrow.array([[]]), text]):
+        parquet.write_table(pyarrow.Table.from_arrays(columns, ['question', 'answer']), folder / 'p.parquet')
+        with pytest.raises(UserError) as e:
+            load_problems(folder / 'p.parquet', load_tokenizer(folder))
+        assert 'p.parquet' in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 280, columns
+    parquet.write_table(pyarrow.Table.from_arrays([text, text, text], ['question', 'question', 'x']), folder / 'p.parquet')
+    with pytest.raises(UserError, match='two of its columns have one name'):
+        load_problems(folder / 'p.parquet', load_tokenizer(folder))
+    parquet.write_table(pyarrow.Table.from_arrays([text, text.dictionary_encode()], ['question', 'answer']), folder / 'p.parquet')
+    assert load_problems(folder / 'p.parquet', load_tokenizer(folder))[0].answer == 'q'
+
+
 HEADINGS = '#### Case 1\nso \\boxed{8}.\n#### Remark\nnone'
 
 

@@ -24,7 +24,6 @@ from eval_math import (
     load_eval_sets,
     majority,
     pass_at,
-    read_samples,
     scores,
     settings,
     table,
@@ -33,7 +32,10 @@ from formats.huggingface import load_model
 from formats.problems import Problem, load_problems
 from formats.tokenizer import load_tokenizer
 from studies import toy
+from support.files import owned
+from support.jsonl import append_row
 from support.runtime import ROOT, UserError, run
+from support.samples import read_samples
 
 # ---- metrics -------------------------------------------------------------------------------------
 
@@ -249,7 +251,7 @@ def evaluated(toy_dir, tmp_path_factory):
 def test_script(evaluated):
     folder, out = evaluated
     got = read_samples(folder)
-    assert [f.name for f in sorted(folder.iterdir())] == ['results.json', 'samples.jsonl'] and len(got) == 6 * 12
+    assert [f.name for f in sorted(folder.iterdir())] == ['.lock', 'results.json', 'samples.jsonl'] and len(got) == 6 * 12
     row = got['eval', 0, 0]
     assert {'prompt', 'text', 'ids', 'length', 'extracted', 'correct', 'seed', 'answer', 'stopped'} <= set(row)
     assert row['length'] == len(row['ids']) and row['prompt'].endswith('=')
@@ -299,25 +301,115 @@ def test_two_ranks_draw_the_same_samples(evaluated, toy_dir, tmp_path):
     assert (folder / 'samples.jsonl').read_bytes() == (evaluated[0] / 'samples.jsonl').read_bytes()
 
 
+def write_rows(file, rows):
+    """A samples.jsonl with the checksums that eval_math.py writes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open('w') as opened:
+        for row in rows:
+            append_row(opened, row, crc=True)
+
+
 def test_regrade(evaluated, toy_dir, tmp_path):
-    """Verdicts that were wrong are mended without sampling; a damaged line is told; too few are an error."""
+    """Verdicts that were wrong are mended without sampling; too few answers are an error."""
     folder = tmp_path / 'out/eval' / evaluated[0].name
-    folder.mkdir(parents=True)
-    good = (evaluated[0] / 'samples.jsonl').read_text()
-    (folder / 'samples.jsonl').write_text(good.replace('"correct": true', '"correct": false').replace('"extracted": "', '"extracted": "9'))
+    good = list(read_samples(evaluated[0]).values())
+    wrong = [row | {'correct': False, 'extracted': '9'} for row in good]
+    write_rows(folder / 'samples.jsonl', wrong)
     out = script(tmp_path, toy_dir, '--regrade')
-    assert (folder / 'samples.jsonl').read_text() == good and 'answers are there' not in out
-    (folder / 'samples.jsonl').write_text(good.split('\n', 3)[3])
+    assert (folder / 'samples.jsonl').read_bytes() == (evaluated[0] / 'samples.jsonl').read_bytes()
+    assert 'answers are there' not in out
+    write_rows(folder / 'samples.jsonl', good[3:])
     p = script(tmp_path, toy_dir, '--regrade', wait=False)
     assert p.wait(60) == 2 and 'run it without --regrade first' in p.stderr.read()
-    (folder / 'samples.jsonl').write_text(good.replace('"problem": 0,', '"problem": 0;', 1))
-    p = script(tmp_path, toy_dir, wait=False)
-    err = p.communicate(timeout=60)[1]
-    assert p.returncode == 2 and 'samples.jsonl:1: damaged' in err and err.count('\n') == 1
-    (folder / 'samples.jsonl').write_text(good.replace('"problem": 0,', '"problem": 99,', 1))
-    p = script(tmp_path, toy_dir, wait=False)
-    err = p.communicate(timeout=60)[1]
-    assert p.returncode == 2 and 'problem 99, sample 0, which this command does not ask for' in err and err.count('\n') == 1
+
+
+FOREIGN = {      # what is done to the rows of an evaluation -> what is said of it
+    'doubled, the second with another text': (lambda rows: [*rows, rows[0] | {'text': 'x'}], r":73: a second answer for set 'eval', problem 0, sample 0"),
+    'of a problem that is not asked': (lambda rows: [rows[0] | {'problem': 99}, *rows[1:]], 'problem 99, sample 0, which this command does not ask for'),
+    'of a sample that is not asked': (lambda rows: [rows[0] | {'sample': 12}, *rows[1:]], 'sample 12, which this command does not ask for'),
+    'of another set': (lambda rows: [rows[0] | {'set': 'other\x1b'}, *rows[1:]], r"set 'other\\x1b', problem 0"),
+    'of another seed': (lambda rows: [row | {'seed': 1} for row in rows], 'whose seed 1 is not 0'),
+    'of another prompt': (lambda rows: [rows[0] | {'prompt': rows[20]['prompt']}, *rows[1:]], 'whose prompt .* is not'),
+    'of another answer': (lambda rows: [rows[0] | {'answer': '77'}, *rows[1:]], "whose answer '77' is not"),
+    'of fewer ids than its length': (lambda rows: [rows[0] | {'ids': rows[0]['ids'][:-1]}, *rows[1:]], r'samples.jsonl:1: length \d+ with \d+ ids'),
+    'without ids': (lambda rows: [rows[0] | {'ids': []}, *rows[1:]], r'samples.jsonl:1: ids is \[\]; wants a list of length from 1'),
+    'a word among its ids': (lambda rows: [rows[0] | {'ids': [*rows[0]['ids'][1:], 'x']}, *rows[1:]], r"ids, entry \d+ is 'x'; wants a whole number"),
+    'true is no number': (lambda rows: [rows[0] | {'problem': False}, *rows[1:]], 'problem is False; wants a whole number from 0'),
+    'a number is not true': (lambda rows: [rows[0] | {'correct': 1}, *rows[1:]], 'correct is 1; wants true or false'),
+    'no text': (lambda rows: [{k: v for k, v in rows[0].items() if k != 'text'}, *rows[1:]], 'samples.jsonl:1: text is missing'),
+    'an endless text': (lambda rows: [rows[0] | {'extracted': ['x' * 10**6]}, *rows[1:]], r"extracted is \['xxx.*; wants a text or null"),
+}
+
+
+@pytest.mark.parametrize('change, says', FOREIGN.values(), ids=FOREIGN)
+def test_rows_that_do_not_belong_to_an_evaluation_are_refused(evaluated, toy_dir, tmp_path, monkeypatch, change, says):
+    """They counted as answers that are there: other scores, and exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'out/eval' / evaluated[0].name
+    write_rows(folder / 'samples.jsonl', change(list(read_samples(evaluated[0]).values())))
+    before = (folder / 'samples.jsonl').read_bytes()
+    args = [a for a in argv(toy_dir, 'unused', eval_n=12, eval_rows=5) if 'max_new' not in a]
+    with pytest.raises(UserError, match=says) as error:
+        eval_math.main(*settings([*args, 'max_new_tokens=20']))
+    assert len(str(error.value)) < 250 + len(str(folder)) and '\n' not in str(error.value)
+    assert (folder / 'samples.jsonl').read_bytes() == before and sorted(p.name for p in folder.iterdir()) == ['samples.jsonl']
+
+
+def test_every_flipped_bit_of_an_answer_is_found(evaluated, tmp_path):
+    """One wrong digit in a text or in an id is JSON as good as before. A cut-off end, and rows in two files, are none."""
+    good = (evaluated[0] / 'samples.jsonl').read_bytes()
+    first = good.index(b'\n')
+    (tmp_path / 'samples-0.jsonl').write_bytes(good[:first + 1])              # merged, but not deleted yet
+    (tmp_path / 'samples-old.jsonl').write_text('not ours\n')
+    rng = random.Random(0)
+    for place in [*rng.sample(range(first), 150), first]:
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << rng.randrange(8)
+        (tmp_path / 'samples.jsonl').write_bytes(flipped)
+        with pytest.raises(UserError, match=r'samples.jsonl:1: damaged; delete the line'):
+            read_samples(tmp_path)
+    (tmp_path / 'samples.jsonl').write_bytes(good[:-5])
+    assert len(read_samples(tmp_path)) == 71
+    (tmp_path / 'samples.jsonl').write_bytes(good)
+    assert read_samples(tmp_path) == read_samples(evaluated[0])
+
+
+def test_dropped_rows_are_sampled_again(evaluated, toy_dir, tmp_path):
+    """From the middle, the beginning and the end; rows in another order are the same rows."""
+    folder = tmp_path / 'out/eval' / evaluated[0].name
+    good = list(read_samples(evaluated[0]).values())
+    write_rows(folder / 'samples.jsonl', [*good[60:], *good[1:20], *good[25:59]])
+    assert '65 of 72 answers are there' in script(tmp_path, toy_dir)
+    assert (folder / 'samples.jsonl').read_bytes() == (evaluated[0] / 'samples.jsonl').read_bytes()
+    assert (folder / 'results.json').read_bytes() == (evaluated[0] / 'results.json').read_bytes()
+
+
+def test_an_evaluation_that_goes_on_the_next_day_asks_as_on_the_first(evaluated, toy_dir, tmp_path, monkeypatch):
+    """Templates that write the date would put two prompts under one problem. What the templates were told is seen here,
+    and that date= chooses another evaluation."""
+    monkeypatch.chdir(tmp_path)
+    told = []
+    load = eval_math.load_tokenizer
+    monkeypatch.setattr(eval_math, 'load_tokenizer', lambda path, **how: told.append(how.get('date')) or load(path, **how))
+    good = [row | {'date': '2020-02-29'} for row in read_samples(evaluated[0]).values()]
+    folder = tmp_path / 'out/eval' / evaluated[0].name
+    write_rows(folder / 'samples.jsonl', good[:70])
+    args = [a for a in argv(toy_dir, 'unused', eval_n=12, eval_rows=5) if 'max_new' not in a]
+    eval_math.main(*settings([*args, 'max_new_tokens=20']))
+    assert [day for day in told if day][-1] == '2020-02-29'
+    assert list(read_samples(folder).values()) == good
+    eval_math.main(*settings([*args, 'max_new_tokens=20', 'date=2021-01-01', '--dry-run']))
+    assert [day for day in told if day][-1] == '2021-01-01' and len(list((tmp_path / 'out/eval').iterdir())) == 1
+
+
+def test_two_evaluations_at_once_in_one_folder(evaluated, toy_dir, tmp_path):
+    """Both would append to one file. Who comes second is told who is first."""
+    folder = tmp_path / 'out/eval' / evaluated[0].name
+    write_rows(folder / 'samples.jsonl', list(read_samples(evaluated[0]).values())[:50])
+    with owned(folder):
+        p = script(tmp_path, toy_dir, wait=False)
+        err = p.communicate(timeout=100)[1]
+    assert p.returncode == 2 and f'in use by process {os.getpid()} on' in err and err.count('\n') == 1
 
 
 def test_a_dry_run_and_a_refused_command_leave_nothing(toy_dir, tmp_path, capsys, monkeypatch):
