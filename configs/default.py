@@ -25,6 +25,8 @@ config = dict(
                                 # between; by name: aime24, aime25, aimo, amc23, math500 (eval_math.py)
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
+    date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
+                                # which the run was started
 
     # rollout: the student's own answers (section 4.1.1)
     prompts_per_step=8,         # prompts of a step, over all ranks

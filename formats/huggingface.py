@@ -44,8 +44,8 @@ def snapshot(path_or_repo, weights=False, dataset=False):
         raise UserError(f'{short(path_or_repo)}: no such folder, and not a hub id (owner/name)')
     first = path_or_repo.split('/')[0]
     if first.startswith('.') or first == 'out' or os.path.isdir(first) or hub[1].endswith(DATA_ENDINGS):
-        raise UserError(f'{short(path_or_repo)}: no such folder or file; the hub is not asked, because it looks '
-                        f'like a path (a hub id is read where no folder {short(first)} is)')
+        raise UserError(f'{short(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
+                        f'not asked (for a hub id, start where no folder {short(first)} is)')
 
     patterns = ['*.json', '*.jinja', '*.txt', '*.tiktoken']
     if weights:

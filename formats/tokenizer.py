@@ -24,10 +24,10 @@ from support.files import read_json
 from support.limited import LimitedChild, Limits
 from support.runtime import UserError
 
-# What rendering may take: processor time and time by the clock for a piece of so many conversations, and
-# address space of the child process.
-TEMPLATE_LIMITS = Limits(cpu_seconds=3, wall_seconds=30, memory_bytes=2**29)
+# Conversations are rendered in pieces of so many, or of so many characters. This is what a piece may take.
 PIECE = 100
+PIECE_CHARACTERS = 10**6
+TEMPLATE_LIMITS = Limits(cpu_seconds=3, wall_seconds=30, memory_bytes=2**29)
 template_child = LimitedChild(Path(__file__).with_name('template_child.py'), 'chat templates', 'jinja2')
 
 
@@ -247,8 +247,7 @@ class Tokenizer:
         if not self.template:
             return [self.without_template(messages) for messages in conversations]
         texts = []
-        for start in range(0, len(conversations), PIECE):
-            piece = conversations[start:start + PIECE]
+        for piece in in_pieces(conversations):
             request = [self.template, self.date, self.marks | self.variables, piece]
             answer, problem = template_child.ask(request, TEMPLATE_LIMITS)
 
@@ -258,7 +257,7 @@ class Tokenizer:
                        'crash': 'ended its process'}[problem]
                 raise UserError(f'{self.name}: its chat template {why}; choose another model')
             if 'failed' in answer:
-                place = f"{places[start + answer['failed']]}: " if places else ''
+                place = f"{places[len(texts) + answer['failed']]}: " if places else ''
                 raise UserError(f"{place}{self.name}: its chat template {answer['message']}")
             texts += answer['texts']
         return texts
@@ -301,6 +300,22 @@ def as_messages(conversation):
     if isinstance(conversation, str):
         return [{'role': 'user', 'content': conversation}]
     return conversation
+
+
+def in_pieces(conversations):
+    """Cut a list of conversations into pieces that are rendered in one request each."""
+    piece = []
+    size = 0                                 # characters in the piece
+    for messages in conversations:
+        length = sum(len(message['content']) for message in messages)
+        if piece and (len(piece) == PIECE or size + length > PIECE_CHARACTERS):
+            yield piece
+            piece = []
+            size = 0
+        piece.append(messages)
+        size += length
+    if piece:
+        yield piece
 
 
 def read_fields(folder, name, table):

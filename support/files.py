@@ -155,7 +155,7 @@ def read_json(path, kind=dict):
         obj = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f'{path}: not valid JSON ({e}); delete it or fetch it again') from None
     if not isinstance(obj, kind):
         raise UserError(f'{path}: holds a {type(obj).__name__}, not a {kind.__name__}; fetch it again')

@@ -411,7 +411,7 @@ def tensors(change):
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': []}), 'weight_map = []'),
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': dict.fromkeys(
         ['model.norm.weight', *index_all(f)], 'model.safetensors') | {'lm_head.weight': 'other.safetensors'}}),
-     'names other.safetensors'),
+     "names 'other.safetensors'"),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
     (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
     (lambda f: edit(f, hidden_act='relu'), "hidden_act = 'relu'"),
@@ -423,9 +423,9 @@ def tensors(change):
     (tensors(lambda t: t.pop('lm_head.weight')), "'lm_head.weight' is missing"),
     (tensors(lambda t: t['model.norm.weight'].fill_(float('nan'))), 'model.norm.weight holds NaN'),
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': {'a': 'model-2.safetensors'}}),
-     'names model-2.safetensors, which is not there'),
+     "names 'model-2.safetensors', which is not there"),
     (lambda f: (shutil.copy(f / 'model.safetensors', f.parent), write_json(f / 'model.safetensors.index.json', {
-        'weight_map': dict.fromkeys(index_all(f), '../model.safetensors')})), 'names ../model.safetensors'),
+        'weight_map': dict.fromkeys(index_all(f), '../model.safetensors')})), "names '../model.safetensors'"),
     (shutil.rmtree, 'no such folder'),
     (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe'), 'not valid JSON'),
 ])
