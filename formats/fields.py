@@ -172,6 +172,10 @@ def checked(given, table, where, defaults=None):
 
 
 def short(value):
-    """A value as Python writes it, cut to 60 characters."""
-    written = reprlib.repr(value)            # looks at the beginning of what is long or deep, and no further
-    return written if len(written) <= 60 else written[:57] + '...'
+    """A value as Python writes it, cut to about 60 characters."""
+    # It looks at the beginning of what is long or deep, and no further.
+    writer = reprlib.Repr()
+    writer.maxstring = 60
+    writer.maxother = 60
+    written = writer.repr(value)
+    return written if len(written) <= 65 else written[:60] + '...'

@@ -11,6 +11,7 @@ tokenizers that are not byte-level, tool calls in templates, .tiktoken files oth
 import base64
 import datetime
 import unicodedata
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -49,13 +50,23 @@ def byte_alphabet():
 
 # ---- vocabularies: two libraries behind the same five methods ---------------------------------
 
+@contextmanager
+def refused(file, what):
+    """An error of the library `tokenizers` in this block is a UserError about the file."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:           # the library raises bare Exception, and a panic of Rust is none
+        raise UserError(f'{file}: {what} ({short(str(error))}); fetch it again') from None
+
+
 class JsonVocabulary:
     """A tokenizer.json, read by the library `tokenizers`."""
     def __init__(self, file):
-        try:
+        self.file = file
+        with refused(file, 'not a tokenizer'):
             self.core = HFTokenizer.from_file(str(file))
-        except Exception as error:           # `tokenizers` raises bare Exception
-            raise UserError(f'{file}: not a tokenizer ({short(str(error))}); fetch it again') from None
 
         # Published files keep truncation and padding from somebody's training.
         self.core.no_truncation()
@@ -65,13 +76,18 @@ class JsonVocabulary:
 
     def encode(self, text, special=True):
         self.core.encode_special_tokens = not special    # the library's name for "as ordinary text"
-        return self.core.encode(text, add_special_tokens=False).ids
+        with refused(self.file, 'it cannot cut a text into tokens'):
+            return self.core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.core.decode(ids, skip_special_tokens=True)
+        with refused(self.file, 'it cannot make a text of tokens'):
+            return self.core.decode(ids, skip_special_tokens=True)
 
     def normal(self, text):
-        return self.core.normalizer.normalize_str(text) if self.core.normalizer else text
+        if self.core.normalizer is None:
+            return text
+        with refused(self.file, 'it cannot normalise a text'):
+            return self.core.normalizer.normalize_str(text)
 
     def words(self):
         """{bytes the token stands for: id}; a token that is not byte-level keeps its string."""
@@ -163,7 +179,7 @@ class Tokenizer:
         self.date = day(date)
         files_along(folder)                  # a folder that could not be copied later is refused now
         file = member(folder, 'tokenizer.json')
-        tiktoken_files = sorted(folder.glob('*.tiktoken'))
+        tiktoken_files = [member(folder, found.name) for found in sorted(folder.glob('*.tiktoken'))]
         if not file.exists() and not tiktoken_files:
             raise UserError(f'{file}: no such file, and no .tiktoken file; the folder needs its tokenizer')
 
