@@ -73,11 +73,11 @@ def member(folder, name):
     file = Path(folder) / name
     home = Path(folder).resolve()
     in_cache = home.parent.name == 'snapshots' and home.parents[1].name.startswith('models--')
-    target = file.resolve()
+    target = Path(os.path.realpath(file))
     if not target.is_relative_to(home.parents[1] if in_cache else home):
         raise UserError(f'{file}: a link that leads out of its folder; put the file itself there')
-    if target.exists() and not target.is_file():
-        raise UserError(f'{file}: not a regular file; put the file itself there')
+    if os.path.lexists(file) and not target.is_file():
+        raise UserError(f'{file}: not a regular file, or a link to nothing; put the file itself there')
     return file
 
 
@@ -334,10 +334,10 @@ def tensor_files(folder):
     weight_map = checked(read_json(index), INDEX, index)['weight_map']
     tensors_of = {}
     for hf_name, name in weight_map.items():
-        if type(name) is not str or Path(name).name != name or not member(folder, name).exists():
+        if type(name) is not str or Path(name).name != name or not os.path.isfile(folder / name):
             raise UserError(f'{index}: names {short(name)}, which is not there; fetch the model again')
         if name not in tensors_of:
-            tensors_of[name] = set(open_safetensors(folder / name).keys())
+            tensors_of[name] = set(open_safetensors(member(folder, name)).keys())
         if hf_name not in tensors_of[name]:
             raise UserError(f'{index}: {short(hf_name)} is not in {name}; fetch the model again')
     if not weight_map:
@@ -362,7 +362,7 @@ def files_along(folder):
     for pattern in ALONG:
         for found in sorted(Path(folder).glob(pattern)):
             file = member(folder, found.name)
-            if file.exists() and file.stat().st_size > LARGEST_ALONG:
+            if file.stat().st_size > LARGEST_ALONG:
                 raise UserError(f'{file}: {file.stat().st_size:,} bytes, more than any tokenizer has; '
                                 'fetch it again')
             files.append(file)
