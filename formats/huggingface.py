@@ -6,11 +6,13 @@ Simpler than usual: no table of architectures. Reading is one function for confi
 name what the decoder does not compute, and one map from our parameter names to theirs. A folder written
 here loads in `transformers` and vLLM as it is.
 
-What it does not do: unpickle anything, or run code that comes with a model folder.
+A folder comes from somebody else: what its JSON files may hold is in fields.py, and a link in it leads to no
+file outside (`member`). What it does not do: unpickle anything, or run code that comes with a model folder.
 
     model = load_model('Qwen/Qwen3-4B', torch.bfloat16, 'cuda')
     save_model(model, 'out/copy', source=snapshot('Qwen/Qwen3-4B'))
 """
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,24 +20,32 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from model import ACTIVATIONS, Model, ModelConfig
+from formats.fields import CONFIG, FAMILY_DEFAULTS, INDEX, ROPE, ROPE_SCALING, checked, short, word
+from model import Model, ModelConfig
 from support.files import open_safetensors, read_json, whole, write_json, write_safetensors
 from support.runtime import UserError
 
 CLASS_NAMES = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}
+DATA_ENDINGS = ('.parquet', '.jsonl', '.json', '.txt', '.safetensors')       # of files; no hub id has them
 
 
 def snapshot(path_or_repo, weights=False, dataset=False):
     """A local folder as it is; a hub id, owner/name or owner/name@revision, downloaded once -> Path.
 
-    Pickled files are never downloaded, weights only if asked for. dataset: the id is a data set's.
+    What looks like a path of this computer is never asked of the hub: a mistyped folder would be somebody's
+    repository there. Pickled files are never downloaded, weights only if asked for. dataset: the id is a
+    data set's.
     """
     path_or_repo = str(path_or_repo)
-    if path_or_repo and Path(path_or_repo).is_dir():
+    if path_or_repo and os.path.isdir(path_or_repo):
         return Path(path_or_repo)
     hub = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', path_or_repo)
     if not hub:
-        raise UserError(f'{path_or_repo!r}: no such folder, and not a hub id (owner/name)')
+        raise UserError(f'{short(path_or_repo)}: no such folder, and not a hub id (owner/name)')
+    first = path_or_repo.split('/')[0]
+    if first.startswith('.') or first == 'out' or os.path.isdir(first) or hub[1].endswith(DATA_ENDINGS):
+        raise UserError(f'{short(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
+                        f'not asked (for a hub id, start where no folder {short(first)} is)')
 
     patterns = ['*.json', '*.jinja', '*.txt', '*.tiktoken']
     if weights:
@@ -48,129 +58,118 @@ def snapshot(path_or_repo, weights=False, dataset=False):
         return Path(snapshot_download(hub[1], revision=hub[2], repo_type='dataset' if dataset else 'model',
                                       allow_patterns=patterns))
     except Exception as error:               # the library lets the errors of its network libraries through
-        first_line = str(error).split('\n')[0]
+        first_line = (str(error).splitlines() or [''])[0]
         raise UserError(f'{path_or_repo}: no such folder, and the hub did not give it '
                         f'({type(error).__name__}: {first_line[:120]})') from None
+
+
+def member(folder, name):
+    """A file of a model folder, which may be missing -> its path. One that is no file, or a link to a file
+    outside, is a UserError: it could show us, or make us publish, a file of this computer.
+
+    The hub's cache is made of links, models--owner--name/snapshots/revision/file -> ../../blobs/sha256, so
+    for a folder in it everything in models--owner--name is inside.
+    """
+    file = Path(folder) / name
+    home = Path(folder).resolve()
+    in_cache = home.parent.name == 'snapshots' and home.parents[1].name.startswith('models--')
+    target = Path(os.path.realpath(file))
+    if not target.is_relative_to(home.parents[1] if in_cache else home):
+        raise UserError(f'{file}: a link that leads out of its folder; put the file itself there')
+    if os.path.lexists(file) and not target.is_file():
+        raise UserError(f'{file}: not a regular file, or a link to nothing; put the file itself there')
+    return file
 
 
 # ---- config.json ------------------------------------------------------------------------------
 
 def read_config(path_or_repo):
     """config.json of a folder or hub id -> ModelConfig."""
-    file = snapshot(path_or_repo) / 'config.json'
+    file = member(snapshot(path_or_repo), 'config.json')
     return parse_config(read_json(file), file)
 
 
 def parse_config(hf, file):
     """The contents of a config.json -> ModelConfig. What is not a model, or changes the mathematics in a
     way that this decoder does not know, is a UserError that names the key."""
-    def expect(fine, key, value, what):
+    def expect(fine, key, what):
         if not fine:
-            raise UserError(f'{file}: {key} = {value!r}, {what}')
+            raise UserError(f'{file}: {key} = {short(hf.get(key))}, {what}')
 
-    family = hf.get('model_type')
-    expect(family in tuple(CLASS_NAMES), 'model_type', family,
-           f'but this decoder reads {", ".join(CLASS_NAMES)}')
+    # Each field by itself. A missing one has the default that transformers gives it in this family.
+    family = checked(hf, {'model_type': CONFIG['model_type']}, file)['model_type']
+    fields = checked(hf, CONFIG, file, FAMILY_DEFAULTS[family])
+    d = fields['hidden_size']
+    H = fields['num_attention_heads']
+    G = fields['num_key_value_heads'] or H
+    e = fields['head_dim'] or FAMILY_DEFAULTS[family].get('head_dim') or d // H
+    context = fields['max_position_embeddings']
 
-    # The sizes. A missing key has the default that transformers gives it.
-    required = ('num_attention_heads', 'hidden_size', 'vocab_size', 'num_hidden_layers', 'intermediate_size')
-    defaults = {'num_key_value_heads': hf.get('num_attention_heads'),
-                'head_dim': 128 if family == 'qwen3' else 0,                 # 0: hidden_size / heads
-                'max_position_embeddings': 2048}
-    sizes = {}
-    for key in (*required, *defaults):
-        value = defaults.get(key) if hf.get(key) is None else hf[key]
-        expect(type(value) is int and (value > 0 or key == 'head_dim' and value == 0), key, value,
-               'no whole number above 0; is this a model?')
-        sizes[key] = value
-    H = sizes['num_attention_heads']
-    G = sizes['num_key_value_heads']
-    e = sizes['head_dim'] or sizes['hidden_size'] // H
-    context = sizes['max_position_embeddings']
-    expect(H % G == 0, 'num_key_value_heads', G, f'which {H} query heads cannot share evenly')
+    # What must fit together.
+    expect(H % G == 0, 'num_key_value_heads', f'which {H} query heads cannot share evenly; fetch it again')
+    expect(fields['head_dim'] or e * H == d or 'head_dim' in FAMILY_DEFAULTS[family], 'hidden_size',
+           f'which {H} heads cannot share evenly; fetch it again')
 
     # What would change the mathematics. A sliding window is fine if no layer uses it or no sequence fills
     # it.
-    window = hf.get('sliding_window') if hf.get('use_sliding_window', family == 'phi3') else None
-    layer_types = hf.get('layer_types') or ['sliding']
+    window = fields['sliding_window'] if fields['use_sliding_window'] else None
+    layer_types = fields['layer_types'] or ['sliding']
     window_is_used = any('sliding' in kind for kind in layer_types)
     fine = {
         'sliding_window': not window or not window_is_used or window >= context,
-        'quantization_config': not hf.get('quantization_config'),
-        'hidden_act': hf.get('hidden_act', 'silu') in tuple(ACTIVATIONS),
-        'attention_bias': family == 'qwen2' or not hf.get('attention_bias'),
-        'mlp_bias': not hf.get('mlp_bias'),
+        'quantization_config': not fields['quantization_config'],
+        'attention_bias': family == 'qwen2' or not fields['attention_bias'],
+        'mlp_bias': not fields['mlp_bias'],
     }
     for key, is_fine in fine.items():
-        expect(is_fine, key, hf.get(key), 'which this decoder does not know; choose another model')
+        expect(is_fine, key, 'which this decoder does not know; choose another model')
 
-    eps = hf.get('rms_norm_eps', 1e-5 if family == 'phi3' else 1e-6)
-    expect(is_positive(eps), 'rms_norm_eps', eps, 'not a positive number; fetch it again')
-    tied = hf.get('tie_word_embeddings', False)
-    expect(tied in (True, False, None), 'tie_word_embeddings', tied, 'neither true nor false; fetch it again')
-    theta, partial, rope = parse_rope(hf, family, e, expect)
+    theta, partial, rope = parse_rope(hf, fields, family, e, file)
     return ModelConfig(
-        family, V=sizes['vocab_size'], L=sizes['num_hidden_layers'], d=sizes['hidden_size'], H=H, G=G, e=e,
-        ff=sizes['intermediate_size'], tied=bool(tied), theta=theta, eps=eps, context=context,
-        partial=partial, rope=rope, activation=hf.get('hidden_act', 'silu'), hf=hf)
+        family, V=fields['vocab_size'], L=fields['num_hidden_layers'], d=d, H=H, G=G, e=e,
+        ff=fields['intermediate_size'], tied=bool(fields['tie_word_embeddings']), theta=theta,
+        eps=fields['rms_norm_eps'], context=context, partial=partial, rope=rope,
+        activation=fields['hidden_act'], hf=hf)
 
 
-def is_positive(value):
-    """Is this value of a JSON file a number above 0? True and NaN are not."""
-    return type(value) in (int, float) and value > 0
-
-
-def parse_rope(hf, family, e, expect):
+def parse_rope(hf, fields, family, e, file):
     """The rotary settings of a config.json -> (theta, share of a head that is rotated, scaling or {}).
 
     Older files spell them rope_theta, partial_rotary_factor and rope_scaling; newer ones put all of them
     into rope_parameters. What is read last counts.
     """
     original = 'original_max_position_embeddings'
-    rope = {'rope_theta': 1e4, 'partial_rotary_factor': 1.0}
-    for key in (*rope, original):
+    given = {original: 4096} if family == 'phi3' else {}                     # transformers' default
+    for key in (*ROPE, original):
         if key in hf:
-            rope[key] = hf[key]
+            given[key] = hf[key]
     for key in ('rope_scaling', 'rope_parameters'):
-        group = hf.get(key) or {}
-        expect(isinstance(group, dict), key, group, 'not a group of names; fetch it again')
-        rope |= group
+        given |= fields[key] or {}
+    settings = checked(given, ROPE, file)
+    theta = float(settings['rope_theta'])
+    partial = settings['partial_rotary_factor'] if family == 'phi3' else 1.0             # others ignore it
 
-    # Each kind of scaling has numbers of its own; nothing else is kept of what the group says.
-    kind = rope.get('rope_type') or rope.get('type', 'default')
-    numbers = {'default': [], 'linear': ['factor'], 'longrope': [original],
-               'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', original]}
-    expect(kind in tuple(numbers), 'rope_type', kind,
-           'which this decoder does not know; choose another model')
-    for key in ('rope_theta', 'partial_rotary_factor', *numbers[kind]):
-        value = rope.get(key)
-        expect(is_positive(value), key, value, 'not a positive number; fetch it again')
-    theta = float(rope['rope_theta'])
-    partial = rope['partial_rotary_factor'] if family == 'phi3' else 1.0     # the others ignore it
-    if kind == 'default':
-        return theta, partial, {}
-    scaling = {'rope_type': kind}
-    for key in numbers[kind]:
-        scaling[key] = rope[key]
-    if kind == 'longrope':
-        scaling |= parse_longrope(rope, int(e * partial) // 2, expect)
-    return theta, partial, scaling
+    # The numbers rotate in pairs, which must fit into a head.
+    pairs = (int(e * partial) + 1) // 2
+    if not 0 < 2 * pairs <= e:
+        raise UserError(f'{file}: heads of {e} numbers, {int(e * partial)} of them rotated in pairs; '
+                        'choose another model')
 
-
-def parse_longrope(rope, pairs, expect):
-    """longrope's own settings: a divisor for each of the pairs of numbers that rotate together, within and
-    beyond the original context, and two numbers that may be missing."""
+    # Each kind of scaling has numbers of its own; nothing else is kept of what the file says.
+    kind = given.get('rope_type') or given.get('type', 'default')
+    checked({'rope_type': kind}, {'rope_type': (word(*ROPE_SCALING), 'default')}, file)
     scaling = {}
+    for key, value in checked(given, ROPE_SCALING[kind], file).items():
+        if value is not None:
+            scaling[key] = value
     for key in ('long_factor', 'short_factor'):
-        divisors = rope.get(key)
-        fine = isinstance(divisors, list) and len(divisors) == pairs and all(map(is_positive, divisors))
-        expect(fine, key, divisors, f'not the {pairs} numbers that {pairs} rotated pairs need')
-        scaling[key] = divisors
-    for key in ('factor', 'attention_factor'):
-        if rope.get(key) is not None:
-            expect(is_positive(rope[key]), key, rope[key], 'not a positive number; fetch it again')
-            scaling[key] = rope[key]
-    return scaling
+        if len(scaling.get(key, [0] * pairs)) != pairs:
+            raise UserError(f'{file}: {key} = {short(scaling[key])}, not the {pairs} numbers that {pairs} '
+                            'rotated pairs need; fetch it again')
+    if kind == 'llama3' and scaling['low_freq_factor'] >= scaling['high_freq_factor']:
+        raise UserError(f"{file}: low_freq_factor = {scaling['low_freq_factor']}, not below high_freq_factor "
+                        f"= {scaling['high_freq_factor']}; fetch it again")
+    return theta, partial, {'rope_type': kind} | scaling if scaling else {}
 
 
 SHAPE_KEYS = ('model_type', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
@@ -301,14 +300,22 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
     return model.eval()
 
 
+# What weights may be stored as. float64 holds every number of the others.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def read_tensor(file, name, shape):
-    """One tensor of a safetensors file, memory-mapped, of this shape and finite; else a UserError."""
+    """One tensor of a safetensors file, memory-mapped, of this shape, of a dtype of WEIGHT_DTYPES, and
+    finite; else a UserError."""
     try:
         tensor = open_safetensors(file).get_tensor(name)
     except SafetensorError as error:
         raise UserError(f'{file}: {name} cannot be read ({error}); fetch the model again') from None
     if list(tensor.shape) != shape:
         raise UserError(f'{file}: {name} has shape {list(tensor.shape)}, but config.json says {shape}')
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise UserError(f'{file}: {name} has dtype {str(tensor.dtype)[6:]}, but weights are read as float32, '
+                        'bfloat16, float16 or float64; choose another model')
     if not torch.isfinite(tensor.sum(dtype=torch.float32)):      # reads the numbers once and copies nothing
         raise UserError(f'{file}: {name} holds NaN or infinite numbers; fetch the model again')
     return tensor
@@ -316,19 +323,25 @@ def read_tensor(file, name, shape):
 
 def tensor_files(folder):
     """{Hugging Face tensor name: the file that holds it}, from the index or from the only file."""
-    index = folder / 'model.safetensors.index.json'
+    index = member(folder, 'model.safetensors.index.json')
     if not index.exists():
-        only = folder / 'model.safetensors'
+        only = member(folder, 'model.safetensors')
         if not only.exists():
             raise UserError(f'{folder}: no model.safetensors in it; pickled weights are never loaded')
         return dict.fromkeys(open_safetensors(only).keys(), only)
 
-    weight_map = read_json(index).get('weight_map')
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f'{index}: no weight_map in it; fetch the model again')
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f'{index}: names {name}, which is not there; fetch the model again')
+    # The index is somebody else's: it may name files of this folder only, and only tensors that they hold.
+    weight_map = checked(read_json(index), INDEX, index)['weight_map']
+    tensors_of = {}
+    for hf_name, name in weight_map.items():
+        if type(name) is not str or Path(name).name != name or not os.path.isfile(folder / name):
+            raise UserError(f'{index}: names {short(name)}, which is not there; fetch the model again')
+        if name not in tensors_of:
+            tensors_of[name] = set(open_safetensors(member(folder, name)).keys())
+        if hf_name not in tensors_of[name]:
+            raise UserError(f'{index}: {short(hf_name)} is not in {name}; fetch the model again')
+    if not weight_map:
+        raise UserError(f'{index}: no tensor in its weight_map; fetch the model again')
     return {hf_name: folder / name for hf_name, name in weight_map.items()}
 
 
@@ -339,15 +352,33 @@ ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'c
          'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', '*.tiktoken')
 
 
+LARGEST_ALONG = 2**28            # bytes of such a file; the largest published tokenizers have 2**25
+
+
+def files_along(folder):
+    """The files of a model folder that travel with its weights -> list of paths. A link to a file outside,
+    or a file that is no tokenizer because of its size, is a UserError."""
+    files = []
+    for pattern in ALONG:
+        for found in sorted(Path(folder).glob(pattern)):
+            file = member(folder, found.name)
+            if file.stat().st_size > LARGEST_ALONG:
+                raise UserError(f'{file}: {file.stat().st_size:,} bytes, more than any tokenizer has; '
+                                'fetch it again')
+            files.append(file)
+    return files
+
+
 def hf_tensors(c, state):
-    """{our name: parameter} -> {Hugging Face name: tensor}, as views."""
+    """{our name: parameter}, of all parameters or of some -> {Hugging Face name: tensor}, as views."""
     tensors = {}
     for name, hf_names in name_map(c).items():
-        rows = splits(c, name)
-        parameter = state[name].detach()
-        parts = [parameter] if rows == [-1] else parameter.split(rows)
-        for hf_name, part in zip(hf_names, parts, strict=True):
-            tensors[hf_name] = part
+        if name in state:
+            rows = splits(c, name)
+            parameter = state[name].detach()
+            parts = [parameter] if rows == [-1] else parameter.split(rows)
+            for hf_name, part in zip(hf_names, parts, strict=True):
+                tensors[hf_name] = part
     return tensors
 
 
@@ -355,46 +386,73 @@ def save_model(model, folder, source=None, state=None, shard_bytes=5 * 10**9):
     """Write a folder that `transformers` and vLLM load as it is, completely or not at all.
 
     source: a Hugging Face folder whose tokenizer, chat template and generation config are copied.
-    state: parameters by our names, where they cannot be read from the model (sharded ranks).
+    state: parameters by our names, all of one dtype, where they cannot be read from the model (sharded
+    ranks): a dict, or pairs (name, tensor), of which each is taken once and kept until its file is written.
     shard_bytes: larger models are cut into files of at most so many bytes, with an index.
     """
-    c = model.config
-    tensors = {}
-    for hf_name, tensor in hf_tensors(c, state or dict(model.named_parameters())).items():
-        tensors[hf_name] = tensor.cpu().contiguous()
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
-    config = hf_config(c) | {'dtype': dtype, 'torch_dtype': dtype}           # newer and older spelling
+    if state is None:
+        state = model.named_parameters()
+    elif isinstance(state, dict):
+        state = state.items()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    config = hf_config(model.config)
     config.pop('auto_map', None)             # names Python files, which do not travel
 
     with whole(folder) as tmp:
         tmp.mkdir()
-        write_weights(tensors, tmp, shard_bytes)
+        dtype = str(write_weights(model.config, shapes, state, tmp, shard_bytes)).removeprefix('torch.')
+        config |= {'dtype': dtype, 'torch_dtype': dtype}                     # newer and older spelling
         write_json(tmp / 'config.json', config)
-        for pattern in ALONG if source else ():
-            for file in Path(source).glob(pattern):
-                shutil.copy(file, tmp / file.name)
+        for file in files_along(source) if source else ():
+            shutil.copy(file, tmp / file.name)
 
 
-def write_weights(tensors, folder, shard_bytes):
-    """Tensors -> model.safetensors, or several files of at most `shard_bytes` bytes each and their
-    index."""
-    groups = [{}]
+def write_weights(c, shapes, state, folder, shard_bytes):
+    """Write model.safetensors, or several files of at most `shard_bytes` bytes each and their index -> the
+    dtype of the weights.
+
+    state: (name, parameter) for every parameter, in any order. A file is written as soon as all of it has
+    come. So in the order of `name_map` memory holds the tensors of one file. In that of a model's own
+    parameters it holds those of two: norm and head, which are in the first file, come last.
+    """
+    dtype = None
+    for name, parameter in state:
+        if dtype is None:
+            dtype = parameter.dtype
+            files = plan_files(c, shapes, dtype, shard_bytes)
+            file_of = {hf_name: file for file, hf_names in files.items() for hf_name in hf_names}
+            waiting = {file: {} for file in files}
+        assert parameter.dtype == dtype, f'{name} is {parameter.dtype}, and those before it are {dtype}'
+
+        for hf_name, part in hf_tensors(c, {name: parameter}).items():
+            file = file_of[hf_name]
+            waiting[file][hf_name] = part.cpu().contiguous()
+            if len(waiting[file]) == len(files[file]):
+                write_safetensors(waiting.pop(file), folder / file, {'format': 'pt'})
+    assert not waiting, f'parameters of {list(waiting)} are missing'
+
+    if len(files) > 1:
+        total = sum(shape.numel() for name, shape in shapes.items()) * dtype.itemsize
+        write_json(folder / 'model.safetensors.index.json',
+                   {'metadata': {'total_size': total}, 'weight_map': file_of})
+    return dtype
+
+
+def plan_files(c, shapes, dtype, shard_bytes):
+    """Which tensors lie in which file -> {file: [Hugging Face names]}, each file of at most `shard_bytes`
+    bytes unless it holds one tensor. Known from the shapes, before there is a tensor."""
+    empty = {name: torch.empty(shape, dtype=dtype, device='meta') for name, shape in shapes.items()}
+    groups = [[]]
     size = 0                                 # bytes in the last group
-    for hf_name, tensor in tensors.items():
+    for hf_name, tensor in hf_tensors(c, empty).items():
         if groups[-1] and size + tensor.nbytes > shard_bytes:
-            groups.append({})
+            groups.append([])
             size = 0
-        groups[-1][hf_name] = tensor
+        groups[-1].append(hf_name)
         size += tensor.nbytes
     if len(groups) == 1:
-        write_safetensors(tensors, folder / 'model.safetensors', {'format': 'pt'})
-        return
-
-    weight_map = {}
+        return {'model.safetensors': groups[0]}
+    files = {}
     for number, group in enumerate(groups, 1):
-        name = f'model-{number:05d}-of-{len(groups):05d}.safetensors'
-        write_safetensors(group, folder / name, {'format': 'pt'})
-        weight_map |= dict.fromkeys(group, name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / 'model.safetensors.index.json',
-               {'metadata': {'total_size': total}, 'weight_map': weight_map})
+        files[f'model-{number:05d}-of-{len(groups):05d}.safetensors'] = group
+    return files

@@ -19,6 +19,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import pyarrow
@@ -34,6 +35,7 @@ QUESTION_KEYS = ('prompt', 'question', 'problem')
 ANSWER_KEYS = ('answer', 'reward_model', 'solution')
 
 LONGEST_TEXT = 1_000_000        # characters of a question or an answer: a few hundred pages
+PIECE = 1000                    # prompts that are rendered together
 
 # Words in a file's path that say it is held out; such files are never read for training.
 HELD_OUT_WORDS = {'test', 'validation', 'valid', 'val', 'dev', 'eval'}
@@ -206,36 +208,44 @@ def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='
     """
     problems = []
     seen = set()
-    row_count = 0
-    long_count = 0
-    for where, row in rows_of_files(problem_files(source, split)):
-        question, answer = question_and_answer(row, where)
-        row_count += 1
-
-        # Public sets repeat questions (DAPO-Math-17k a hundred times each): keep the first.
-        key = json.dumps(question)
-        if key in seen:
-            continue
-        seen.add(key)
-
-        if isinstance(question, str):
-            question += suffix
-        ids = tokenizer.chat(question)
-        if not ids:
-            raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
-        if longest and len(ids) > longest:
-            long_count += 1
-            continue
-        problems.append(Problem(question, answer, ids))
+    counts = {'rows': 0, 'long': 0}
+    questions = new_questions(rows_of_files(problem_files(source, split)), seen, counts)
+    while True:
+        # Read as many as are still missing, and no further, and render them in one request.
+        count = min(first - len(problems), PIECE) if first else PIECE
+        piece = list(islice(questions, count))
+        if not piece:
+            break
+        asked = [question + suffix if isinstance(question, str) else question for _, question, _ in piece]
+        prompts = tokenizer.chat_all(asked, [where for where, _, _ in piece])
+        for (where, _, answer), question, ids in zip(piece, asked, prompts, strict=True):
+            if not ids:
+                raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
+            if longest and len(ids) > longest:
+                counts['long'] += 1
+            else:
+                problems.append(Problem(question, answer, ids))
         if len(problems) == first:
             break
-    repeated = row_count - len(seen)
-    if repeated or long_count:
-        print0(f'  {source}: {row_count} rows, {repeated} of them repeated, {long_count} prompts longer than '
-               f'{longest} tokens; {len(problems)} problems left')
+    repeated = counts['rows'] - len(seen)
+    if repeated or counts['long']:
+        print0(f"  {source}: {counts['rows']} rows, {repeated} of them repeated, {counts['long']} prompts "
+               f'longer than {longest} tokens; {len(problems)} problems left')
     if not problems:
         raise UserError(f'{source}: no problems in it')
     return problems
+
+
+def new_questions(rows, seen, counts):
+    """(where, question, answer) of the rows whose question is not in `seen`, one by one. Public sets repeat
+    questions (DAPO-Math-17k a hundred times each): the first counts."""
+    for where, row in rows:
+        question, answer = question_and_answer(row, where)
+        counts['rows'] += 1
+        key = json.dumps(question)
+        if key not in seen:
+            seen.add(key)
+            yield where, question, answer
 
 
 def rows_of_files(files):

@@ -4,26 +4,32 @@ Text in, ids out: tokenizers with their chat templates, and the rule for "the sa
 Simpler than usual: a tokenizer is a vocabulary (a tokenizer.json or a .tiktoken file), a template, and the
 set of ids that end an answer. Padding, truncation and batches do not exist here.
 
-Everything in a model folder is untrusted: templates render in jinja2's sandbox, and nothing is evaluated or
-unpickled. What it does not do: byte offsets of tokenizers that are not byte-level, tool calls in templates,
-.tiktoken files other than the two in TIKTOKEN.
+Everything in a model folder is untrusted: templates render in a child process with limits of time and
+memory (template_child.py), and nothing is evaluated or unpickled. What it does not do: byte offsets of
+tokenizers that are not byte-level, tool calls in templates, .tiktoken files other than the two in TIKTOKEN.
 """
 import base64
-import json
+import datetime
 import unicodedata
-from datetime import datetime
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from pathlib import Path
 
 import tiktoken
-from jinja2 import TemplateError
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
-from formats.huggingface import snapshot
+from formats.fields import STOP, TOKENIZER, VOCABULARY, checked, short
+from formats.huggingface import files_along, member, snapshot
 from support.files import read_json
+from support.limited import LimitedChild, Limits
 from support.runtime import UserError
+
+# Conversations are rendered in pieces of so many, or of so many characters. This is what a piece may take.
+PIECE = 100
+PIECE_CHARACTERS = 10**6
+TEMPLATE_LIMITS = Limits(cpu_seconds=3, wall_seconds=30, memory_bytes=2**29)
+template_child = LimitedChild(Path(__file__).with_name('template_child.py'), 'chat templates', 'jinja2')
 
 
 @lru_cache
@@ -44,13 +50,23 @@ def byte_alphabet():
 
 # ---- vocabularies: two libraries behind the same five methods ---------------------------------
 
+@contextmanager
+def refused(file, what):
+    """An error of the library `tokenizers` in this block is a UserError about the file."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:           # the library raises bare Exception, and a panic of Rust is none
+        raise UserError(f'{file}: {what} ({short(str(error))}); fetch it again') from None
+
+
 class JsonVocabulary:
     """A tokenizer.json, read by the library `tokenizers`."""
     def __init__(self, file):
-        try:
+        self.file = file
+        with refused(file, 'not a tokenizer'):
             self.core = HFTokenizer.from_file(str(file))
-        except Exception as error:           # `tokenizers` raises bare Exception
-            raise UserError(f'{file}: not a tokenizer ({error}); fetch or make it again') from None
 
         # Published files keep truncation and padding from somebody's training.
         self.core.no_truncation()
@@ -60,13 +76,18 @@ class JsonVocabulary:
 
     def encode(self, text, special=True):
         self.core.encode_special_tokens = not special    # the library's name for "as ordinary text"
-        return self.core.encode(text, add_special_tokens=False).ids
+        with refused(self.file, 'it cannot cut a text into tokens'):
+            return self.core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.core.decode(ids, skip_special_tokens=True)
+        with refused(self.file, 'it cannot make a text of tokens'):
+            return self.core.decode(ids, skip_special_tokens=True)
 
     def normal(self, text):
-        return self.core.normalizer.normalize_str(text) if self.core.normalizer else text
+        if self.core.normalizer is None:
+            return text
+        with refused(self.file, 'it cannot normalise a text'):
+            return self.core.normalizer.normalize_str(text)
 
     def words(self):
         """{bytes the token stands for: id}; a token that is not byte-level keeps its string."""
@@ -148,57 +169,68 @@ class TiktokenVocabulary:
 class Tokenizer:
     """The vocabulary of a Hugging Face folder, with its chat template and its stop ids.
 
-    variables: what the chat template is told in every call, such as enable_thinking.
+    date: the day that the chat template is told is today, YYYY-MM-DD; '' = today.
+    variables: what it is told besides in every call, such as enable_thinking.
     words: {bytes: id}. size: one more than the largest id; a model's V is often rounded up from it.
     stop_ids: every id that ends an answer.
     """
-    def __init__(self, folder, **variables):
+    def __init__(self, folder, date='', **variables):
         self.variables = variables
-        file = folder / 'tokenizer.json'
-        tiktoken_files = sorted(folder.glob('*.tiktoken'))
+        self.date = day(date)
+        files_along(folder)                  # a folder that could not be copied later is refused now
+        file = member(folder, 'tokenizer.json')
+        tiktoken_files = [member(folder, found.name) for found in sorted(folder.glob('*.tiktoken'))]
         if not file.exists() and not tiktoken_files:
             raise UserError(f'{file}: no such file, and no .tiktoken file; the folder needs its tokenizer')
 
         # tokenizer.json comes first; a .tiktoken file is read where there is none.
-        self.name = str(file if file.exists() else tiktoken_files[0])
         self.vocabulary = JsonVocabulary(file) if file.exists() else TiktokenVocabulary(tiktoken_files[0])
+        self.name = str(file if file.exists() else tiktoken_files[0])
         self.words = self.vocabulary.words()
-        self.size = max(self.words.values()) + 1
+        self.size = max(self.words.values(), default=-1) + 1
+        if not 0 < self.size <= VOCABULARY:
+            raise UserError(f'{self.name}: {self.size} ids; choose a tokenizer with 1 to {VOCABULARY}')
 
         # The tokens that templates may name. Some files keep each as a string, others as {content: string}.
-        settings = {}
-        if (folder / 'tokenizer_config.json').exists():
-            settings = read_json(folder / 'tokenizer_config.json')
+        settings = read_fields(folder, 'tokenizer_config.json', TOKENIZER)
         self.marks = {}
         for key in ('bos_token', 'eos_token', 'pad_token'):
-            token = settings.get(key)
+            token = settings[key]
             if token:
                 self.marks[key] = token['content'] if isinstance(token, dict) else token
         self.stop_ids = self.read_stop_ids(folder)
 
         # A template is a file of its own, or a string among the settings, or one of several with names
         # there.
-        template = settings.get('chat_template')
-        if (folder / 'chat_template.jinja').exists():
-            template = (folder / 'chat_template.jinja').read_bytes().decode(errors='replace')
-        if isinstance(template, list):
-            named = {entry['name']: entry['template'] for entry in template}
-            template = named.get('default')
-        self.template = self.compile(template) if template else None
+        self.template = settings['chat_template']
+        file = member(folder, 'chat_template.jinja')
+        if file.exists():
+            text = file.read_bytes().decode(errors='replace')
+            self.template = checked({'chat_template': text}, TOKENIZER, file)['chat_template']
+        if isinstance(self.template, list):
+            named = {entry['name']: entry['template'] for entry in self.template}
+            self.template = named.get('default')
 
     def read_stop_ids(self, folder):
         """Every id that ends an answer -> ascending list.
 
         Models disagree among their own files, so this is the union of what tokenizer_config.json,
-        config.json and generation_config.json call eos. Ids that no token has are left out: nothing can
-        ever write them.
+        config.json and generation_config.json call eos. An id beyond the tokenizer but within the model's
+        embedding, which is often rounded up, is left out: nothing can ever write it. An id beyond both is
+        another model's.
         """
-        found = [self.words.get(str(self.marks.get('eos_token', '')).encode())]
+        found = {self.words.get(self.marks.get('eos_token', '').encode())}
+        rows = VOCABULARY
         for name in ('config.json', 'generation_config.json'):
-            if (folder / name).exists():
-                ids = read_json(folder / name).get('eos_token_id')
-                found += ids if isinstance(ids, list) else [ids]
-        stop_ids = sorted({i for i in found if type(i) is int and 0 <= i < self.size})
+            fields = read_fields(folder, name, STOP)
+            rows = fields['vocab_size'] or rows
+            ids = fields['eos_token_id']
+            ids = set(ids if isinstance(ids, list) else [ids]) - {None}
+            if ids and max(ids) >= max(rows, self.size):
+                raise UserError(f'{folder / name}: eos_token_id = {max(ids)}, but the model has {rows} '
+                                'tokens; fetch the folder again')
+            found |= ids
+        stop_ids = sorted(number for number in found - {None} if number < self.size)
         if not stop_ids:
             raise UserError(f'{folder}: no end-of-text token in config.json, generation_config.json or '
                             'tokenizer_config.json; answers would never end')
@@ -220,32 +252,43 @@ class Tokenizer:
     def render(self, messages):
         """Messages [{role, content}], or one user's text -> the prompt's text, up to where the assistant
         begins to speak. Without a template: the contents, one on each line."""
-        if isinstance(messages, str):
-            messages = [{'role': 'user', 'content': messages}]
-        if not self.template:
-            contents = [message['content'] for message in messages]
-            return self.marks.get('bos_token', '') + '\n'.join(contents) + '\n'
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=True, tools=None,
-                                        documents=None, **self.marks, **self.variables)
-        except Exception as error:           # the template is somebody else's program
-            raise UserError(f'{self.name}: its chat template failed ({error})') from None
+        return self.render_all([messages])[0]
 
-    def compile(self, text):
-        """A chat template in a sandbox, with the functions that published templates call."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=['jinja2.ext.loopcontrols', GenerationTag])
-        env.filters['tojson'] = to_json
-        env.globals['raise_exception'] = refuse
-        env.globals['strftime_now'] = lambda format: datetime.now().strftime(format)
-        try:
-            return env.from_string(text)
-        except (TemplateError, TypeError, AttributeError) as error:
-            raise UserError(f'{self.name}: its chat template does not parse ({error})') from None
+    def render_all(self, conversations, places=None):
+        """`render` for a list of conversations, of which many fit into one request to the child process.
+
+        places: where each conversation comes from, such as 'file, row 7', for errors.
+        """
+        conversations = [as_messages(conversation) for conversation in conversations]
+        if not self.template:
+            return [self.without_template(messages) for messages in conversations]
+        texts = []
+        for piece in in_pieces(conversations):
+            request = [self.template, self.date, self.marks | self.variables, piece]
+            answer, problem = template_child.ask(request, TEMPLATE_LIMITS)
+
+            # The template is somebody else's program. One that takes too long takes the child with it.
+            if problem is not None:
+                why = {'timeout': f'took more than {TEMPLATE_LIMITS.cpu_seconds} s',
+                       'crash': 'ended its process'}[problem]
+                raise UserError(f'{self.name}: its chat template {why}; choose another model')
+            if 'failed' in answer:
+                place = f"{places[len(texts) + answer['failed']]}: " if places else ''
+                raise UserError(f"{place}{self.name}: its chat template {answer['message']}")
+            texts += answer['texts']
+        return texts
+
+    def without_template(self, messages):
+        contents = [message['content'] for message in messages]
+        return self.marks.get('bos_token', '') + '\n'.join(contents) + '\n'
 
     def chat(self, messages):
         """Messages -> prompt ids. Special tokens in the rendered text become their ids."""
         return self.encode(self.render(messages))
+
+    def chat_all(self, conversations, places=None):
+        """`chat` for a list of conversations. places: see `render_all`."""
+        return [self.encode(text) for text in self.render_all(conversations, places)]
 
     @cached_property
     def pieces(self):
@@ -268,30 +311,51 @@ class Tokenizer:
         return list(accumulate(len(self.pieces[i]) for i in ids))
 
 
-class GenerationTag(Extension):
-    """{% generation %} .. {% endgeneration %} marks what an assistant wrote, for training masks. The text
-    is the same with and without it."""
-    tags = {'generation'}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(['name:endgeneration'], drop_needle=True)
+def as_messages(conversation):
+    """One user's text -> messages; messages as they are."""
+    if isinstance(conversation, str):
+        return [{'role': 'user', 'content': conversation}]
+    return conversation
 
 
-def to_json(value, **options):
-    """The filter `tojson` as transformers defines it: letters that are not ASCII stay letters."""
-    options = {'ensure_ascii': False, **options}
-    return json.dumps(value, **options)
+def in_pieces(conversations):
+    """Cut a list of conversations into pieces that are rendered in one request each."""
+    piece = []
+    size = 0                                 # characters in the piece
+    for messages in conversations:
+        length = sum(len(message['content']) for message in messages)
+        if piece and (len(piece) == PIECE or size + length > PIECE_CHARACTERS):
+            yield piece
+            piece = []
+            size = 0
+        piece.append(messages)
+        size += length
+    if piece:
+        yield piece
 
 
-def refuse(message):
-    """A template calls this for messages that it does not accept."""
-    raise TemplateError(message)
+def read_fields(folder, name, table):
+    """The fields of a table, out of a file of a model folder; of a file that is not there, the defaults."""
+    file = member(folder, name)
+    return checked(read_json(file) if file.exists() else {}, table, file)
 
 
-def load_tokenizer(path_or_repo, **variables):
-    """Tokenizer of a Hugging Face folder or hub id. The variables go to its chat template."""
-    return Tokenizer(snapshot(path_or_repo), **variables)
+def day(date):
+    """A date YYYY-MM-DD as it is, and '' as today's."""
+    if date == '':
+        return datetime.date.today().isoformat()
+    try:
+        fine = datetime.date.fromisoformat(date).isoformat() == date         # it reads other forms too
+    except (ValueError, TypeError):
+        fine = False
+    if not fine:
+        raise UserError(f'date={short(date)}: not a day; write it like 2026-01-31')
+    return date
+
+
+def load_tokenizer(path_or_repo, date='', **variables):
+    """Tokenizer of a Hugging Face folder or hub id. date and the variables go to its chat template."""
+    return Tokenizer(snapshot(path_or_repo), date, **variables)
 
 
 # ---- two tokenizers: do their ids mean the same? ----------------------------------------------

@@ -137,9 +137,12 @@ def supervise(model, tok, cfg, name):
     for step in range(1, steps + 1):
         # New problems in every step. All have the same length, so there is no padding.
         batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random())
-        rows = [tok.chat(question) + tok.encode(answer) + tok.stop_ids for question, answer, _ in batch]
+        prompts = tok.chat_all([question for question, _, _ in batch])
+        rows = []
+        for prompt_ids, (_, answer, _) in zip(prompts, batch, strict=True):
+            rows.append(prompt_ids + tok.encode(answer) + tok.stop_ids)
         ids = torch.tensor(rows).to(model.embed.weight.device)               # (B, T)
-        prompt = len(tok.chat(batch[0][0]))
+        prompt = len(prompts[0])
 
         # The state at column t predicts the token of column t + 1; the answer's tokens alone are learned.
         logits = model(ids[:, :-1])[:, prompt - 1:]                          # (B, T - prompt, V)

@@ -1,11 +1,14 @@
 """Tokenizers, templates, problems."""
 import json
+import math
 import random
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from formats import problems as problem_sets
+from formats.fields import short
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import (
     byte_alphabet,
@@ -42,16 +45,89 @@ def test_stop_set_is_the_union_of_all_three_files(folder):
     assert load_tokenizer(str(folder)).stop_ids == [0, 7, 9]
 
 
-@pytest.mark.parametrize('foreign', [-1, 10**9, True, 'x', 2.0])
-def test_stop_ids_that_no_token_has_are_left_out(folder, foreign):
-    """eos_token_id = true was id 1, the begin token; -1 or 10^9 would index a table of the vocabulary beyond its
-    end. If nothing is left, answers would never end: an error."""
-    write_json(folder / 'config.json', {'eos_token_id': [7, foreign]})
+@pytest.mark.parametrize('name', ['config.json', 'generation_config.json'])
+@pytest.mark.parametrize('ids', [-1, 10**9, True, 'x', '2', 2.0, [7, -1], [7, 10**9], [7, True], [7, '2'], [[7]], {'a': 7}, math.inf], ids=str)
+def test_stop_ids_of_another_kind_are_refused(folder, ids, name):
+    """eos_token_id = true was id 1, the begin token; the others were dropped without a word, so that answers ended at the
+    last token or never."""
+    write_json(folder / name, {'eos_token_id': ids})
+    with pytest.raises(UserError, match='eos_token_id = ') as error:
+        load_tokenizer(folder)
+    assert name in str(error.value) and short(ids) in str(error.value)
+
+
+def test_stop_ids_beyond_the_tokenizer(folder):
+    """Within the model's embedding, which is often rounded up, such an id can never be written and is left out. Beyond it
+    the file belongs to another model. If nothing is left, answers would never end: an error."""
+    size = load_tokenizer(folder).size
+    write_json(folder / 'config.json', {'eos_token_id': [7, size], 'vocab_size': size + 1})
     assert load_tokenizer(folder).stop_ids == [0, 7]
-    write_json(folder / 'config.json', {'eos_token_id': foreign})
+    write_json(folder / 'config.json', {'eos_token_id': [7, size + 1], 'vocab_size': size + 1})
+    with pytest.raises(UserError, match=f'eos_token_id = {size + 1}, but the model has {size + 1} tokens'):
+        load_tokenizer(folder)
+    write_json(folder / 'config.json', {'eos_token_id': size, 'vocab_size': size + 1})
     (folder / 'tokenizer_config.json').write_text('{}')
     with pytest.raises(UserError, match='no end-of-text token'):
         load_tokenizer(folder)
+    write_json(folder / 'config.json', {'eos_token_id': None})
+    with pytest.raises(UserError, match='no end-of-text token'):
+        load_tokenizer(folder)
+
+
+DEEP = 2
+for _ in range(50):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize('key, value', [
+    ('bos_token', 5), ('eos_token', True), ('pad_token', ['<pad>']), ('eos_token', {'content': 3}), ('eos_token', {}),
+    ('bos_token', 'x' * 100_000), ('chat_template', 7), ('chat_template', {'default': 'x'}), ('chat_template', ['x']),
+    ('chat_template', [{'name': 'default'}]), ('chat_template', [{'name': 1, 'template': 'x'}]), ('chat_template', 'x' * 10**6),
+    ('chat_template', [{'name': 'a', 'template': 'b'}] * 2000), ('eos_token', DEEP),
+], ids=lambda value: short(value)[:30])
+def test_fields_of_tokenizer_config(folder, key, value):
+    """A template that was a number went to jinja2, a token that was a list to a dict: tracebacks, or one of 100,000
+    characters in a line."""
+    write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>', key: value})
+    with pytest.raises(UserError, match=f'tokenizer_config.json: {key} = ') as error:
+        load_tokenizer(folder)
+    assert len(str(error.value).replace(str(folder), '')) < 300 and '\n' not in str(error.value)
+
+
+def test_files_of_a_tokenizer_that_are_no_json_objects(folder):
+    for text in ('[' * 10**5, '{"a": ' * 10**5, '[]', '7', 'NaN', '', '\ufeff{}', '{"eos_token_id": ' + '1' * 10**4 + '}'):
+        for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
+            (folder / name).write_text(text)
+            with pytest.raises(UserError, match=name):
+                load_tokenizer(folder)
+            (folder / name).unlink()
+    write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>'})
+    (folder / 'chat_template.jinja').write_text('x' * 10**6)
+    with pytest.raises(UserError, match='chat_template.jinja: chat_template = .*at most 200000 characters'):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize('model', [
+    {'type': 'BPE', 'vocab': {}, 'merges': []}, {'type': 'BPE', 'vocab': {'a': 2**32 - 1}, 'merges': []},
+    {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'b'}, None, {'type': 'Unigram', 'vocab': [], 'unk_id': 0},
+], ids=str)
+def test_a_tokenizer_that_the_library_refuses_or_that_is_too_large(folder, model):
+    """Ids near 2^32 would make lists of that length; the library raises bare Exceptions, some only at the first text."""
+    core = json.loads((folder / 'tokenizer.json').read_text())
+    write_json(folder / 'tokenizer.json', core | {'model': model, 'added_tokens': []})
+    write_json(folder / 'config.json', {'eos_token_id': 0})
+    with pytest.raises(UserError, match='tokenizer.json: ') as error:
+        load_tokenizer(folder).encode('zzz')
+    assert '\n' not in str(error.value)
+
+
+def test_a_panic_of_the_library_is_one_line(folder, capfd):
+    """Rust's panics are no Exception to Python: a regular expression that takes for ever ended in a traceback."""
+    core = json.loads((folder / 'tokenizer.json').read_text())
+    slow = {'type': 'Split', 'pattern': {'Regex': '(a+)+$'}, 'behavior': 'Isolated', 'invert': False}
+    write_json(folder / 'tokenizer.json', core | {'pre_tokenizer': slow})
+    with pytest.raises(UserError, match='cannot cut a text into tokens'):
+        load_tokenizer(folder).encode('a' * 40 + 'b')
 
 
 def test_the_byte_alphabet_is_that_of_transformers():
@@ -405,6 +481,29 @@ def test_limits_and_repeats_at_their_boundaries(folder, capsys):
     assert f'6 rows, 1 of them repeated, 1 prompts longer than {length} tokens; 4 problems left' in capsys.readouterr().out
     assert asked(longest=length - 1) == ['short', 'tiny'] == asked(longest=length - 1, first=2)
     assert asked(longest=length - 1, first=1) == ['short'] and asked(first=4) == ['a', 'b', 'short', 'longer']
+
+
+def test_problems_are_rendered_in_pieces_of_any_size(folder, monkeypatch):
+    """Pieces change nothing: neither which problems there are, nor their prompts, nor how far a file is read."""
+    tok = load_tokenizer(folder)
+    rows = [{'question': f'{i % 17} and ' + 'the cat ' * (i % 5), 'answer': i} for i in range(60)]
+    (folder / 'p.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n{"no question": 1}\n')
+    found = {}
+    for piece in (1, 2, 7, 1000):
+        monkeypatch.setattr(problem_sets, 'PIECE', piece)
+        found[piece] = [load_problems(folder / 'p.jsonl', tok, first=first, longest=longest)
+                        for first, longest in ((5, 0), (17, 0), (8, 12), (1, 12))]
+        assert all(problem.ids == tok.chat(problem.question) for problem in found[piece][1])
+        with pytest.raises(UserError, match=':61: no question'):
+            load_problems(folder / 'p.jsonl', tok)
+    assert found[1] == found[2] == found[7] == found[1000] and len(found[1][1]) == 17
+
+
+def test_the_row_that_a_template_refuses_is_named(folder):
+    (folder / 'chat_template.jinja').write_text("{% if 'bad' in messages[0].content %}{{ raise_exception('not that one') }}{% endif %}x")
+    (folder / 'p.txt').write_text('a\n' * 3 + ''.join(f'fine {i}\n' for i in range(300)) + 'bad\n')
+    with pytest.raises(UserError, match=r'p.txt:304: .*tokenizer.json: its chat template failed \(not that one\)'):
+        load_problems(folder / 'p.txt', load_tokenizer(folder))
 
 
 def test_prompt_order_visits_everything_once_an_epoch():

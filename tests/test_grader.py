@@ -12,9 +12,10 @@ from grader_corpus import DEEP, LARGE, PAIRS, ROUTES, SLOW, STRANGE, noise, vari
 
 from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
-from grading import child, grader
+from grading import grader
 from grading.exact import boxed, decide, tidy
 from grading.grader import LIMIT, Child, compare, equal, extract, grade, judge
+from support.limited import START_SECONDS, refuse
 from support.runtime import ROOT, UserError
 
 DATA = ROOT.parent / 'shared' / 'data'
@@ -405,10 +406,10 @@ def test_without_math_verify_the_first_need_is_one_line(stub, tmp_path):
 
 def test_the_audit_hook_lets_reading_pass():
     """SymPy imports some of its parts late; they are files that are read."""
-    child.refuse('open', ('x.py', 'r', os.O_RDONLY | os.O_CLOEXEC))
-    child.refuse('import', ('sympy', None, None, None, None))
+    refuse('open', ('x.py', 'r', os.O_RDONLY | os.O_CLOEXEC))
+    refuse('import', ('sympy', None, None, None, None))
     with pytest.raises(PermissionError):
-        child.refuse('open', ('x.py', 'a', os.O_WRONLY | os.O_APPEND))
+        refuse('open', ('x.py', 'a', os.O_WRONLY | os.O_APPEND))
 
 
 @LINUX
@@ -418,7 +419,7 @@ def test_real_expressions_that_take_for_ever_are_killed(text):
     compare.cache_clear()
     began = time.monotonic()
     judgement = judge(f'\\boxed{{{text}}}', '142.5')
-    assert judgement == (text, False, 'timeout') and time.monotonic() - began < grader.START_SECONDS + 2 * grader.WALL_SECONDS
+    assert judgement == (text, False, 'timeout') and time.monotonic() - began < START_SECONDS + 2 * grader.WALL_SECONDS
     assert judge('\\boxed{\\sqrt{8}}', '2\\sqrt2') == ('\\sqrt{8}', True, 'math-verify')
 
 

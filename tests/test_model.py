@@ -2,17 +2,32 @@
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from formats.huggingface import hf_config, load_model, read_config, save_model, snapshot
+from formats.fields import short
+from formats.huggingface import (
+    hf_config,
+    hf_tensors,
+    load_model,
+    name_map,
+    parse_config,
+    read_config,
+    save_model,
+    snapshot,
+)
+from formats.tokenizer import load_tokenizer
 from model import ACTIVATIONS, PRESETS, Cache, Linear, Model, ModelConfig, frequencies, init_weights
 from rollout import naive, sample
 from support.files import read_json, write_json
@@ -278,6 +293,81 @@ def test_large_models_are_saved_in_shards(tmp_path):
     assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
 
 
+def by_hand(model, folder, shard_bytes):
+    """The weights' files from all tensors at once, in the order of `name_map`: what a save one by one must equal."""
+    groups, size = [{}], 0
+    for name, tensor in hf_tensors(model.config, dict(model.named_parameters())).items():
+        if groups[-1] and size + tensor.nbytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    folder.mkdir()
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        file = f'model-{number:05d}-of-{len(groups):05d}.safetensors' if len(groups) > 1 else 'model.safetensors'
+        save_file(group, folder / file, {'format': 'pt'})
+        weight_map |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        total = sum(tensor.nbytes for group in groups for tensor in group.values())
+        write_json(folder / 'model.safetensors.index.json', {'metadata': {'total_size': total}, 'weight_map': weight_map})
+
+
+@pytest.mark.parametrize('shard_bytes', [1, 3000, 8000, 20_000, 10**9])
+@pytest.mark.parametrize('shape', [dict(), dict(tied=True), dict(family='phi3'), dict(family='qwen2', L=6)], ids=str)
+def test_a_save_one_tensor_at_a_time_writes_the_same_bytes(shape, shard_bytes, tmp_path):
+    """From a dict, from pairs in the model's order, and in any other order: the same files, names and bytes. Each pair is
+    taken once and in order, because other ranks gather the same tensors at the same time."""
+    model = tiny_model(**shape).bfloat16()
+    by_hand(model, tmp_path / 'want', shard_bytes)
+    pairs = list(model.named_parameters())
+    orders = {'none': None, 'dict': dict(pairs), 'model': pairs, 'back': pairs[::-1], 'map': [(n, dict(pairs)[n]) for n in name_map(model.config)]}
+    for order, state in orders.items():
+        taken = []
+        given = state
+        if isinstance(state, list):
+            given = (taken.append(name) or (name, tensor) for name, tensor in state)
+        save_model(model, tmp_path / order, state=given, shard_bytes=shard_bytes)
+        if isinstance(state, list):
+            assert taken == [name for name, _ in state]
+        for file in (tmp_path / 'want').iterdir():
+            assert file.read_bytes() == (tmp_path / order / file.name).read_bytes(), (order, file.name)
+        assert {f.name for f in (tmp_path / order).iterdir()} == {f.name for f in (tmp_path / 'want').iterdir()} | {'config.json'}
+        assert read_json(tmp_path / order / 'config.json')['dtype'] == 'bfloat16'
+
+
+@pytest.mark.parametrize('order, files', [('map', 1), ('model', 2)])
+def test_host_memory_while_saving(order, files, tmp_path, monkeypatch):
+    """Of the tensors that were given, those of so many files are alive at a time, and one that is on its way: a save of
+    8 B parameters held all of them."""
+    model, shard_bytes = tiny_model(L=30), 20_000
+    alive, most = set(), 0
+    names = list(name_map(model.config)) if order == 'map' else [name for name, _ in model.named_parameters()]
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+
+    def one_by_one():
+        nonlocal most
+        for name in names:
+            tensor = dict(model.named_parameters())[name].detach().clone()
+            alive.add(name)
+            weakref.finalize(tensor.untyped_storage(), alive.discard, name)
+            most = max(most, sum(sizes[n] for n in alive))
+            yield name, tensor
+    save_model(model, tmp_path / 'm', state=one_by_one(), shard_bytes=shard_bytes)
+    assert len(list((tmp_path / 'm').glob('*.safetensors'))) > 8
+    largest = max(sizes.values())
+    assert sum(sizes.values()) > 4 * (files * shard_bytes + 2 * largest) > 4 * most > 0
+
+
+def test_a_save_that_lacks_a_tensor_or_mixes_dtypes_leaves_nothing(tmp_path):
+    """It would be a folder that cannot be loaded."""
+    pairs = list(tiny_model().named_parameters())
+    for wrong, says in ((pairs[:-1], 'missing'), ([*pairs[:-1], (pairs[-1][0], pairs[-1][1].bfloat16())], 'head.weight is torch.bfloat16')):
+        with pytest.raises(AssertionError, match=says):
+            save_model(tiny_model(), tmp_path / 'm', state=iter(wrong))
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_host_memory_while_loading(tmp_path):
     """At most 1.3 times the checkpoint, mapped pages included: one copy, and one tensor on its way."""
     c = ModelConfig('llama', V=4000, L=12, d=1024, H=8, G=8, e=128, ff=3072, tied=True)
@@ -385,7 +475,7 @@ def tensors(change):
 @pytest.mark.parametrize('spoil, says', [
     (lambda f: (f / 'config.json').unlink(), 'config.json: no such file'),
     (lambda f: (f / 'config.json').write_text('{'), 'not valid JSON'),
-    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'num_attention_heads = None'),
+    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'vocab_size = None'),
     (lambda f: (f / 'config.json').write_text('[]'), 'holds a list, not a dict'),
     (lambda f: edit(f, hidden_size='20'), "hidden_size = '20'"),
     (lambda f: edit(f, num_hidden_layers=0), 'num_hidden_layers = 0'),
@@ -408,10 +498,10 @@ def tensors(change):
     (lambda f: edit(f, model_type=['llama']), "model_type = ['llama']"),
     (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0],
                                      'original_max_position_embeddings': 9}), 'long_factor = [1.0], not the 3 numbers'),
-    (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': []}), 'no weight_map'),
+    (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': []}), 'weight_map = []'),
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': dict.fromkeys(
         ['model.norm.weight', *index_all(f)], 'model.safetensors') | {'lm_head.weight': 'other.safetensors'}}),
-     'names other.safetensors'),
+     "names 'other.safetensors'"),
     (lambda f: edit(f, rope_scaling={'rope_type': 'yarn'}), 'rope_type'),
     (lambda f: edit(f, quantization_config={'bits': 4}), 'quantization_config'),
     (lambda f: edit(f, hidden_act='relu'), "hidden_act = 'relu'"),
@@ -423,9 +513,9 @@ def tensors(change):
     (tensors(lambda t: t.pop('lm_head.weight')), "'lm_head.weight' is missing"),
     (tensors(lambda t: t['model.norm.weight'].fill_(float('nan'))), 'model.norm.weight holds NaN'),
     (lambda f: write_json(f / 'model.safetensors.index.json', {'weight_map': {'a': 'model-2.safetensors'}}),
-     'names model-2.safetensors, which is not there'),
+     "names 'model-2.safetensors', which is not there"),
     (lambda f: (shutil.copy(f / 'model.safetensors', f.parent), write_json(f / 'model.safetensors.index.json', {
-        'weight_map': dict.fromkeys(index_all(f), '../model.safetensors')})), 'names ../model.safetensors'),
+        'weight_map': dict.fromkeys(index_all(f), '../model.safetensors')})), "names '../model.safetensors'"),
     (shutil.rmtree, 'no such folder'),
     (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe'), 'not valid JSON'),
 ])
@@ -436,6 +526,260 @@ def test_bad_folder(tmp_path, spoil, says):
     with pytest.raises(UserError) as e:
         load_model(str(folder))
     assert says in str(e.value) and '\n' not in str(e.value), str(e.value)
+
+
+BIG = 'x' * 100_000
+NOT_SIZES = (0, -1, 1e12, 10**12, True, '7', 7.0, math.nan, math.inf, None, [7], {'a': 7}, BIG, 10**400)
+FIELDS = [(key, value) for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+          for value in NOT_SIZES]
+FIELDS += [(key, value) for key in ('num_key_value_heads', 'head_dim', 'max_position_embeddings') for value in NOT_SIZES
+           if value is not None and (key, value) != ('head_dim', 0)]
+FIELDS += [('rms_norm_eps', value) for value in (0, 0.0, None, True, -1e-6, math.nan, math.inf, 1e300, 1e-300, 2, '1e-6', [1e-6], BIG)]
+FIELDS += [(key, value) for key in ('rope_theta', 'partial_rotary_factor')
+           for value in (0, None, True, -1.0, math.nan, math.inf, 1e300, '1', [1.0], {'a': 1}, BIG)]
+FIELDS += [(key, value) for key in ('tie_word_embeddings', 'attention_bias', 'mlp_bias', 'use_sliding_window')
+           for value in ('false', 'true', 0, 1, 0.0, [], [True], {}, BIG)]
+FIELDS += [('sliding_window', value) for value in (True, '8', 8.0, -1, [8], 10**12)] + [('layer_types', value) for value in ('full', [1], [['full']], {}, [BIG])]
+FIELDS += [('hidden_act', value) for value in (None, 7, True, '', 'relu', ['silu'], BIG)] + [('model_type', value) for value in (None, 7, ['llama'], {}, BIG)]
+FIELDS += [(key, value) for key in ('rope_scaling', 'rope_parameters') for value in ('x', [], 7, True, BIG)] + [('quantization_config', 'x')]
+FIELDS += [('hidden_size', 21), ('num_attention_heads', 7), ('head_dim', 5), ('head_dim', 1)]
+
+
+@pytest.mark.parametrize('key, value', FIELDS, ids=lambda value: short(value)[:25])
+def test_every_field_of_config_json_has_a_type_and_a_range(tmp_path, key, value):
+    """true as a number, strings as booleans, NaN, sizes that would hang: each is one line that names file, field and value,
+    at once. The fields are those of a Llama without head_dim, where the width must divide into the heads."""
+    hf = hf_config(ModelConfig('llama', V=37, L=3, d=24, H=4, G=2, e=6, ff=28)) | {'head_dim': None}
+    parse_config(hf, 'config.json')
+    if key == 'head_dim' and value in (5, 1):
+        hf['head_dim'] = value               # an odd head does not rotate in pairs
+    began = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        parse_config(hf | {key: value}, 'config.json')
+    assert time.perf_counter() - began < 1
+    line = str(error.value)
+    assert line.startswith('config.json: ') and (key in line or 'cannot share evenly' in line or 'rotated in pairs' in line) and '\n' not in line and len(line) < 300, line
+    assert value is None or short(value) in line or 'cannot share evenly' in line or 'rotated in pairs' in line
+
+
+LINEAR = dict(rope_type='linear', factor=2.0)
+LONG6 = LONG | dict(factor=2.0)
+NOT_NUMBERS = (0, None, True, -1.0, math.nan, math.inf, 1e300, '1', [1.0], BIG)
+SCALINGS = [(LINEAR | {'factor': value}, 'factor') for value in NOT_NUMBERS]
+SCALINGS += [(LLAMA3 | {key: value}, key) for key in LLAMA3 if key != 'rope_type' for value in NOT_NUMBERS]
+SCALINGS += [(LLAMA3 | {'low_freq_factor': 4.0}, 'low_freq_factor'), (LLAMA3 | {'low_freq_factor': 5}, 'low_freq_factor'),
+             (LLAMA3 | {'original_max_position_embeddings': 1e4}, 'original_max_position_embeddings'),
+             (LLAMA3 | {'original_max_position_embeddings': 10**12}, 'original_max_position_embeddings'),
+             (LONG6 | {'original_max_position_embeddings': 1}, 'original_max_position_embeddings')]
+SCALINGS += [(LONG6 | {key: value}, key) for key in ('long_factor', 'short_factor')
+             for value in (None, 1.0, [], [1.0] * 2, [1.0] * 4, [1.0] * 10**5, [1.0, 0, 1.0], [1.0, True, 1.0], [1.0, math.nan, 1.0], ['1'] * 3, [[1.0]] * 3)]
+SCALINGS += [(LONG6 | {key: value}, key) for key in ('factor', 'attention_factor') for value in NOT_NUMBERS if value is not None]
+SCALINGS += [({'rope_type': value}, 'rope_type') for value in ('yarn', 7, True, ['linear'], {'a': 1}, BIG)]
+
+
+@pytest.mark.parametrize('spelling', ['rope_scaling', 'rope_parameters'])
+@pytest.mark.parametrize('scaling, key', SCALINGS, ids=lambda value: short(value)[-25:])
+def test_every_number_of_a_rotary_scaling_has_a_range(scaling, key, spelling):
+    """A factor of 0 and equal bounds of Llama 3 divided by zero; an original context of 1 has a logarithm of 0."""
+    hf = hf_config(ModelConfig('llama', V=37, L=3, d=24, H=4, G=2, e=6, ff=28))
+    del hf['original_max_position_embeddings'], hf['rope_scaling']
+    for fine in (LINEAR, LLAMA3, LONG6):
+        assert all(torch.isfinite(frequencies(parse_config(hf | {spelling: fine}, 'x'), 99)[0]))
+    with pytest.raises(UserError, match=f'config.json: {key} = ') as error:
+        parse_config(hf | {spelling: scaling}, 'config.json')
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'qwen2', 'llama', 'phi3'])
+def test_missing_fields_have_the_defaults_of_transformers(family):
+    """rms_norm_eps was 1e-6 for Phi-3, which has 1e-5, and a Qwen with use_sliding_window alone had no window."""
+    theirs = type(hugging_face(family).config)()
+    sizes = dict(model_type=family, vocab_size=37, hidden_size=4096, intermediate_size=28, num_hidden_layers=3, num_attention_heads=32)
+    c = parse_config(sizes, 'config.json')
+    assert (c.eps, c.context, c.activation, c.tied) == (theirs.rms_norm_eps, theirs.max_position_embeddings, theirs.hidden_act, theirs.tie_word_embeddings)
+    assert c.theta == theirs.rope_parameters['rope_theta'] == 1e4 and c.partial == 1.0 and c.rope == {}
+    made = type(theirs)(**{key: value for key, value in sizes.items() if key != 'model_type'})
+    assert c.G == made.num_key_value_heads and c.e == (getattr(made, 'head_dim', None) or 4096 // 32)
+    if 'qwen' in family:
+        windowed = type(theirs)(use_sliding_window=True)
+        assert windowed.sliding_window == 4096
+        with pytest.raises(UserError, match='sliding_window'):
+            parse_config(sizes | {'use_sliding_window': True}, 'config.json')
+        parse_config(sizes | {'use_sliding_window': True, 'sliding_window': None}, 'config.json')
+
+
+def test_the_largest_shapes_are_read_at_once():
+    """The bounds of the table let no config through that takes long to look at."""
+    began = time.perf_counter()
+    c = parse_config(dict(model_type='llama', vocab_size=10**7, hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=1000,
+                          num_attention_heads=2**12, num_key_value_heads=2**12, head_dim=2**12), 'x')
+    assert c.count() > 10**14 and time.perf_counter() - began < 30
+
+
+# ---- weights: dtypes, the index, links ---------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.int64, torch.int32, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str)
+def test_weights_of_other_dtypes_are_refused(dtype, tmp_path):
+    """They were read as if they were numbers: quantised codes as weights, the real part of a complex number."""
+    save_model(tiny_model(), tmp_path)
+    tensors(lambda t: t.update({'model.norm.weight': torch.ones(20).to(dtype)}))(tmp_path)
+    with pytest.raises(UserError, match=f'model.norm.weight has dtype {str(dtype)[6:]}, but weights are read as'):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_floating_point_dtypes_are_read(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    save_model(model, tmp_path)
+    back = load_model(tmp_path, dtype)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), back.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('name', ['/etc/passwd', '../m2/model.safetensors', 'a/../model.safetensors', './model.safetensors', '', '.', '..', 7, None,
+                                  ['model.safetensors'], {}, True, 'none.safetensors', 'x' * 100_000, 'sub', 'm\x00'], ids=lambda name: short(name)[:20])
+def test_an_index_names_files_of_its_folder_only(name, tmp_path):
+    """Another folder's weights were loaded through `../`, and through absolute paths."""
+    for folder in ('m', 'm2'):
+        save_model(tiny_model(), tmp_path / folder)
+    (tmp_path / 'm/sub').mkdir()
+    names = dict.fromkeys(index_all(tmp_path / 'm'), 'model.safetensors') | {'model.norm.weight': name}
+    write_json(tmp_path / 'm/model.safetensors.index.json', {'weight_map': names})
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / 'm')
+    assert '\n' not in str(error.value) and len(str(error.value).replace(str(tmp_path), '')) < 200
+
+
+def a_model_folder(tmp_path):
+    """A model with all files that travel with one."""
+    folder = tmp_path / 'repo'
+    save_model(tiny_model(), folder)
+    words = {'a': 0, '<eos>': 1}
+    write_json(folder / 'tokenizer.json', json.loads(tokenizers.Tokenizer(tokenizers.models.BPE(words, [])).to_str()))
+    write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>'})
+    write_json(folder / 'generation_config.json', {'eos_token_id': 1})
+    (folder / 'chat_template.jinja').write_text('{{ messages[0].content }}')
+    (folder / 'merges.txt').write_text('#version: 0.2\n')
+    return folder
+
+
+def use(folder, out):
+    """Everything that reads a model folder."""
+    tokenizer = load_tokenizer(folder)
+    save_model(load_model(folder), out, source=folder)
+    return tokenizer.render('a')
+
+
+MEMBERS = ('config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja', 'merges.txt')
+
+
+@pytest.mark.parametrize('name', MEMBERS)
+def test_a_link_out_of_a_model_folder_is_refused(name, tmp_path):
+    """merges.txt -> /etc/passwd: the contents were copied into the folder that is published. Relative, absolute, through
+    a chain of links, through a linked folder; also a pipe, at which a reader would wait for ever, and a folder."""
+    folder = a_model_folder(tmp_path)
+    content = (folder / name).read_bytes()
+    (tmp_path / 'secret').mkdir()
+    (tmp_path / 'secret' / name).write_bytes(content)
+    (folder / 'door').symlink_to('../secret')
+    for target in (f'../secret/{name}', str(tmp_path / 'secret' / name), f'door/{name}', 'second'):
+        (folder / name).unlink()
+        (folder / 'second').unlink(missing_ok=True)
+        (folder / 'second').symlink_to(f'../secret/{name}')
+        (folder / name).symlink_to(target)
+        with pytest.raises(UserError, match=f'{name}: a link that leads out of its folder'):
+            use(folder, tmp_path / 'out')
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f'{name}: not a regular file'):
+        use(folder, tmp_path / 'out')
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=f'{name}: not a regular file'):
+        use(folder, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name', MEMBERS)
+def test_links_within_a_model_folder_are_followed(name, tmp_path):
+    """Also a folder that is itself reached through a link, as out/last is."""
+    folder = a_model_folder(tmp_path)
+    (folder / name).rename(folder / 'other')
+    (folder / name).symlink_to('other')
+    (tmp_path / 'last').symlink_to('repo')
+    assert use(tmp_path / 'last', tmp_path / 'out') == 'a'
+    copied = tmp_path / 'out' / name
+    assert copied.is_file() and not copied.is_symlink() and (name == 'config.json' or copied.read_bytes() == (folder / name).read_bytes())
+
+
+def hub_cache(tmp_path):
+    """A model folder as the hub's library keeps it: links into the blobs of the same repository."""
+    folder = a_model_folder(tmp_path)
+    root = tmp_path / 'hub/models--me--model'
+    cached = root / 'snapshots/abc'
+    cached.mkdir(parents=True)
+    (root / 'blobs').mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(root / f'blobs/{number}')
+        (cached / file.name).symlink_to(f'../../blobs/{number}')
+    return cached
+
+
+def test_the_cache_of_the_hub_keeps_working(tmp_path):
+    """Its snapshots hold nothing but links; the copies are files."""
+    cached = hub_cache(tmp_path)
+    assert use(cached, tmp_path / 'out') == 'a'
+    assert not any(file.is_symlink() for file in (tmp_path / 'out').iterdir())
+    assert {file.name for file in (tmp_path / 'out').iterdir()} == set(MEMBERS)
+
+
+@pytest.mark.parametrize('target', ['../../../models--you--model/blobs/0', '../../../../secret', '/etc/passwd', '../../../../../../../../etc/passwd'])
+def test_links_out_of_a_repository_of_the_cache_are_refused(target, tmp_path):
+    cached = hub_cache(tmp_path)
+    (tmp_path / 'secret').write_text('a')
+    (tmp_path / 'hub/models--you--model/blobs').mkdir(parents=True)
+    (tmp_path / 'hub/models--you--model/blobs/0').write_text('a')
+    (cached / 'merges.txt').unlink()
+    (cached / 'merges.txt').symlink_to(target)
+    with pytest.raises(UserError, match='merges.txt: a link that leads out of its folder'):
+        use(cached, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('target', ['gone', 'tokenizer.json'])
+def test_a_broken_link_and_a_link_to_itself(target, tmp_path):
+    """One line, and no RuntimeError about a loop."""
+    folder = a_model_folder(tmp_path)
+    (folder / 'tokenizer.json').unlink()
+    (folder / 'tokenizer.json').symlink_to(target)
+    with pytest.raises(UserError, match='tokenizer.json: not a regular file, or a link to nothing'):
+        use(folder, tmp_path / 'out')
+
+
+def test_what_travels_with_a_model_is_bounded(tmp_path):
+    """A file of a terabyte, which costs nothing on a disk with holes, filled the disk of the one who publishes."""
+    folder = a_model_folder(tmp_path)
+    os.truncate(folder / 'merges.txt', 2**40)
+    with pytest.raises(UserError, match='merges.txt: .* bytes, more than any tokenizer has'):
+        load_tokenizer(folder)
+    assert not (tmp_path / 'out').exists()
+
+
+# ---- the hub -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('path', ['out/tyop', 'out/x@main', './x/y', '../x', '.hidden/x', '/x/y', '/nowhere', '~/x', '~me/x', 'here/tyop', 'here/tyop@v1', 'x/y/z',
+                                  'x', '', 'none/problems.jsonl', 'none/train.parquet', 'x/', 'a b/c', 'x' * 100_000, 'a\x00/b', 'a/b\n', '@/@', 'here/' + 'x' * 5000])
+@pytest.mark.parametrize('dataset', [False, True])
+def test_what_looks_local_is_never_asked_of_the_hub(path, dataset, monkeypatch, tmp_path):
+    """out/tyop is a user's repository there: its model would be loaded, or a mistyped name told to the hub."""
+    import huggingface_hub
+
+    def asked(*_, **__):
+        raise AssertionError('the hub was asked')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'here').mkdir()
+    with pytest.raises(UserError, match='no such folder') as error:
+        snapshot(path, dataset=dataset)
+    assert len(str(error.value)) < 300
 
 
 def test_what_is_asked_of_the_hub(monkeypatch, tmp_path):
@@ -471,7 +815,7 @@ def test_an_index_that_names_a_tensor_its_file_lacks(tmp_path):
     names = dict.fromkeys(index_all(tmp_path), 'model.safetensors')
     tensors(lambda t: t.pop('model.norm.weight'))(tmp_path)
     write_json(tmp_path / 'model.safetensors.index.json', {'weight_map': names})
-    with pytest.raises(UserError, match='model.norm.weight cannot be read'):
+    with pytest.raises(UserError, match="'model.norm.weight' is not in model.safetensors"):
         load_model(tmp_path)
 
 
@@ -487,8 +831,8 @@ def test_published_spellings_that_change_nothing_are_accepted(tmp_path):
         assert read_config(tmp_path).partial == 1.0
     edit(tmp_path, head_dim=None)
     assert read_config(tmp_path).e == 128
-    edit(tmp_path, model_type='llama')
-    assert read_config(tmp_path).e == 5
+    edit(tmp_path, model_type='llama', hidden_size=24)
+    assert read_config(tmp_path).e == 6
 
 
 def test_config_json_keeps_every_field_it_came_with(tmp_path):

@@ -23,7 +23,7 @@ def test_a_good_pair(pair):
 
 
 def test_other_prompts_are_shown_side_by_side(pair):
-    pair['tok_t'].template = pair['tok_t'].compile('Q: {{ messages[0].content }} A:')
+    pair['tok_t'].template = 'Q: {{ messages[0].content }} A:'
     text = '\n'.join(check_pair(**pair))
     assert "'<bos>1+2='" in text and "'Q: 1+2 A:'" in text and 'templates differ' in text
 
