@@ -63,7 +63,7 @@ from support.optimizer import adamw, ever_positive, learning_rate, share_below_e
 from support.preflight import preflight
 from support.provenance import append_start, check_start, start_record, versions
 from support.report import first_step_notes, step_line, summary
-from support.run_folder import begin, open_run
+from support.run_folder import begin, first_day, open_run
 from support.runtime import (
     Clock,
     UserError,
@@ -147,8 +147,8 @@ class Setup:
 def prepare(cfg, env):
     """Tokenizers, problems, checks, bridge, models, objective, optimizer -> Setup."""
     # Text first: it is small, and most mistakes show here.
-    tok = load_tokenizer(cfg['student'], enable_thinking=cfg['enable_thinking'])
-    tok_t = load_tokenizer(cfg['teacher'], enable_thinking=cfg['enable_thinking'])
+    tok, tok_t = (load_tokenizer(cfg[side], cfg['date'], enable_thinking=cfg['enable_thinking'])
+                  for side in ('student', 'teacher'))
     train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
     held_out = {}
     if cfg['eval_data']:
@@ -366,7 +366,7 @@ def stop_or_save(cfg, setup, env, row, run_folder, caught):
 def write_student(cfg, student, env, folder, weights):
     """A Hugging Face folder of the student in the dtype of forwards, its tokenizer beside it. weights:
     (name, float32 tensor) one by one."""
-    weights = {name: weight.to(env.dtype) for name, weight in weights}
+    weights = ((name, weight.to(env.dtype)) for name, weight in weights)
     save_model(student, folder, snapshot(cfg['student']), weights)
 
 
@@ -435,7 +435,9 @@ def main(cfg):
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
 
     # A run of another config is an error, before anything is loaded; a finished run shows its result.
-    asked = cfg | {'dtype': str(env.dtype)[6:]}    # 'auto' must not mean something else at resume
+    # 'auto' must not mean something else at resume, and neither must today.
+    cfg = cfg | {'date': first_day(cfg['out_dir'], cfg['date'])}
+    asked = cfg | {'dtype': str(env.dtype)[6:]}
     may_change = free + later
     out = open_run(cfg['out_dir'], asked, may_change)
     if (out / 'results.json').exists():
@@ -473,7 +475,7 @@ def run_in_folder(cfg, setup, env, run_folder):
         record = start_record(cfg, env, setup.train, setup.held_out)
         for line in check_start(run_folder.out, record, run_folder.step):
             print0(f'  note: {line}')
-        append_start(run_folder.out, record, run_folder.step)
+        append_start(run_folder.out, record | {'config': run_folder.config}, run_folder.step)
 
     # At the start, the scores of both models.
     if not run_folder.rows:

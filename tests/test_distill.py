@@ -1,4 +1,5 @@
 """The loop: results, resume bit for bit, interruption, bad input."""
+import datetime
 import importlib
 import json
 import math
@@ -578,3 +579,22 @@ def test_memory_of_the_update_on_cuda(monkeypatch):
     clock.update_begins()
     got = clock.stop()
     assert got['mem/peak'] == pytest.approx(9.0) and got['mem/update_dpeak'] == pytest.approx(4.5)
+
+
+def test_the_day_of_the_first_start_holds(toy_dir, tmp_path, monkeypatch):
+    """A template that prints the date had other prompts after midnight, so a resumed run was another one."""
+    student = tmp_path / 'student'
+    shutil.copytree(folder_of(load_config(argv(toy_dir, 'x'))) / 'student', student)
+    template = (student / 'chat_template.jinja').read_text()
+    (student / 'chat_template.jinja').write_text("{{ strftime_now('%d')[0] }}+" + template)
+    args = argv(toy_dir, tmp_path / 'r', student=student, steps=2, eval_data='')
+
+    class Midnight(datetime.date):
+        today = classmethod(lambda cls: cls(2031, 1, now[0]))
+    now = [9]
+    monkeypatch.setattr(datetime, 'date', Midnight)
+    main(load_config(args))
+    assert read_json(tmp_path / 'r/config.json')['config']['date'] == '2031-01-09'
+    now[0] = 30
+    main(load_config([*args, 'steps=3']))
+    assert read_json(tmp_path / 'r/config.json')['config']['date'] == '2031-01-09'
