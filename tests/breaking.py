@@ -36,8 +36,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-# A process that has started threads cannot be forked safely.
-os.environ['OMP_NUM_THREADS'] = '1'
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib.pyplot  # noqa: F401 (imported once, here, for all forks)
 import torch
@@ -51,9 +49,6 @@ import eval_math  # noqa: F401
 import grading.grader
 import support.jsonl
 from support.runtime import ROOT
-
-# Starting math-verify takes longer than a whole run here. What the exact part cannot decide counts as wrong.
-grading.grader.Child.compare = lambda self, answer, found: (False, 'not asked')
 
 LIMIT = 120                     # seconds after which a process counts as hanging
 PATIENCE = 15                   # seconds that a rank may take to end after another one has died
@@ -172,6 +167,9 @@ def run_in_child(job, notes, rank, ranks, port, prepare, trap):
             file = os.open(notes / f'{name}-{rank}', os.O_WRONLY | os.O_CREAT)
             os.dup2(file, descriptor)
         os.chdir(job.cwd)
+
+        # math-verify takes longer to start than a whole run here: what the exact part cannot decide is wrong.
+        grading.grader.Child.compare = lambda self, answer, found: (False, 'not asked')
         if ranks > 1:
             os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
@@ -238,6 +236,7 @@ class Processes:
             if pid == 0:
                 run_in_child(self.job, self.notes, rank, self.ranks, port, self.prepare, self.trap)
             self.pids.append(pid)
+        SCRATCH.running.append(self)
 
     def poll(self):
         """Note the exit codes of ranks that have ended -> have all of them?"""
@@ -278,19 +277,22 @@ class Processes:
             files = [self.notes / f'{name}-{rank}' for rank in range(self.ranks)]
             texts[name] = [file.read_text(errors='replace') if file.exists() else '' for file in files]
         shutil.rmtree(self.notes)
+        SCRATCH.running.remove(self)
         events = [text.splitlines() for text in texts['events']]
         return Ended(self.codes, ''.join(texts['out']), ''.join(texts['err']), events, seconds, late)
 
 
 class Scratch:
-    """The temporary folder of everything, deleted at the end, and the processes to end then."""
-    path = None
-
+    """The temporary folder of everything, and the processes that run in it; both end with the tool."""
     def __enter__(self):
         self.path = Path(tempfile.mkdtemp(prefix='breaking-'))
+        self.running = []
         return self
 
     def __exit__(self, *_):
+        for processes in list(self.running):
+            processes.send(signal.SIGKILL)
+            processes.wait()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -424,6 +426,7 @@ class Killed:
     def __init__(self):
         self.references = {}
         self.shared = {}
+        self.results = []                            # (kind and ranks, is it wrong?)
 
     def reference(self, kind, ranks):
         if kind not in self.shared:
@@ -456,8 +459,17 @@ class Killed:
             wrong = wrong or f'did not go on: {last.codes} {last.err.strip()[-160:]}'
         wrong = wrong or difference(job, reference.made) or leftovers(job.out)
         shutil.rmtree(place)
+        self.results.append((f'{kind}, ranks: {ranks}', bool(wrong)))
         resumed = f'step {last.resumed}' if job.script == 'distill' else '-'
         return [kind, ranks, resumed, ', then '.join(moments)], wrong
+
+
+    def summary(self):
+        """Print the table by kind of run."""
+        print(f'\n{"kind of run":26s} cases  equal  WRONG')
+        for kind in [*sorted({kind for kind, _ in self.results}), '']:
+            wrong = [is_wrong for name, is_wrong in self.results if kind in ('', name)]
+            print(f'{kind or "all":26s} {len(wrong):5d} {len(wrong) - sum(wrong):6d} {sum(wrong):6d}')
 
 
 def draw_death(rng, reference, ranks):
@@ -521,7 +533,8 @@ class Scene(NamedTuple):
 
 
 SCENES = {
-    'stopped': Scene('OPRD', 'update begins', STEPS - 1, ['run/**/*', 'toys/**/*']),
+    'stopped': Scene('OPRD', 'update begins', STEPS - 1, ['run/**/*']),
+    'toys': Scene('OPRD', 'update begins', STEPS - 1, ['toys/**/*']),
     'finished': Scene('OPRD', '', 0, ['run/results.json', 'run/config.json']),
     'collecting': Scene('bridge', 'row rollouts.jsonl', 14, ['bridge/**/*']),
     'collected': Scene('bridge', '', 0, ['bridge/**/*']),
@@ -821,8 +834,9 @@ def two_starts(named):
 
         # The first waits in the middle of its work until the gate is there.
         def pause(gate=gate):
-            while not gate.exists():
-                time.sleep(0.01)
+            for _ in range(LIMIT * 50):
+                if not gate.exists():
+                    time.sleep(0.01)
         middle = [number for number, line in enumerate(whole.events[0]) if line.startswith(('update begins', 'row'))]
         first = Processes(job, trap=Trap(0, middle[len(middle) // 2], pause))
         events = first.notes / 'events-0'
@@ -1056,8 +1070,7 @@ def numbered_cases(cases, options):
         show(number, columns, cases.widths, said(wrong))
         if wrong:
             failed.append(number)
-    if isinstance(cases, Damaged):
-        cases.summary()
+    cases.summary()
     print(f'\n{len(numbers)} cases, {len(failed)} wrong')
     if failed:
         scenes = f' --scenes {" ".join(options.scenes)}' if options.scenes else ''
@@ -1089,6 +1102,11 @@ def main():
     parser.add_argument('--only', nargs='+', default=[], help='numbers of signals or files, beginnings of names of cases')
     parser.add_argument('--scenes', nargs='+', default=[], choices=list(SCENES), help='of files; default: all')
     options = parser.parse_args()
+
+    # A process that has started threads cannot be forked safely. A terminated one cleans up.
+    os.environ['OMP_NUM_THREADS'] = '1'
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with SCRATCH:
         if options.what == 'cases':
             failed = named_cases(options)
