@@ -209,7 +209,7 @@ class Ended:
     @property
     def resumed(self):
         """After which step it went on; 0: from the beginning."""
-        found = re.search(r'resumed after step (\d+)', self.out)
+        found = re.search(r'resum\w* (?:after|from|at) step (\d+)', self.out)
         return int(found[1]) if found else 0
 
 
@@ -784,8 +784,8 @@ class Named:
 def full_disk(named):
     """No space left at one of the changes of files, or beyond a size of file: a line, no leftovers, and it goes on."""
     changes = [number for number, line in enumerate(named.whole.events[0]) if not line.startswith('update')]
-    for part in range(6):
-        number = changes[part * (len(changes) - 1) // 5]
+    for part in range(8):
+        number = changes[part * (len(changes) - 1) // 7]
         job = named.job(f'full disk {part}')
 
         def no_space():
@@ -794,13 +794,21 @@ def full_disk(named):
         wrong = refused(ended) or leftovers(job.out) or named.goes_on(job)
         yield f'no space before "{named.whole.events[0][number]}"', wrong
 
-    sizes = sorted(path.stat().st_size for path in files_below(named.job('whole').out))
-    for size in (sizes[-1] // 2, sizes[len(sizes) // 2], 1000):
-        job = named.job(f'full disk beyond {size}')
-        limits = (size, size)
-        ended = finish(job, prepare=lambda limits=limits: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-        wrong = refused(ended) or leftovers(job.out) or named.goes_on(job)
-        yield f'no file beyond {size} bytes', wrong
+    # A limit on the size of files cuts a write in two, as a full disk does.
+    for kind in ('OPRD', 'bridge', 'evaluation'):
+        make_shared(kind, named.shared)
+        whole = reference_of(named.job(f'full disk, whole {kind}', kind))
+        largest = max(path.stat().st_size for path in files_below(named.job(f'full disk, whole {kind}', kind).out))
+        for size in (largest // 2, 4000):                      # what is printed goes to a file, of less than 4000 bytes
+            job = named.job(f'full disk {kind} {size}', kind)
+            ended = finish(job, prepare=limit_files(size))
+            wrong = refused(ended) or leftovers(job.out) or named.goes_on(job, whole=whole)
+            yield f'{kind}: no file beyond {size} bytes', wrong
+
+
+def limit_files(size):
+    """A function that forbids its process files beyond this size."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def copied_folder(named):
