@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 
-import breaking
 import pytest
 import torch
-from breaking import Ended, Job, difference, outcome, refused
+from forks import LINE, Ended, Job, difference, outcome, refused
 from safetensors.torch import save_file
 
 from support.runtime import ROOT
@@ -116,7 +115,7 @@ def ended(code, err, late=''):
 def test_the_tool_sees_what_is_no_clear_refusal():
     """Exit code 2 and one line of at most 300 characters; nothing else will do."""
     assert refused(ended(2, 'error: config.json: damaged; fetch it again\n')) == ''
-    assert refused(ended(2, 'error: ' + 'x' * (breaking.LINE - 7))) == ''
+    assert refused(ended(2, 'error: ' + 'x' * (LINE - 7))) == ''
     for bad in (ended(1, 'error: a'), ended(0, ''), ended(2, ''), ended(2, 'error: a\nb'), ended(2, 'error: ' + 'x' * 294),
                 ended(2, 'Traceback (most recent call last):\nKeyError: 1'), ended(-9, '', 'still running'), ended(2, 'warning: a')):
         assert refused(bad) != ''
