@@ -128,7 +128,7 @@ def draw_death(rng, reference, ranks):
         return Death(number, rank, rng.choice(saves), 0)
     if reference.events[rank] and how < 0.75:
         return Death(number, rank, rng.randrange(len(reference.events[rank])), 0)
-    return Death(number, -1, -1, rng.uniform(0, reference.seconds))
+    return Death(number, -1, -1, rng.uniform(0.05, reference.seconds))
 
 
 def die(job, ranks, death):
@@ -173,11 +173,13 @@ class Scene(NamedTuple):
     event: str                  # the run is killed before this event ...
     count: int                  # ... when it comes for the count-th time; 0: it ends by itself
     patterns: list              # what is damaged, below the scene's folder
+    ranks: int = 1
 
 
 SCENES = {
     'stopped': Scene('OPRD', 'update begins', STEPS - 1, ['run/**/*']),
     'toys': Scene('OPRD', 'update begins', STEPS - 1, ['toys/**/*']),
+    'sharded': Scene('OPRD', 'update begins', STEPS - 1, ['run/ckpt-*/resume*', 'run/ckpt-*/resume*/*', 'run/last'], 2),
     'finished': Scene('OPRD', '', 0, ['run/results.json', 'run/config.json']),
     'collecting': Scene('bridge', 'row rollouts.jsonl', 14, ['bridge/**/*']),
     'collected': Scene('bridge', '', 0, ['bridge/**/*']),
@@ -205,19 +207,20 @@ class Stage:
         if scene.kind == 'through bridge':
             shutil.rmtree(self.place / 'run', ignore_errors=True)
         shutil.copytree(self.place, self.pristine, symlinks=True)
-        self.reference = reference_of(self.job)
+        self.ranks = scene.ranks
+        self.reference = reference_of(self.job, self.ranks)
 
         # Stop the run at its event, and keep that state.
         if scene.count:
             self.restore()
             found = [number for number, line in enumerate(self.reference.events[0]) if line == scene.event]
             trap = Trap(0, found[scene.count - 1], kill_self(signal.SIGKILL))
-            assert finish(self.job, trap=trap).code == -signal.SIGKILL
+            assert finish(self.job, self.ranks, trap=trap).code == -signal.SIGKILL
         shutil.rmtree(self.pristine)
         shutil.copytree(self.place, self.pristine, symlinks=True)
 
         # Undamaged, it must end as the uninterrupted run does; from which step, the cases are held against.
-        ended = finish(self.job)
+        ended = finish(self.job, self.ranks)
         wrong = difference(self.job, self.reference.made)
         assert ended.code == 0 and not wrong, f'{name}: {wrong} {ended.err}'
         self.resumed = ended.resumed
@@ -335,6 +338,23 @@ def files_below(folder):
 VERDICTS = ('refused', 'previous', 'equal', 'WRONG')
 
 
+def judge(stage, ended, before):
+    """What became of a damaged run -> (a word of VERDICTS, what is wrong or '')."""
+    if ended.code != 0 or ended.late:
+        wrong = refused(ended)
+        lost = sorted(path.name for path in before - files_below(stage.job.out))
+        if lost and not wrong:
+            wrong = f'refused, but {", ".join(lost)[:100]} was deleted'
+        return ('WRONG' if wrong else 'refused'), wrong
+    wrong = difference(stage.job, stage.reference.made)
+    if wrong:
+        return 'WRONG', f'exit code 0, but {wrong}'
+    if ended.resumed < stage.resumed:
+        silent = not re.search(r'damaged|ckpt-|checkpoint', ended.out + ended.err)
+        return ('WRONG', 'went back without a word') if silent else ('previous', '')
+    return 'equal', ''
+
+
 class Damaged:
     """What the cases of `files` share: the stages, and the kinds of files on them."""
     titles = ('scene', 'file', 'damage', 'verdict')
@@ -355,27 +375,11 @@ class Damaged:
         inner = rng.choice(paths)
         way = damage(stage.place / inner, rng)
         before = files_below(stage.job.out)
-        ended = finish(stage.job)
-        verdict, wrong = self.judge(stage, ended, before)
+        ended = finish(stage.job, stage.ranks)
+        verdict, wrong = judge(stage, ended, before)
         stage.restore()
         self.counts[group][verdict] += 1
         return [group.split(':')[0], inner, way, verdict], wrong
-
-    def judge(self, stage, ended, before):
-        """What became of a damaged run -> (a word of VERDICTS, what is wrong or '')."""
-        if ended.code != 0 or ended.late:
-            wrong = refused(ended)
-            lost = sorted(path.name for path in before - files_below(stage.job.out))
-            if lost and not wrong:
-                wrong = f'refused, but {", ".join(lost)[:100]} was deleted'
-            return ('WRONG' if wrong else 'refused'), wrong
-        wrong = difference(stage.job, stage.reference.made)
-        if wrong:
-            return 'WRONG', f'exit code 0, but {wrong}'
-        if ended.resumed < stage.resumed:
-            silent = not re.search(r'damaged|ckpt-|checkpoint', ended.out + ended.err)
-            return ('WRONG', 'went back without a word') if silent else ('previous', '')
-        return 'equal', ''
 
     def summary(self):
         """Print the table by kind of file."""

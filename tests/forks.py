@@ -45,6 +45,7 @@ import support.jsonl
 from support.runtime import ROOT
 
 LIMIT = 120                     # seconds after which a process counts as hanging
+GRACE = 1                       # seconds after which ranks are told to end when another one has failed
 PATIENCE = 15                   # seconds that a rank may take to end after another one has died
 LINE = 300                      # characters of an error line
 STEPS = 7
@@ -255,16 +256,24 @@ class Processes:
             time.sleep(0.005)
 
     def wait(self, limit=LIMIT):
-        """Wait until all ranks have ended -> Ended. If one has died, the others are given PATIENCE."""
+        """Wait until all ranks have ended -> Ended. When one has failed, the others are told to end, as by torchrun,
+        but only after GRACE, because most notice it themselves; after PATIENCE they are killed."""
         end = time.monotonic() + limit
+        failed_at = None
+        told = False
         late = ''
         while not self.poll():
-            if any(self.codes):                     # a code that is neither None nor 0
-                end = min(end, time.monotonic() + PATIENCE)
-            self.sleep(0.1)
-            if time.monotonic() > end:
-                late = f'still running after {time.monotonic() - self.began:.0f} s'
+            now = time.monotonic()
+            if failed_at is None and any(self.codes):                # a code that is neither None nor 0
+                failed_at = now
+                end = min(end, now + PATIENCE)
+            if failed_at and not told and now > failed_at + GRACE:
+                told = True
+                self.send(signal.SIGTERM)
+            if now > end:
+                late = f'still running after {now - self.began:.0f} s'
                 self.send(signal.SIGKILL)
+            self.sleep(0.1)
         seconds = time.monotonic() - self.began
         texts = {}
         for name in ('out', 'err', 'events'):
@@ -342,7 +351,7 @@ def outcome(job):
         made['bridge.safetensors'] = tensors(job.out / 'bridge.safetensors')
         made['bridge.json'] = read_results(job.out / 'bridge.json')
     else:
-        for file in sorted(job.out.rglob('[!.]*.json*')):
+        for file in sorted(job.out.glob('student-*/[!.]*.json*')):
             made[file.name] = file.read_bytes()
     return made
 

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from breaking import files_below, judge
 from forks import LINE, Ended, Job, difference, outcome, refused
 from safetensors.torch import save_file
 
@@ -25,6 +27,8 @@ COMMANDS = {
 @pytest.fixture(scope='module')
 def tables():
     """The three commands, side by side: {name: process}."""
+    if sys.platform != 'linux':
+        pytest.skip('the tool forks, and reads /proc')
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     started = {}
     for name, arguments in COMMANDS.items():
@@ -119,3 +123,21 @@ def test_the_tool_sees_what_is_no_clear_refusal():
     for bad in (ended(1, 'error: a'), ended(0, ''), ended(2, ''), ended(2, 'error: a\nb'), ended(2, 'error: ' + 'x' * 294),
                 ended(2, 'Traceback (most recent call last):\nKeyError: 1'), ended(-9, '', 'still running'), ended(2, 'warning: a')):
         assert refused(bad) != ''
+
+
+def test_the_tool_sees_what_became_of_damage(job):
+    """Going back to an earlier checkpoint is fine if it is said; other results with exit code 0, and a refusal that costs
+    a file, are not."""
+    stage = SimpleNamespace(job=job, reference=SimpleNamespace(made=outcome(job)), resumed=4)
+    before = files_below(job.out)
+
+    def verdict(code, out, err=''):
+        return judge(stage, Ended([code], out, err, [[]], 0.0), before)[0]
+    assert verdict(0, 'resumed after step 4') == 'equal'
+    assert verdict(0, 'ckpt-000004: damaged\nresumed after step 2') == 'previous'
+    assert verdict(0, 'resumed after step 2') == 'WRONG' and verdict(0, '') == 'WRONG'
+    assert verdict(2, '', 'error: config.json: damaged') == 'refused'
+    assert verdict(1, '', 'Traceback (most recent call last):') == 'WRONG'
+    (job.out / 'results.json').unlink()
+    assert verdict(0, 'resumed after step 4') == 'WRONG'
+    assert verdict(2, '', 'error: config.json: damaged') == 'WRONG'
