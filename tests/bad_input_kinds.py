@@ -181,23 +181,15 @@ def odd_text():
     rng = random.Random('odd text')
     odd = [f'{RED}x', 'x\x07', '\x9b31m', '\u202eevil', '\u2066x', 'a\nb', 'a\r\x1b[2K', '\udcff\udcfe', '\ufeffx', 'x' * 300, 'x' * 100_000,
            '\u0301' * 500, '\U0001f600' * 200, '%s%n{0}{x}', "'\"`$(x)", '\\x1b[31m', '\t', ' ', '\x7f', '\u2028x', '../' * 1500, '~', '-', '*']
-    refused = ['student', 'teacher', 'data', 'opd', 'layers', 'positions', 'rep_loss', 'device', 'dtype', 'schedule', 'pair', 'steps', 'lr',
-               'dry_run', 'model', 'eval_data', 'bridge', 'layer_map']
-    for key in refused:
+    # Keys that are paths are odd to the scripts that read them; keys of a list of words are odd everywhere.
+    words = ['opd', 'layers', 'positions', 'device', 'dtype', 'schedule', 'pair', 'steps', 'lr', 'dry_run', 'layer_map']
+    paths = [('distill.py', key) for key in ('student', 'teacher', 'data', 'eval_data', 'bridge', 'rep_loss')]
+    paths += [('minimal.py', key) for key in ('student', 'teacher', 'data', 'rep_loss')]
+    paths += [('bridge.py', key) for key in ('student', 'teacher', 'data')]
+    paths += [('eval_math.py', 'model'), ('eval_math.py', 'data')]
+    for script, key in [*paths, *((rng.choice(SCRIPTS), key) for key in words)]:
         for text in odd:
-            script = 'eval_math.py' if key == 'model' else rng.choice(['distill.py', 'eval_math.py', 'minimal.py'])
-            used = script == 'distill.py' or key not in ('teacher', 'bridge', 'rep_loss') and not (
-                script == 'eval_math.py' and key == 'data') and not (script == 'minimal.py' and key == 'eval_data')
-            expect = 'refused' if used and not (key == 'data' and script == 'eval_math.py') else 'either'
-            if key == 'eval_data' and not text.strip():
-                expect = 'either'
-            if key == 'bridge' and script == 'distill.py':
-                expect = 'refused'
-            if key == 'teacher' and script != 'eval_math.py':
-                expect = 'refused'
-            if key == 'rep_loss' and script == 'minimal.py':
-                expect = 'refused'
-            yield Case(script, [*LINES[script], f'{key}={text}'], f'{key}={text[:20]!r}', expect=expect)
+            yield Case(script, [*LINES[script], f'{key}={text}'], f'{key}={text[:20]!r}')
     for text in odd:
         yield Case('eval_math.py', [*LINES['eval_math.py'], f'suffix={text}'], f'suffix={text[:20]!r}', expect='either')
         yield Case('distill.py', [*LINES['distill.py'], f'eval_suffix={text}'], f'eval_suffix={text[:20]!r}', expect='either')
@@ -262,8 +254,11 @@ def config_files():
     """Config files that are none, that fail, or that hold odd values."""
     rng = random.Random('config files')
     for what, text in CONFIG_TEXTS.items():
-        script = rng.choice(SCRIPTS)
+        # What the command line says would hide what the file says.
+        script = 'distill.py' if b'"student"' in text or b'student=' in text else rng.choice(SCRIPTS)
         line = [arg for arg in LINES[script] if not arg.startswith('configs/')]
+        if script == 'distill.py':
+            line = [arg for arg in line if not arg.startswith('student=') or b'student' not in text]
         yield Case(script, ['mine.py', *line], f'a config file: {what}', write('mine.py', text))
 
     # Paths that name no such file.
@@ -580,7 +575,7 @@ HOSTILE = {
     'two loops of 99,999': '{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}',
     'an empty loop in loops': '{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}',
     'a text of 10**10': "{{ 'a' * 10**10 }}", 'a text of 10**9': "{{ 'a' * 10**9 }}", 'centred': "{{ 'a'|center(10**10) }}",
-    'a list of 10**9': '{{ range(99999)|list * 99999 }}', 'a power': '{{ 10**10**9 }}', 'a long power': '{{ (9**9**7)|string|length }}',
+    'a list of 10**9': '{{ range(99999)|list * 99999 }}', 'a power': '{{ 10**(10**9) }}', 'a long power': '{{ (7**(9**8)) % 10 }}',
     'a growing text': "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
     'a format': "{{ '%1000000000d'|format(1) }}", 'a joined product': "{{ ('x' * 99999)|list|join('y' * 99999) }}",
 }
@@ -1188,9 +1183,10 @@ STUDIES = {
 def studies():
     """studies.compare: study files that are broken. They must be refused before any run is started."""
     for what, text in STUDIES.items():
-        yield Case('studies/compare.py', ['mine.py'], f'study: {what}', write('mine.py', text))
+        may_pass = what in ('a run that asks for help', 'a seed twice')
+        yield Case('studies/compare.py', ['mine.py'], f'study: {what}', write('mine.py', text), 'either' if may_pass else 'refused')
     for args in ([], ['a', 'b'], ['-x'], [''], ['nope'], ['toy_comparisn'], ['configs/toy.py'], ['toy'], ['/'], ['/dev/null'], [RED], ['x' * 5000], ['\udcff'], ['toy/train.jsonl'], ['a\nb'],
-                 ['../configs/toy_comparison'], ['.'], ['--steps=3'], ['toy/student/model.safetensors'], ['\u202e']):
+                 ['.'], ['--steps=3'], ['toy/student/model.safetensors'], ['\u202e']):
         yield Case('studies/compare.py', args, f'arguments {[arg[:20] for arg in args]}')
 
 

@@ -42,11 +42,13 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['ARROW_DEFAULT_MEMORY_POOL'] = 'system'
 os.environ['HF_HUB_OFFLINE'] = '0'
 
-from bad_input_kinds import LINES, SECRET, TINY_TOY, Case, all_cases
+from bad_input_kinds import LINES, SECRET, TINY_TOY, Case, all_cases  # noqa: E402
 
 LINE = 300                      # characters of an error line
-LOCAL_SECONDS = 30              # of the wall clock: a process that waits for ever uses no processor time
-MEMORY = 2 * 2**30              # bytes that a case may allocate beyond what the imports hold
+WALL_SECONDS = 30              # of the wall clock: a process that waits for ever uses no processor time
+MOST_MEMORY = 2**30             # bytes that a case may hold beyond what the imports hold
+MOST_ADDRESSES = 3 * 2**30      # bytes that it may ask for; more is a MemoryError
+MOST_BYTES = 2**28              # of a file that it writes
 
 # What may not reach a terminal: control characters other than the ends of lines and tabs, marks of direction, lone
 # surrogates (which Python writes as \udc80 where it can, and cannot encode elsewhere).
@@ -57,6 +59,7 @@ FAULTS = {
     'accepted': 'bad, and exit code 0',
     'traceback': 'a traceback, or an exit code other than 0 and 2',
     'hang': 'more processor time than is allowed, or killed for it',
+    'memory': 'more memory than is allowed',
     'form': 'not one line that begins with `error: ` and has at most 300 characters',
     'files': 'refused, and a file or folder was left or changed',
     'control': 'a control character in the output',
@@ -75,6 +78,7 @@ class Outcome:
     script: str
     code: int = 0
     seconds: float = 0.0
+    memory: int = 0             # bytes beyond those that the imports hold
     faults: list = field(default_factory=list)
     sign: str = ''              # where the traceback came from, or the beginning of the error line
     out: str = ''
@@ -144,7 +148,7 @@ def be_the_script(case, folder, out, err, asked):
         sys.stderr = open(2, 'w', encoding='utf-8', errors='backslashreplace', closefd=False)
         sys.argv = [case.script, *case.args]
         limit_this_process()
-        watch_the_network(asked)
+        watch_this_process(asked)
         runpy.run_path(str(ROOT / case.script), run_name='__main__')
         code = 0
     except SystemExit as end:
@@ -163,16 +167,21 @@ def be_the_script(case, folder, out, err, asked):
 def limit_this_process():
     """Processor time, and on Linux memory: a case that would fill the machine fails instead."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (20, 25))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
+    # The soft limit alone: the grader's process asks for more, and has limits of its own.
+    resource.setrlimit(resource.RLIMIT_CPU, (20, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     if sys.platform == 'linux':
         pages = int(Path('/proc/self/statm').read_text().split()[0])
-        most = pages * os.sysconf('SC_PAGE_SIZE') + MEMORY
+        most = pages * os.sysconf('SC_PAGE_SIZE') + MOST_ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def watch_the_network(asked):
-    """From now on this process cannot reach a network, and each try is a line of the file `asked`."""
+def watch_this_process(asked):
+    """From now on this process cannot reach a network, and each try is a line of the file `asked`. A study that begins to
+    start its runs was accepted: it ends there."""
     def hook(event, arguments):
+        if event == 'subprocess.Popen' and any(str(word).endswith(('distill.py', 'bridge.py')) for word in arguments[1]):
+            os._exit(0)
         wants = event == 'socket.getaddrinfo'
         if event == 'socket.connect':
             wants = isinstance(arguments[1], tuple)          # the address of a local socket is a text
@@ -193,11 +202,12 @@ def run_case(number, case, base, scratch, keep=False):
     before = contents(folder)
 
     # The processor time is that of the script and of the processes that it waited for.
+    held = memory_held()
     child = os.fork()
     if child == 0:
         be_the_script(case, folder, out, err, asked)
-    code, seconds = wait_for(child)
-    outcome = Outcome(number, case.kind, case.what, case.script, code, round(seconds, 2))
+    code, seconds, memory = wait_for(child)
+    outcome = Outcome(number, case.kind, case.what, case.script, code, round(seconds, 2), memory - held)
     outcome.out, outcome.err = (path.read_bytes().decode(errors='replace') for path in (out, err))
     outcome.asked = asked.read_text() if asked.exists() else ''
     outcome.left = difference(before, contents(folder))
@@ -210,16 +220,28 @@ def run_case(number, case, base, scratch, keep=False):
 
 
 def wait_for(child):
-    """Wait for a process, and end it if it takes too long -> (exit code, seconds of processor time)."""
+    """Wait for a process, and end it if it takes too long -> (exit code, seconds of processor time, bytes of memory)."""
     began = time.monotonic()
-    while True:
-        ended, status, usage = os.wait4(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        if time.monotonic() - began > LOCAL_SECONDS:
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() - began > WALL_SECONDS:
             os.kill(child, signal.SIGKILL)
-            began = float('inf')
         time.sleep(0.005)
+
+    # What it started ends with it. Until it is waited for, its number belongs to no other process.
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    _, status, usage = os.wait4(child, 0)
+    scale = 1 if sys.platform == 'darwin' else 1024
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale
+
+
+def memory_held():
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    if sys.platform != 'linux':
+        return 0
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def contents(folder):
@@ -244,9 +266,12 @@ def judge(case, outcome, folder):
     faults = outcome.faults
     refused = outcome.code == 2
     killed = outcome.code in (-signal.SIGXCPU, -signal.SIGKILL)
+    is_quick = refused or '--dry-run' in case.args       # training, if it was accepted, may take its time
     outcome.sign = sign_of(outcome)
-    if killed or (refused and outcome.seconds > case.seconds):
+    if killed or (is_quick and outcome.seconds > case.seconds):
         faults.append('hang')
+    if outcome.memory > MOST_MEMORY:
+        faults.append('memory')
     if not killed and (outcome.code not in (0, 2) or 'Traceback (most recent call last)' in text):
         faults.append('traceback')
     if outcome.code == 0 and case.expect == 'refused':
@@ -255,7 +280,7 @@ def judge(case, outcome, folder):
         faults.append('form')
     if refused and outcome.left:
         faults.append('files')
-    if CONTROL.search(text):
+    if CONTROL.search(text) and not killed:
         faults.append('control')
     if outcome.asked and not case.hub:
         faults.append('network')
@@ -377,7 +402,7 @@ def show(outcome, case, folder):
     line = ' '.join(map(ascii, case.args))
     print(f'case {outcome.number}, kind {case.kind}: {case.what!r}, expected: {case.expect}')
     print(f'  python {case.script} {line[:2000]}')
-    print(f'  exit code {outcome.code}, {outcome.seconds} s, faults: {", ".join(outcome.faults) or "none"}')
+    print(f'  exit code {outcome.code}, {outcome.seconds} s, {outcome.memory / 2**20:.0f} MiB, faults: {", ".join(outcome.faults) or "none"}')
     print(f'  left or changed: {outcome.left or "nothing"}')
     print(f'  asked of the network: {outcome.asked or "nothing"}')
     print(f'  folder: {folder}')
