@@ -26,6 +26,7 @@ from support.files import open_safetensors, read_json, whole, write_json, write_
 from support.runtime import UserError
 
 CLASS_NAMES = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}
+LARGEST_TEXT = 2**28            # bytes of a file without weights; the largest published tokenizers have 2**25
 DATA_ENDINGS = ('.parquet', '.jsonl', '.json', '.txt', '.safetensors')       # of files; no hub id has them
 
 
@@ -64,8 +65,8 @@ def snapshot(path_or_repo, weights=False, dataset=False):
 
 
 def member(folder, name):
-    """A file of a model folder, which may be missing -> its path. One that is no file, or a link to a file
-    outside, is a UserError: it could show us, or make us publish, a file of this computer.
+    """A file of a model folder, which may be missing -> its path. A link to a file outside is a UserError: it
+    could show us, or make us publish, a file of this computer. So is what is no file, or is far too large.
 
     The hub's cache is made of links, models--owner--name/snapshots/revision/file -> ../../blobs/sha256, so
     for a folder in it everything in models--owner--name is inside.
@@ -78,6 +79,9 @@ def member(folder, name):
         raise UserError(f'{file}: a link that leads out of its folder; put the file itself there')
     if os.path.lexists(file) and not target.is_file():
         raise UserError(f'{file}: not a regular file, or a link to nothing; put the file itself there')
+    size = target.stat().st_size if target.exists() else 0
+    if size > LARGEST_TEXT and file.suffix != '.safetensors':
+        raise UserError(f'{file}: {size:,} bytes, more than any tokenizer has; fetch it again')
     return file
 
 
@@ -102,13 +106,14 @@ def parse_config(hf, file):
     d = fields['hidden_size']
     H = fields['num_attention_heads']
     G = fields['num_key_value_heads'] or H
-    e = fields['head_dim'] or FAMILY_DEFAULTS[family].get('head_dim') or d // H
+    e = fields['head_dim'] or FAMILY_DEFAULTS[family].get('head_dim')
     context = fields['max_position_embeddings']
 
     # What must fit together.
     expect(H % G == 0, 'num_key_value_heads', f'which {H} query heads cannot share evenly; fetch it again')
-    expect(fields['head_dim'] or e * H == d or 'head_dim' in FAMILY_DEFAULTS[family], 'hidden_size',
-           f'which {H} heads cannot share evenly; fetch it again')
+    if not e:
+        expect(d % H == 0, 'hidden_size', f'which {H} heads cannot share evenly; fetch it again')
+        e = d // H
 
     # What would change the mathematics. A sliding window is fine if no layer uses it or no sequence fills
     # it.
@@ -352,20 +357,14 @@ ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'c
          'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', '*.tiktoken')
 
 
-LARGEST_ALONG = 2**28            # bytes of such a file; the largest published tokenizers have 2**25
-
 
 def files_along(folder):
-    """The files of a model folder that travel with its weights -> list of paths. A link to a file outside,
-    or a file that is no tokenizer because of its size, is a UserError."""
+    """The files of a model folder that travel with its weights -> list of paths. See `member` for what is
+    refused."""
     files = []
     for pattern in ALONG:
         for found in sorted(Path(folder).glob(pattern)):
-            file = member(folder, found.name)
-            if file.stat().st_size > LARGEST_ALONG:
-                raise UserError(f'{file}: {file.stat().st_size:,} bytes, more than any tokenizer has; '
-                                'fetch it again')
-            files.append(file)
+            files.append(member(folder, found.name))
     return files
 
 

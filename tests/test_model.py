@@ -16,6 +16,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+from formats import huggingface
 from formats.fields import short
 from formats.huggingface import (
     hf_config,
@@ -724,9 +725,11 @@ def hub_cache(tmp_path):
     return cached
 
 
-def test_the_cache_of_the_hub_keeps_working(tmp_path):
-    """Its snapshots hold nothing but links; the copies are files."""
+def test_the_cache_of_the_hub_keeps_working(tmp_path, monkeypatch):
+    """Its snapshots hold nothing but links; the copies are files. Only weights may be large, and a blob has no ending."""
     cached = hub_cache(tmp_path)
+    monkeypatch.setattr(huggingface, 'LARGEST_TEXT', 10_000)
+    assert (cached / 'model.safetensors').stat().st_size > 10_000
     assert use(cached, tmp_path / 'out') == 'a'
     assert not any(file.is_symlink() for file in (tmp_path / 'out').iterdir())
     assert {file.name for file in (tmp_path / 'out').iterdir()} == set(MEMBERS)
@@ -754,12 +757,14 @@ def test_a_broken_link_and_a_link_to_itself(target, tmp_path):
         use(folder, tmp_path / 'out')
 
 
-def test_what_travels_with_a_model_is_bounded(tmp_path):
-    """A file of a terabyte, which costs nothing on a disk with holes, filled the disk of the one who publishes."""
+@pytest.mark.parametrize('name', [name for name in MEMBERS if name != 'model.safetensors'])
+def test_files_without_weights_are_bounded(name, tmp_path):
+    """A file of a terabyte, which costs nothing on a disk with holes, fills the memory of the one who reads it and the
+    disk of the one who publishes it."""
     folder = a_model_folder(tmp_path)
-    os.truncate(folder / 'merges.txt', 2**40)
-    with pytest.raises(UserError, match='merges.txt: .* bytes, more than any tokenizer has'):
-        load_tokenizer(folder)
+    os.truncate(folder / name, 2**40)
+    with pytest.raises(UserError, match=f'{name}: .* bytes, more than any tokenizer has'):
+        use(folder, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
