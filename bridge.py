@@ -19,8 +19,9 @@ own.
     torchrun --nproc_per_node=8 bridge.py configs/bridge_qwen.py     eight GPUs share the answers
 
 Writes bridge.safetensors, bridge.json and bridge.png into the folder that the key `bridge` names;
-distill.py (stage 2) reads them there. If it is run again, it keeps the answers that it has. What it
-does not do: models that are too large for one GPU.
+distill.py (stage 2) reads them there. If it is run again, it keeps the answers that it has. --dry-run
+checks everything but the weights, shows the plan, and writes nothing. What it does not do: models that
+are too large for one GPU.
 
 Memory on the device beside both models, for 28 layers of 2048 and 2560 numbers at full width, by
 count: 7.2 GB of moments (those of the fit are freed before those of the judgement are made), 3.1 GB
@@ -35,7 +36,6 @@ Letters: K supervised rows of a micro-batch, B answers, T tokens, L layers, d wi
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -52,7 +52,7 @@ from bridge_parts.closed_form import (
     ridge,
 )
 from bridge_parts.report import COSINES, report, table
-from bridge_parts.saved import fingerprint, save_bridge
+from bridge_parts.saved import Answer, check_folder, fingerprint, first_date, read_answers, save_bridge
 from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
@@ -62,10 +62,10 @@ from rollout import Rollout, sample
 from step import micro_batches, position_mask
 from studies import toy
 from studies.figures import bridges
-from support.files import digest, whole
-from support.jsonl import append_row, read_rows
-from support.preflight import match_layers
-from support.runtime import UserError, all_gather, all_reduce, barrier, print0, run, start
+from support.files import digest, owned, whole
+from support.jsonl import append_row
+from support.preflight import check_lengths, match_layers
+from support.runtime import UserError, all_gather, all_reduce, barrier, day_of_start, print0, run, start
 
 FITS = ('ridge', 'adamw', 'random', 'shuffled')
 CKA_ANSWERS = 16                # answers of each process that layers are matched on
@@ -74,38 +74,55 @@ CKA_ROWS = 1024                 # about so many of their positions
 
 # ---- 1. collect ------------------------------------------------------------------------------
 
-class Answer(NamedTuple):
-    """A line of rollouts.jsonl."""
-    problem: int                # its number in the training problems
-    ids: list                   # what the student sampled, the stop token included
-    stopped: bool               # True: ended by a stop token; False: cut at max_new_tokens
+@dataclass
+class Collection:
+    """What is asked of the student, and what an earlier run has collected."""
+    file: Path                  # rollouts.jsonl
+    head: dict                  # its first row: how the answers were sampled
+    order: list                 # numbers of the problems, in the order in which they are asked
+    draw: dict                  # how tokens are drawn: seed, temperature, ...
+    stop: list                  # token ids that end an answer
+    vocab: int                  # ids below it are written
+    answers: list               # [Answer] that are there
+    is_whole: bool              # does the file end in a whole line?
 
 
-def collect(student, problems, vocab, stop, cfg, env):
-    """The student's answers to `bridge_prompts` problems -> [Answer], the same on every process.
-
-    Answers are appended to rollouts.jsonl as they come; what is there is not sampled again.
-    """
+def open_collection(cfg, problems, tok_s, tok_t):
+    """Look at rollouts.jsonl, and write nothing -> Collection. Answers that were sampled with other
+    settings, or that are damaged, are a UserError."""
     file = Path(cfg['bridge']) / 'rollouts.jsonl'
     total = min(cfg['bridge_prompts'], len(problems))
     order = prompt_order(len(problems), total, 1, cfg['seed'])
+    stop = stop_set(tok_s, tok_t)
+    vocab = shared_size(tok_s, tok_t)
 
     # The first line says how the answers were sampled. Another first line is an error.
     draw = {key: cfg[key] for key in ('seed', 'temperature', 'top_k', 'top_p', 'max_new_tokens')}
     settings = {key: cfg[key] for key in ('student', 'data', 'max_prompt_tokens')}
-    head = {'made by': digest(draw | settings | {'stop': stop, 'n': total})}
-    answers, is_whole = read_answers(file, head, order)
+    head = {'made by': digest(draw | settings | {'stop': stop, 'n': total}), 'date': cfg['date']}
+    answers, is_whole = read_answers(file, head, order, stop, vocab, cfg['max_new_tokens'])
+    return Collection(file, head, order, draw, stop, vocab, answers, is_whole)
+
+
+def collect(student, problems, collection, cfg, env):
+    """The student's answers to `bridge_prompts` problems -> [Answer], the same on every process.
+
+    Answers are appended to rollouts.jsonl as they come; what is there is not sampled again.
+    """
+    order = collection.order
+    answers = collection.answers
 
     # Every process has read the file before one of them writes it. A line that was cut off goes.
-    all_gather(None)
-    if env.rank == 0 and not is_whole:
-        with whole(file) as temporary, temporary.open('w') as lines:
-            for row in [head, *answers]:
-                append_row(lines, row)
+    barrier()
+    if env.rank == 0 and not collection.is_whole:
+        with whole(collection.file) as temporary, temporary.open('w') as lines:
+            for row in [collection.head, *(answer._asdict() for answer in answers)]:
+                append_row(lines, row, crc=True)
 
     # The random numbers of an answer are a function of (seed, step, slot) alone, so an interrupted
     # run goes on with the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each
     # process samples every world-th slot of a batch.
+    total = len(order)
     batch = max(1, cfg['eval_rows']) * env.world
     no_bar = env.rank > 0 or None                    # None: shown on a terminal only
     bar = tqdm(total=total, initial=len(answers), desc='collect', unit='answer', disable=no_bar)
@@ -115,8 +132,8 @@ def collect(student, problems, vocab, stop, cfg, env):
         my_slots = slots[env.rank::env.world]
         if my_slots:
             prompts = [problems[order[slot]].ids for slot in my_slots]
-            roll = sample(student, prompts, which=list(my_slots), step=-2, stop=stop,
-                          vocab=vocab, **draw)
+            roll = sample(student, prompts, which=list(my_slots), step=-2, stop=collection.stop,
+                          vocab=collection.vocab, **collection.draw)
             columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
             for slot, ids, stopped in columns:
                 sampled[slot] = Answer(order[slot], ids, stopped)
@@ -127,33 +144,12 @@ def collect(student, problems, vocab, stop, cfg, env):
         new = [sampled[slot] for slot in slots]
         answers += new
         if env.rank == 0:
-            with file.open('a') as lines:
+            with collection.file.open('a') as lines:
                 for answer in new:
-                    append_row(lines, answer)
+                    append_row(lines, answer._asdict(), crc=True)
         bar.update(len(new))
     bar.close()
     return answers
-
-
-def read_answers(file, head, order):
-    """What an earlier run collected -> ([Answer], does the file end in a whole line?)."""
-    rows = read_rows(file)
-    if not rows:
-        return [], False
-    if rows[0] != head:
-        raise UserError(f'{file}: sampled with other settings; choose another bridge=, or delete '
-                        'it')
-
-    # Each line must be the answer to the next problem of this seed's order.
-    answers = []
-    for number, row in enumerate(rows[1:], 2):
-        expected = order[len(answers):len(answers) + 1]                      # [] after the last one
-        is_answer = isinstance(row, list) and len(row) == 3
-        if not is_answer or row[:1] != expected:
-            raise UserError(f'{file}: line {number} is not the answer that belongs there; '
-                            'delete the file to sample anew')
-        answers.append(Answer(*row))
-    return answers, file.read_bytes().endswith(b'\n')
 
 
 def as_rollout(answers, problems, device):
@@ -184,6 +180,7 @@ class Pair:
     layer_map: dict             # {student layer: teacher layer}
     cfg: dict
     env: object                 # this process: its rank, how many there are, device, dtype
+    held_out: int = 1           # answers that judge the fit, the last ones
     exact: list = field(default_factory=list)        # (tokens of class 0, tokens) per micro-batch
     forwards: int = 0           # answers that this process has read so far
 
@@ -253,8 +250,11 @@ class Pair:
                 if shuffle:
                     y = y.roll(len(y) // 2, 0)
                 moments[layer].add(states_s[layer], y, inside)
-        for sums in moments.values():
+        for layer, sums in moments.items():
             reduce_moments(sums)
+            if not all(total.isfinite().all() for total in sums.sums.values()):
+                raise UserError(f'layer {layer}: states that are NaN or infinite; look at the weights of '
+                                'both models, or set dtype=float32')
         return moments
 
     def no_moments(self):
@@ -323,6 +323,9 @@ def fit(pair, answers, cfg):
             P_s = torch.stack([noise, noise])                                # (2, R, d_s)
             b_s = torch.zeros_like(closed_form.b_s)                          # (2, R)
             bridge[layer] = closed_form._replace(P_s=P_s, b_s=b_s)
+    for layer, parts in bridge.items():
+        if not all(part.isfinite().all() for part in parts):
+            raise UserError(f'layer {layer}: the fit diverged; lower bridge_lr=, or raise bridge_ridge=')
     return bridge
 
 
@@ -404,48 +407,66 @@ def align(exact, device):
 
 # ---- all of it -------------------------------------------------------------------------------
 
-def load_pair(cfg, env):
-    """Check the keys, then load tokenizers, problems and both models -> Pair."""
-    for key in ('student', 'teacher', 'data', 'bridge'):
-        if not cfg[key]:
-            raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
-    cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
+def load_text(cfg, env):
+    """Check the keys and read everything but the weights -> (Pair without models, Collection)."""
     toks = []
-    depths = []
+    shapes = []
     for side in ('student', 'teacher'):
         shape = read_config(cfg[side])
-        tok = load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
+        tok = load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'], date=cfg['date'])
         check_ids(side, shape.V, tok)
         toks.append(tok)
-        depths.append(shape.L)
-
-    # Everything that can be refused has been; now the slow part.
-    layer_map = match_layers(cfg, *depths)
+        shapes.append(shape)
+    layer_map = match_layers(cfg, *(shape.L for shape in shapes))
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
-    models = []
-    for side in ('student', 'teacher'):
-        model = load_model(cfg[side], env.dtype, env.device)
-        models.append(model.requires_grad_(False))
-    return Pair(*models, *toks, problems, layer_map, cfg, env)
+    check_lengths(cfg, shapes[0], shapes[0], problems, [])       # of the teacher's, `read` takes care
+    collection = open_collection(cfg, problems, *toks)
+
+    # Whole prompts are held out, never single rows of one.
+    total = len(collection.order)
+    held_out = max(1, round(cfg['bridge_held_out'] * total))
+    if min(total - held_out, held_out) < env.world:
+        raise UserError(f'{total} answers, {held_out} of them held out, for {env.world} rank(s); raise '
+                        'bridge_prompts')
+    print0(f'plan: {total} answers of up to {cfg["max_new_tokens"]} tokens, {len(collection.answers)} of '
+           f'them there, {held_out} held out; student layer -> teacher layer: {layer_map}')
+    return Pair(None, None, *toks, problems, layer_map, cfg, env, held_out=held_out), collection
 
 
 def main(cfg):
     env = start(cfg['device'], cfg['dtype'])
-    pair = load_pair(cfg, env)
-    cfg = pair.cfg
+    for key in ('student', 'teacher', 'data', 'bridge'):
+        if not cfg[key]:
+            raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
+    check_folder(cfg['bridge'], cfg['out_dir'])
+    if cfg['dry_run'] and not toy.is_made(cfg):
+        print0(f'dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+        return
 
+    # Everything that can be refused is, before the slow part. Prompts may hold the date: a collection
+    # that goes on the next day asks as it asked on the first.
+    cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
+    cfg = cfg | {'date': day_of_start(cfg['date'], first_date(cfg['bridge']))}
+    pair, collection = load_text(cfg, env)
+    if cfg['dry_run']:
+        return
+    models = []
+    for side in ('student', 'teacher'):
+        model = load_model(cfg[side], env.dtype, env.device)
+        models.append(model.requires_grad_(False))
+    pair.student, pair.teacher = models
+    with owned(cfg['bridge'], env.rank):
+        # Another process may have gone on collecting until a moment ago.
+        collection = open_collection(cfg, pair.problems, pair.tok_s, pair.tok_t)
+        make_bridge(pair, collection, cfg, env)
+
+
+def make_bridge(pair, collection, cfg, env):
+    """The four stages, and what they write."""
     # 1. collect
-    vocab = shared_size(pair.tok_s, pair.tok_t)
-    stop = stop_set(pair.tok_s, pair.tok_t)
-    answers = collect(pair.student, pair.problems, vocab, stop, cfg, env)
-
-    # Whole prompts are held out, never single rows of one.
-    held_out = max(1, round(cfg['bridge_held_out'] * len(answers)))
-    fit_answers = answers[:-held_out]
-    held_out_answers = answers[-held_out:]
-    if min(len(fit_answers), held_out) < env.world:
-        raise UserError(f'{len(answers)} answers, {held_out} of them held out, for {env.world} '
-                        'rank(s); raise bridge_prompts')
+    answers = collect(pair.student, pair.problems, collection, cfg, env)
+    fit_answers = answers[:-pair.held_out]
+    held_out_answers = answers[-pair.held_out:]
 
     # 2, 3. read and fit
     clock = time.perf_counter()

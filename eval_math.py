@@ -50,7 +50,7 @@ from rollout import stream
 from studies import toy
 from support.files import owned, write_json
 from support.jsonl import append_row
-from support.runtime import UserError, all_gather, barrier, print0, run, start, today
+from support.runtime import UserError, all_gather, barrier, day_of_start, print0, run, start
 from support.samples import check_samples, read_samples, samples_folder, write_samples
 
 __all__ = ['grade', 'evaluate', 'load_eval_sets', 'check_answers']
@@ -474,9 +474,9 @@ def main(cfg, regrade=False):
 
     # The problems, and the answers that earlier runs of this command have left. Prompts may hold the date:
     # an evaluation that goes on the next day asks as it asked on the first.
-    evaluation = prepare(cfg, env, cfg['date'] or today())
+    evaluation = prepare(cfg, env, day_of_start(cfg['date']))
     samples = read_samples(evaluation.folder)
-    first_day = next((row['date'] for row in samples.values()), evaluation.date)
+    first_day = day_of_start(*(row['date'] for row in samples.values()), evaluation.date)
     if first_day != evaluation.date:
         evaluation = prepare(cfg, env, first_day)
     check_samples(evaluation.folder, samples, texts_asked(evaluation), cfg['eval_n'], cfg['seed'])

@@ -314,9 +314,9 @@ def all_gather(obj):
     return gathered_objects
 
 
-def today():
-    """The date on rank 0, YYYY-MM-DD: the same on all ranks, at midnight too."""
-    return all_gather(date.today().isoformat())[0]
+def day_of_start(*known):
+    """The first of these dates that is not '', else today's, YYYY-MM-DD: as rank 0 has it, on all ranks."""
+    return all_gather(next(filter(None, known), date.today().isoformat()))[0]
 
 
 def barrier():

@@ -39,7 +39,8 @@ from output_losses import OutputTerm, make_objective, opd_rows
 from step import Objective, accumulate, cut_rollout, diagnose, micro_batches, position_mask, position_weights
 from studies import toy
 from studies.toy import folder_of
-from support.files import read_json
+from support.files import owned, read_json
+from support.jsonl import append_row, read_rows
 from support.runtime import ROOT, UserError, run, start
 from teacher import hidden_rows
 
@@ -220,17 +221,154 @@ def test_collecting_goes_on_where_it_stopped(made, toy_dir, tmp_path, monkeypatc
     assert (out / 'rollouts.jsonl').read_text() == text and len(sampled) == 30 - whole
     a, b = tensors(made)[0], tensors(out)[0]
     assert all(torch.equal(a[k], b[k]) for k in b)
-    (out / 'rollouts.jsonl').write_text(text.replace('\n[', '\n[[', 1))
-    with pytest.raises(UserError, match='rollouts.jsonl:2: damaged'):
+    (out / 'rollouts.jsonl').write_text(text.replace('\n{', '\n[{', 1))
+    with pytest.raises(UserError, match='rollouts.jsonl:2: damaged; delete the file'):
         main(load_config(args(toy_dir, out)))
     with pytest.raises(UserError, match='sampled with other settings'):
         main(load_config(args(toy_dir, made, temperature=0.5)))
-    head, first, second, *rest = text.splitlines()
-    for lines in ([head, first, first, second, *rest], [head, second, *rest], [head, first, second, *rest, first],
-                  [head, first[:-len(', true]')] + ']', second, *rest], [head, '{}', second, *rest]):
-        (out / 'rollouts.jsonl').write_text('\n'.join(lines) + '\n')
-        with pytest.raises(UserError, match=r'line \d+ is not the answer that belongs there'):
-            main(load_config(args(toy_dir, out)))
+
+
+def write_rows(file, rows):
+    """A rollouts.jsonl with the checksums that bridge.py writes."""
+    with file.open('w') as opened:
+        for row in rows:
+            append_row(opened, row, crc=True)
+
+
+FOREIGN = {      # what is done to the rows after the first -> what is said of it
+    'doubled': (lambda rows: [rows[0], *rows], 'line 3 is not the answer that belongs there'),
+    'dropped': (lambda rows: rows[1:], 'line 2 is not the answer that belongs there'),
+    'one too many': (lambda rows: [*rows, rows[0]], 'line 32 is not the answer that belongs there'),
+    'in another order': (lambda rows: rows[::-1], 'line 2 is not the answer that belongs there'),
+    'a problem that there is not': (lambda rows: [rows[0] | {'problem': 10**9}, *rows[1:]], 'line 2 is not the answer'),
+    'without stopped': (lambda rows: [{k: rows[0][k] for k in ('problem', 'ids')}, *rows[1:]], 'line 2: stopped is missing; wants true or false'),
+    'an id beyond the vocabulary': (lambda rows: [rows[0] | {'ids': [10**9, *rows[0]['ids'][1:]]}, *rows[1:]],
+                                    'line 2: ids, entry 1 is 1000000000; wants a whole number from 0 to 20'),
+    'an id below 0': (lambda rows: [rows[0] | {'ids': [-1, *rows[0]['ids'][1:]]}, *rows[1:]], 'entry 1 is -1'),
+    'true is no id': (lambda rows: [rows[0] | {'ids': [True, *rows[0]['ids'][1:]]}, *rows[1:]], 'entry 1 is True'),
+    'an id with a fraction': (lambda rows: [rows[0] | {'ids': [1.0, *rows[0]['ids'][1:]]}, *rows[1:]], 'entry 1 is 1.0'),
+    'no ids': (lambda rows: [rows[0] | {'ids': []}, *rows[1:]], r'ids is \[\]; wants a list of length from 1 to 20'),
+    'ids beyond the limit': (lambda rows: [rows[0] | {'ids': [4] * 21, 'stopped': False}, *rows[1:]], 'wants a list of length from 1 to 20'),
+    'cut before the limit': (lambda rows: [rows[0] | {'ids': [4, 4], 'stopped': False}, *rows[1:]], 'line 2 is not the answer'),
+    'stopped at no stop token': (lambda rows: [rows[0] | {'ids': [4, 4], 'stopped': True}, *rows[1:]], 'line 2 is not the answer'),
+    'null': (lambda rows: [rows[0] | {'stopped': None}, *rows[1:]], 'stopped is None; wants true or false'),
+    'nothing': (lambda rows: [{}, *rows[1:]], 'line 2: problem is missing'),
+}
+
+
+@pytest.mark.parametrize('change, says', FOREIGN.values(), ids=FOREIGN)
+def test_rows_that_do_not_belong_to_a_collection_are_refused(made, toy_dir, tmp_path, change, says):
+    """Some were read as answers, and an id of 10**9 is an IndexError in the embedding. Nothing is written."""
+    out = tmp_path / 'b'
+    out.mkdir()
+    head, *rows = read_rows(made / 'rollouts.jsonl', crc=True)
+    write_rows(out / 'rollouts.jsonl', [head, *change(rows)])
+    before = (out / 'rollouts.jsonl').read_bytes()
+    with pytest.raises(UserError, match=says) as error:
+        main(load_config(args(toy_dir, out)))
+    assert '\n' not in str(error.value) and len(str(error.value)) < 250 + len(str(out))
+    assert (out / 'rollouts.jsonl').read_bytes() == before and os.listdir(out) == ['rollouts.jsonl']
+
+
+def test_every_flipped_bit_of_a_collection_is_found(made, toy_dir, tmp_path):
+    """One wrong digit is another id, and gave another bridge without a word. Bytes that are not UTF-8 are damage too."""
+    good = (made / 'rollouts.jsonl').read_bytes()
+    head, *_ = read_rows(made / 'rollouts.jsonl', crc=True)
+    order = [row['problem'] for row in read_rows(made / 'rollouts.jsonl', crc=True)[1:]]
+    file = tmp_path / 'rollouts.jsonl'
+    file.write_bytes(good)
+    assert len(saved.read_answers(file, head, order, [2], 21, 20)[0]) == 30
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(good) - 1, (200,), generator=generator).tolist():
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        with pytest.raises(UserError, match=r'rollouts.jsonl:\d+: damaged; delete the file to sample anew'):
+            saved.read_answers(file, head, order, [2], 21, 20)
+
+
+def test_a_collection_that_goes_on_the_next_day_asks_as_on_the_first(made, toy_dir, tmp_path, monkeypatch):
+    """Templates that write the date would change the prompts of the answers that are there. With date= given, answers of
+    another day are refused."""
+    told = []
+    load = bridge.load_tokenizer
+    monkeypatch.setattr(bridge, 'load_tokenizer', lambda path, **how: told.append(how['date']) or load(path, **how))
+    head, *rows = read_rows(made / 'rollouts.jsonl', crc=True)
+    (tmp_path / 'b').mkdir()
+    write_rows(tmp_path / 'b/rollouts.jsonl', [head | {'date': '2020-02-29'}, *rows[:9]])
+    main(load_config([*args(toy_dir, tmp_path / 'b'), '--dry-run']))
+    assert told == ['2020-02-29'] * 2
+    with pytest.raises(UserError, match='sampled with other settings'):
+        main(load_config([*args(toy_dir, tmp_path / 'b'), 'date=2021-01-01', '--dry-run']))
+    assert told[2:] == ['2021-01-01'] * 2
+    main(load_config([*args(toy_dir, tmp_path / 'c'), 'date=2021-01-01', '--dry-run']))
+    write_rows(tmp_path / 'b/rollouts.jsonl', [head | {'date': 20200229}, *rows[:9]])
+    with pytest.raises(UserError, match='the first row: date is 20200229; wants a text of length from 10 to 10'):
+        main(load_config(args(toy_dir, tmp_path / 'b')))
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(toy_dir, made, tmp_path, capsys, monkeypatch):
+    """It made the whole bridge. What a run refuses is refused, and no weights are loaded."""
+    monkeypatch.setattr(bridge, 'load_model', None)
+    main(load_config([*args(toy_dir, tmp_path / 'b'), '--dry-run']))
+    out = capsys.readouterr().out
+    assert 'plan: 30 answers of up to 20 tokens, 0 of them there, 3 held out; student layer -> teacher layer: {1: 1, 2: 3, 3: 4}' in out
+    main(load_config([*args(toy_dir, made), '--dry-run']))
+    assert '30 answers of up to 20 tokens, 30 of them there' in capsys.readouterr().out
+    main(load_config([*args(toy_dir, tmp_path / 'b', toy_layers=2), '--dry-run']))
+    assert 'dry run: a run makes' in capsys.readouterr().out
+    for keys, says in ((dict(max_new_tokens=10**6), 'lower max_new_tokens'), (dict(layers=[9]), r'layers=\[9\]'),
+                       (dict(bridge_prompts=2, bridge_held_out=0.9), 'raise bridge_prompts')):
+        with pytest.raises(UserError, match=says):
+            main(load_config([*args(toy_dir, tmp_path / 'b', **keys), '--dry-run']))
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_a_folder_of_a_bridge_is_written_to(toy_dir, made, tmp_path):
+    """bridge= with the folder of a run, or of something else, would mix its files with those. Two bridges at once in one
+    folder would both append to its answers."""
+    for name in ('notes', 'run'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'notes/rollouts.txt').write_text('mine')
+    (tmp_path / 'file').write_text('')
+    for folder, says in (('notes', "holds 'rollouts.txt' and no bridge"), ('file', 'not a folder'), ('run', 'is out_dir as well')):
+        with pytest.raises(UserError, match=says):
+            main(load_config(args(toy_dir, tmp_path / folder, out_dir=tmp_path / 'notes/../run')))
+    assert os.listdir(tmp_path / 'notes') == ['rollouts.txt'] and os.listdir(tmp_path / 'run') == []
+    saved.check_folder(tmp_path / 'run', 'x')
+    saved.check_folder(made, 'x')
+    shutil.copy(made / 'rollouts.jsonl', tmp_path / 'run')
+    with owned(tmp_path / 'run'):
+        p = subprocess.run([sys.executable, 'bridge.py', *args(toy_dir, tmp_path / 'run')], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 2 and f'in use by process {os.getpid()} on' in p.stderr and p.stderr.count('\n') == 1
+
+
+def test_what_is_not_finite_is_not_saved(made, toy_dir, tmp_path, monkeypatch):
+    """A fit that diverged, models with NaN weights, a figure without a number: one line each, and no file. NaN is not
+    JSON, and a bridge that holds it makes NaN of the student."""
+    for name in ('adamw', 'weights', 'figure'):
+        (tmp_path / name).mkdir()
+        shutil.copy(made / 'rollouts.jsonl', tmp_path / name)
+
+    def refused(name, says, **keys):
+        with pytest.raises(UserError, match=says):
+            main(load_config(args(toy_dir, tmp_path / name, **keys)))
+        assert sorted(os.listdir(tmp_path / name)) == ['.lock', 'rollouts.jsonl']
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, 'adamw_fit', lambda pair, answers, fitted, *a: {
+            l: (part.P_s * float('nan'), part.b_s) for l, part in fitted.items()})
+        refused('adamw', 'layer 1: the fit diverged; lower bridge_lr=', bridge_fit='adamw')
+    load = bridge.load_model
+
+    def broken(path, *a):
+        model = load(path, *a)
+        next(model.parameters()).data[3] = float('nan')
+        return model
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, 'load_model', broken)
+        refused('weights', 'layer 1: states that are NaN or infinite; look at the weights')
+    monkeypatch.setattr(bridge, 'report', lambda *a: report.report(*a) | {'more': float('nan')})
+    refused('figure', 'what was measured is NaN or infinite, so nothing is saved')
 
 
 def test_answers_end_at_the_stop_tokens_of_both_models(toy_dir, toy_cfg, tmp_path):
@@ -238,7 +376,7 @@ def test_answers_end_at_the_stop_tokens_of_both_models(toy_dir, toy_cfg, tmp_pat
     beyond the teacher's stop token, which no training run ever sees."""
     teacher = with_other_stop(toy_cfg['teacher'], tmp_path / 'teacher')
     main(load_config(argv(toy_dir, 'unused', bridge=tmp_path / 'b', bridge_prompts=9, teacher=teacher)))
-    answers = [json.loads(line)[1] for line in (tmp_path / 'b/rollouts.jsonl').read_text().splitlines()[1:]]
+    answers = [row['ids'] for row in read_rows(tmp_path / 'b/rollouts.jsonl', crc=True)[1:]]
     assert len(answers) == 9 and not any({2, 20} & set(ids[:-1]) for ids in answers)
     assert 20 in {ids[-1] for ids in answers}
 
@@ -258,7 +396,7 @@ def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkey
 
     room = [3]
 
-    def full_disk(lines, row):
+    def full_disk(lines, row, crc):
         room[0] -= 1
         if room[0] < 0:
             raise OSError(28, os.strerror(28), lines.name)
@@ -721,7 +859,7 @@ def test_how_the_teacher_reads_is_handed_on(keys, made, toy_dir, tmp_path, monke
     monkeypatch.setattr(distill, 'read_rollout', recorded)
     weigh = distill.position_weights
     monkeypatch.setattr(distill, 'position_weights', lambda mask, *a: masks.append(mask) or weigh(mask, *a))
-    main(load_config(args(toy_dir, tmp_path / 'b', bridge_prompts=6, bridge_rank=2, **keys)))
+    main(load_config(args(toy_dir, tmp_path / 'b', bridge_prompts=8, bridge_held_out=0.5, bridge_rank=2, **keys)))
     distill.main(load_config(run_args(toy_dir, tmp_path / 'b', tmp_path / 'r', steps=1, eval_data='', bridge_rank=2, **keys)))
     how = keys.get('pair', 'floor'), keys.get('teacher_ids', 'text')
     assert {asked for asked, _ in given} == {how} and len(masks) == 1
@@ -760,8 +898,21 @@ def test_a_bridge_made_for_something_else_is_refused(made, toy_dir, tmp_path, ca
         assert f'layer {layer[-1]} is damaged; rerun bridge.py' in refused(two, layers=[1, 3])
     save_file({k: v for k, v in got.items() if k != 'P_s.1'}, two / 'bridge.safetensors', {'bridge': json.dumps(about)})
     assert 'layer 1 is damaged; rerun bridge.py' in refused(two, layers=[1, 3])
-    save_file(got, two / 'bridge.safetensors', {'bridge': json.dumps({k: v for k, v in about.items() if k != 'phi'})})
-    assert 'not a bridge; make one with bridge.py' in refused(two, layers=[1, 3])
+    save_file(got | {'P_t.1': torch.tensor(1.0)}, two / 'bridge.safetensors', {'bridge': json.dumps(about)})
+    assert 'layer 1 is damaged; rerun bridge.py' in refused(two, layers=[1, 3])
+    without_phi = {k: v for k, v in about.items() if k != 'phi'}
+    for made_of in (without_phi, about | {'phi': {}}, about | {'phi': [1]}, about | {'phi': {'1': 1, '3': 5}}, about | {'phi': {'1': True}},
+                    about | {'phi': {'1': 1, '3': 0}}, about | {'phi': {'1': 1, '4': 1}}, about | {'phi': {'01': 1}}, about | {'rank': 0},
+                    about | {'rank': '8'}, about | {'ranks': None}, about | {'d': [24]}, about | {'d': 'ab'}, about | {'L': [3, 4.0]},
+                    [about], 'text', None, 3):
+        save_file(got, two / 'bridge.safetensors', {'bridge': json.dumps(made_of)})
+        assert 'not a bridge; make one with bridge.py' in refused(two, layers=[1, 3])
+    for text in ('[' * 10**5, '{', '', '\x00'):
+        save_file(got, two / 'bridge.safetensors', {'bridge': text})
+        assert 'not a bridge; make one with bridge.py' in refused(two, layers=[1, 3])
+    save_file(got, two / 'bridge.safetensors', {'bridge': json.dumps(about | {'student': 'x\x1b[31m' * 9999})})
+    line = refused(two, layers=[1, 3])
+    assert 'made for student=' in line and len(line) <= 301 and '\x1b' not in line
     (two / 'bridge.safetensors').write_bytes((two / 'bridge.safetensors').read_bytes()[:2000])
     assert 'not a whole safetensors file' in refused(two, layers=[1, 3])
 

@@ -1,10 +1,12 @@
-"""Files of JSON lines that a kill may have cut."""
+"""Files of JSON lines that a kill may have cut, and what a file may hold."""
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from support.fields import Field, check_fields
 from support.jsonl import append_row, read_rows
 from support.runtime import ROOT, UserError
 
@@ -50,3 +52,86 @@ def test_a_row_survives_a_kill_right_after_it_was_appended(tmp_path):
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT)
     assert done.returncode == 9 and read_rows(tmp_path / 'a.jsonl') == [0, 1, 2]
     assert json.loads((tmp_path / 'a.jsonl').read_text().splitlines()[2]) == 2
+
+
+def json_writes_it_in_another_way(good, flipped, place):
+    """The case of a letter in 1e+300 or in \\u00e9 means nothing."""
+    return flipped.lower() == good.lower() and bool(re.search(rb'\de|\\u[0-9a-f]{0,4}', good[max(0, place - 6):place + 1]))
+
+
+@pytest.mark.parametrize('row', [
+    {'text': 'a\n\u2028é🙂\x00\ud800', 'x': [1, 2.5, -0.0, 1e300, 10**30, None, True], 'y': {'b': 1, 'a': {}}}, {}, {'crc ': 'crc'}])
+def test_a_checksum_belongs_to_one_row(tmp_path, row):
+    """What was written comes back; every single bit that is flipped is found, wherever it is, and so is a row without a
+    checksum, or one whose values were swapped."""
+    file = tmp_path / 'a.jsonl'
+    with file.open('w') as opened:
+        append_row(opened, row, crc=True)
+        append_row(opened, {'next': 1}, crc=True)
+    assert read_rows(file, crc=True) == [row, {'next': 1}] and list(read_rows(file, crc=True)[0]) == list(row)
+    good = file.read_bytes()
+    for place in range(good.index(b'\n') + 1):
+        for bit in range(8):
+            flipped = bytearray(good)
+            flipped[place] ^= 1 << bit
+            file.write_bytes(flipped)
+            if json_writes_it_in_another_way(good, bytes(flipped), place):
+                continue
+            with pytest.raises(UserError, match=r'a\.jsonl:1: damaged; delete the file'):
+                read_rows(file, crc=True, advice='delete the file')
+    for line in (json.dumps(row), '[]', '3', 'null', '"crc"', '{"crc": null}', '{"crc": "00000000"}', '{"x": 1, "crc": ["x"]}'):
+        file.write_text(line + '\n')
+        with pytest.raises(UserError, match=r'a\.jsonl:1: damaged; delete the line'):
+            read_rows(file, crc=True)
+
+
+def test_a_line_in_another_encoding_is_damage(tmp_path):
+    """json.loads guesses UTF-16 and UTF-32 from bytes, and reads a line that nobody wrote."""
+    for encoding in ('utf-16', 'utf-32', 'utf-16-le', 'utf-8-sig'):
+        (tmp_path / 'a.jsonl').write_bytes('{"x": 1}'.encode(encoding) + b'\n')
+        with pytest.raises(UserError, match=r'a\.jsonl:1: damaged'):
+            read_rows(tmp_path / 'a.jsonl')
+
+
+NAN, INF = float('nan'), float('inf')
+TABLE = {'number': Field(int, 0, 7), 'share': Field(float, 0, 1), 'word': Field(str, 1, 5), 'on': Field(bool),
+         'ids': Field(list, 1, 3, items=Field(int, 0, 9)), 'map': Field(dict, items=Field(float)), 'maybe': Field(str, null=True),
+         'rows': Field(list, items=Field(list, items=Field(bool))), 'left': Field(int, needed=False)}
+FINE = {'number': 0, 'share': 0.5, 'word': 'abc', 'on': True, 'ids': [0, 9], 'map': {'a': 1, 'b': -2.5}, 'maybe': None, 'rows': [[True], []]}
+
+
+def test_values_that_a_table_allows():
+    """Both ends of every range, whole numbers where fractions are meant, fields that the table does not name."""
+    check_fields(FINE, TABLE, 'a')
+    for more in ({'number': 7}, {'share': 0}, {'share': 1}, {'word': 'abcde'}, {'on': False}, {'ids': [1, 2, 3]}, {'map': {}},
+                 {'maybe': 'x' * 999}, {'rows': []}, {'left': -10**30}, {'other': NAN}):
+        check_fields(FINE | more, TABLE, 'a')
+
+
+@pytest.mark.parametrize('name, value, says', [
+    *[('number', value, 'wants a whole number from 0 to 7') for value in (-1, 8, True, 1.0, '1', None, [1], 10**4000, NAN)],
+    *[('share', value, 'wants a finite number from 0 to 1') for value in (NAN, INF, -INF, -0.1, 1.1, True, '0.5', None, 10**400)],
+    *[('word', value, 'wants a text of length from 1 to 5') for value in ('', 'abcdef', b'abc', 5, None, ['a'])],
+    *[('on', value, 'wants true or false') for value in (0, 1, 'true', None)],
+    *[('ids', value, 'wants a list of length from 1 to 3') for value in ([], [1] * 4, {}, 'abc', None, (1, 2))],
+    *[('ids', [0, value], 'ids, entry 2 is') for value in (-1, 10, True, 1.0, '1', None, [1])],
+    *[('map', value, 'wants an object') for value in ([], 'x', None)],
+    *[('map', {'a': 1, 'b': value}, 'map, entry 2 is') for value in (NAN, INF, True, 'x', None)],
+    ('maybe', 5, 'wants a text or null'), ('rows', [[True], [1]], 'rows, entry 2, entry 1 is 1; wants true or false'),
+    ('left', 'x', 'left is'), ('left', None, 'left is None; wants a whole number')])
+def test_values_that_a_table_refuses(name, value, says):
+    """True is no number, and NaN lies in no range. The line says where, what and what to do, and is short."""
+    with pytest.raises(UserError) as error:
+        check_fields(FINE | {name: value}, TABLE, 'a.json', 'fetch it')
+    line = str(error.value)
+    assert line.startswith(f'a.json: {name}') and says in line and line.endswith('; fetch it') and len(line) < 150
+
+
+def test_what_is_no_object_or_lacks_a_field_is_refused():
+    for value in ([], 'text', 3, None, True, [['x'] * 10**5]):
+        with pytest.raises(UserError, match=r'a.json: .* not an object; fetch or make it again') as error:
+            check_fields(value, TABLE, 'a.json')
+        assert len(str(error.value)) < 150
+    for name in FINE:
+        with pytest.raises(UserError, match=f'a.json: {name} is missing; wants'):
+            check_fields({key: value for key, value in FINE.items() if key != name}, TABLE, 'a.json')
