@@ -64,7 +64,7 @@ from studies import toy
 from studies.figures import bridges
 from support.files import digest, whole
 from support.jsonl import append_row, read_rows
-from support.preflight import match_layers
+from support.preflight import match_layers, preflight_bridge
 from support.runtime import UserError, all_gather, all_reduce, barrier, print0, run, start
 
 FITS = ('ridge', 'adamw', 'random', 'shuffled')
@@ -405,23 +405,28 @@ def align(exact, device):
 # ---- all of it -------------------------------------------------------------------------------
 
 def load_pair(cfg, env):
-    """Check the keys, then load tokenizers, problems and both models -> Pair."""
+    """Check the keys, then load tokenizers, problems and both models -> Pair; None in a dry run."""
     for key in ('student', 'teacher', 'data', 'bridge'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
+    if toy.ends_dry_run(cfg):
+        return None
     cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
     toks = []
-    depths = []
+    shapes = []
     for side in ('student', 'teacher'):
         shape = read_config(cfg[side])
         tok = load_tokenizer(cfg[side], enable_thinking=cfg['enable_thinking'])
         check_ids(side, shape.V, tok)
         toks.append(tok)
-        depths.append(shape.L)
+        shapes.append(shape)
 
     # Everything that can be refused has been; now the slow part.
-    layer_map = match_layers(cfg, *depths)
+    layer_map = match_layers(cfg, shapes[0].L, shapes[1].L)
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
+    preflight_bridge(cfg, env, *shapes, layer_map, problems, shared_size(*toks))
+    if cfg['dry_run']:
+        return None
     models = []
     for side in ('student', 'teacher'):
         model = load_model(cfg[side], env.dtype, env.device)
@@ -432,6 +437,8 @@ def load_pair(cfg, env):
 def main(cfg):
     env = start(cfg['device'], cfg['dtype'])
     pair = load_pair(cfg, env)
+    if pair is None:
+        return
     cfg = pair.cfg
 
     # 1. collect

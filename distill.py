@@ -461,8 +461,7 @@ def main(cfg):
         print0(f"{out}: finished at step {results['steps']}; give another out_dir= to run again")
         print0('\n'.join(show(results)))
         return
-    if cfg['dry_run'] and not toy.is_made(cfg):
-        print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+    if toy.ends_dry_run(cfg):
         return
 
     # The toy makes its own models and problems, once.

@@ -220,7 +220,7 @@ def phases(cfg, student, teacher, layer_map, work, env):
 
     # While models are loaded every rank has the whole student for a moment.
     estimate = {
-        'load': {'student weights, float32': 4 * weights.total, 'teacher weights': s * weights_of(teacher).total},
+        'load': {'student weights, float32': 4 * weights.total, 'teacher weights': lasting['teacher weights']},
         'sample': lasting | whole | rollout,
         'update': lasting | update(cfg, student, teacher, layer_map, largest_micro_batch(cfg, work), work, env),
         'save': lasting,
@@ -230,7 +230,7 @@ def phases(cfg, student, teacher, layer_map, work, env):
                              work.vocab, cfg['eval_top_p'])
         estimate['evaluate'] = lasting | whole | evaluation
     if env.device.type == 'cpu':
-        estimate['save'] = lasting | saving(student, with_head, s, W)
+        estimate['save'] = lasting | saving(student, with_head, env)
     return estimate
 
 
@@ -239,16 +239,50 @@ def peak(estimate):
     return max(estimate, key=lambda phase: sum(estimate[phase].values()))
 
 
-def saving(student, with_head, s, W):
-    """Host memory of rank 0 while a checkpoint is written, beside what the run holds -> {what: bytes}."""
-    weights = weights_of(student)
-    resume = (4 * weights.total + 8 * learned(student, with_head)) / W
-    return {'resume state of this rank, as it is written': resume}
+def saving(student, with_head, env):
+    """Host memory of a rank while a checkpoint is written, beside what a CPU run holds -> {what: bytes}.
+
+    The rank's share of the resume state comes from the device, is turned into the bytes of a file, and these
+    are copied once before they are written.
+    """
+    copies = 2 if env.device.type == 'cpu' else 3
+    return {'resume state, as bytes and a copy of them': copies * resume_bytes(student, with_head) / env.world}
+
+
+def resume_bytes(student, with_head):
+    """Float32 weights and AdamW's two moments, of all ranks."""
+    return 4 * weights_of(student).total + 8 * learned(student, with_head)
 
 
 def checkpoint_bytes(student, with_head, s):
-    """A checkpoint on disk: a Hugging Face folder, and float32 weights with AdamW's two moments."""
-    return s * weights_of(student).total + 4 * weights_of(student).total + 8 * learned(student, with_head)
+    """A checkpoint on disk: a Hugging Face folder in the dtype of forwards, and the resume state."""
+    return s * weights_of(student).total + resume_bytes(student, with_head)
+
+
+def bridge_phases(cfg, student, teacher, layer_map, work, env):
+    """{phase: {what: bytes}} of bridge.py with the closed form, on one rank. Arguments as in `phases`."""
+    s = 2 if env.dtype == torch.bfloat16 else 4
+    batch = largest_micro_batch(cfg, work)
+    K = batch.rows
+    R = min(student.d, teacher.d)
+    models = {'weights of both models': s * (weights_of(student).total + weights_of(teacher).total)}
+
+    # Moments in float64: x x', y x' and y y' of two classes, for each pair of layers; and the bridge.
+    pairs = len(layer_map)
+    moments = 8 * pairs * 2 * (student.d**2 + student.d * teacher.d + teacher.d**2)
+    bridge = 8 * pairs * R * (teacher.d + 2 * student.d)
+
+    # A micro-batch: the states of all layers, and one pair of layers at a time in float64. The judgement
+    # holds about eight tensors (K, R) of it: projections, their products and running sums.
+    states = s * K * (pairs * student.d + len(set(layer_map.values())) * teacher.d)
+    states += batch.tokens * max(forward_work(student, s), forward_work(teacher, s))
+    double = 8 * K * (student.d + teacher.d)
+    return {
+        'collect': models | sampler(student, s, work.answers, work.answers, work.prompt, work.new, work.vocab,
+                                    cfg['top_p']),
+        'fit': models | {'moments': moments, 'a micro-batch': states + double},
+        'judge': models | {'moments': moments, 'bridge': bridge, 'a micro-batch': states + double + 8 * 8 * K * R},
+    }
 
 
 # ---- the update ----------------------------------------------------------------------------------
@@ -334,11 +368,15 @@ def update(cfg, student, teacher, layer_map, batch, work, env):
 
 def head_work(cfg, c, K, s, vocab, sharded):
     """The output-space term under the head: three (C, V) tensors of float32 at once, four of them for a
-    forward or next-byte KL, and one in the dtype of forwards; the head's gradient; three rows of states."""
+    forward or next-byte KL, and one in the dtype of forwards; the head's gradient; two rows of states."""
     C = min(K, cfg['head_rows'] or 64)
     tensors = 4 if cfg['kl_direction'] == 'forward' or cfg['opd'] == 'byte' else 3
     chunk = C * vocab * (4 * tensors + (s if s == 2 else 0))
 
-    # In float32; where weights are sharded, beside the gathered head and the gradient in its dtype.
-    head = c.V * c.d * (4 + (2 * s if sharded else 0))
+    # The head's gradient is float32. Where weights are sharded, the gathered head lies beside it, and later,
+    # when the chunk has gone, the gradient in the head's dtype.
+    head = 4 * c.V * c.d
+    if sharded:
+        head += s * c.V * c.d
+        chunk = max(chunk, s * c.V * c.d)
     return chunk + head + 2 * s * K * c.d
