@@ -64,7 +64,7 @@ from studies import toy
 from studies.figures import bridges
 from support.files import digest, owned, whole
 from support.jsonl import append_row
-from support.preflight import check_lengths, match_layers
+from support.preflight import check_lengths, match_layers, preflight_bridge
 from support.runtime import UserError, all_gather, all_reduce, barrier, day_of_start, print0, run, start
 
 FITS = ('ridge', 'adamw', 'random', 'shuffled')
@@ -420,6 +420,7 @@ def load_text(cfg, env):
     layer_map = match_layers(cfg, *(shape.L for shape in shapes))
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
     check_lengths(cfg, shapes[0], shapes[0], problems, [])       # of the teacher's, `read` takes care
+    preflight_bridge(cfg, env, *shapes, layer_map, problems, shared_size(*toks))
     collection = open_collection(cfg, problems, *toks)
 
     # Whole prompts are held out, never single rows of one.
@@ -439,8 +440,7 @@ def main(cfg):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
     check_folder(cfg['bridge'], cfg['out_dir'])
-    if cfg['dry_run'] and not toy.is_made(cfg):
-        print0(f'dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+    if toy.ends_dry_run(cfg):
         return
 
     # Everything that can be refused is, before the slow part. Prompts may hold the date: a collection

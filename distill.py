@@ -63,12 +63,13 @@ from support.optimizer import adamw, ever_positive, learning_rate, share_below_e
 from support.preflight import preflight
 from support.provenance import append_start, check_start, start_record, versions
 from support.report import first_step_notes, step_line, summary
-from support.run_folder import begin, first_day, open_run
+from support.run_folder import begin, open_run, stored_config
 from support.runtime import (
     Clock,
     UserError,
     all_reduce,
     barrier,
+    day_of_start,
     full,
     gathered,
     interruptible,
@@ -436,7 +437,7 @@ def main(cfg):
 
     # A run of another config is an error, before anything is loaded; a finished run shows its result.
     # 'auto' must not mean something else at resume, and neither must today.
-    cfg = cfg | {'date': first_day(cfg['out_dir'], cfg['date'])}
+    cfg = cfg | {'date': day_of_start(cfg['date'], stored_config(cfg['out_dir']).get('date'))}
     asked = cfg | {'dtype': str(env.dtype)[6:]}
     may_change = free + later
     out = open_run(cfg['out_dir'], asked, may_change)
@@ -447,8 +448,7 @@ def main(cfg):
                    'out_dir=')
             print0('\n'.join(show(results)))
             return
-    if cfg['dry_run'] and not toy.is_made(cfg):
-        print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+    if toy.ends_dry_run(cfg):
         return
 
     # The toy makes its own models and problems, once.

@@ -44,7 +44,11 @@ def load_config(argv=None):
             if not eq and not (key in default and isinstance(default[key], bool)):
                 raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; see --help')
             cfg[key] = parse(key, text) if eq else True
-    return check(cfg, 'command line')
+    cfg = check(cfg, 'command line')
+    if cfg['ranks'] and not cfg['dry_run']:
+        raise UserError(f'ranks={cfg["ranks"]}: belongs to --dry-run; torchrun --nproc_per_node= starts '
+                        'ranks')
+    return cfg
 
 
 def read_config_file(name):

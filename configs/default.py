@@ -14,7 +14,9 @@ config = dict(
     device='auto',              # 'auto' (CUDA, else CPU), 'cuda', 'cpu', 'mps'
     dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32), 'bfloat16', 'float32';
                                 # weights, gradients and optimizer state are float32
-    dry_run=False,              # --dry-run: resolve, check, print the plan and the memory estimate, stop
+    dry_run=False,              # --dry-run: resolve, check, print the plan, memory, disk and time, stop
+    ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says
+                                # otherwise; 0 = the ranks that it was started with
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
@@ -150,8 +152,8 @@ config = dict(
 positive, natural, share = (1, 10**7), (0, 10**7), (0, 1)
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
-    max_prompt_tokens=natural, prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
-    temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
+    ranks=(0, 65536), max_prompt_tokens=natural,
+    prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive, temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
@@ -177,7 +179,8 @@ checks = dict(
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
-free = ('out_dir', 'device', 'dry_run', 'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir')
+free = ('out_dir', 'device', 'dry_run', 'ranks', 'token_budget', 'head_rows', 'checkpointing', 'compile',
+        'toy_dir')
 
 # Keys with which a run may go on differently; its log says from which step.
 later = ('steps', 'lr', 'keep')

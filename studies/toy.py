@@ -25,6 +25,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer
 from model import PRESETS, Model, init_weights
 from support.files import digest, locked, read_json, whole, write_json
+from support.plan import check_folder
 from support.provenance import changed_files, shortened, source_digests
 from support.runtime import UserError, barrier, print0, run, start
 
@@ -209,6 +211,19 @@ def is_made(cfg):
     return not wanted(cfg) or is_whole(folder_of(cfg), cfg)
 
 
+def ends_dry_run(cfg):
+    """In a dry run, are there models to make first, so that nothing more can be said? The shapes, the
+    problems' number and the folder are checked as a run would check them."""
+    if not cfg['dry_run'] or is_made(cfg):
+        return False
+    tok = SimpleNamespace(size=PRESETS['toy'].V)
+    for side in ('student', 'teacher'):
+        shape(cfg, tok, side)
+    check_folder(folder_of(cfg))
+    print0(f'  dry run: a run makes {folder_of(cfg)} first (about two minutes)')
+    return True
+
+
 def is_whole(folder, cfg):
     """Does the folder exist, made by this recipe for models of this shape, and can all of it be read?"""
     if not folder.exists():
@@ -296,6 +311,8 @@ def prepare(cfg, env):
 def main(cfg):
     if not wanted(cfg):
         raise UserError("nothing is 'toy' in this config; python -m studies.toy configs/toy.py")
+    if ends_dry_run(cfg):
+        return
     cfg = prepare(cfg, start(cfg['device'], cfg['dtype']))
     tok = load_tokenizer(cfg['student'])
     for question, answer, _ in problems(3, cfg['toy_ops'], cfg['seed'], held_out=True):

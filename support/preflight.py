@@ -2,22 +2,30 @@
 Before the first step: what would go wrong without a message elsewhere is a line or an error here.
 
 Do the two models fit? Do the objective's keys make sense together? Do the longest texts fit into the
-models, and does the run fit into memory? `--dry-run` shows all of it and stops.
+models, and does the run fit into memory? `--dry-run` shows all of it, with disk and time, and stops.
 
 Simpler than usual: only config.json and the tokenizers are read, so it takes seconds for any model. What it
-does not do: measure anything; the memory is an estimate.
+does not do: run any part of a step; memory and time are counted (support/memory.py, support/plan.py).
 
     python distill.py configs/toy.py --dry-run                    the same line on 1 GPU, and under torchrun
+    python distill.py configs/r1_1p5b.py --dry-run ranks=8        for eight GPUs, asked from any machine
 """
-import torch
-
 from formats.huggingface import read_config
 from formats.tokenizer import check_ids, disagreement, same_vocabulary, shared_size, stop_set
 from losses import DISTANCES, layer_pairs, layer_set
+from support.memory import GiB, bridge_phases, peak, phases, work_of
 from support.optimizer import ever_positive, weight_at
+from support.plan import (
+    check_folder,
+    disk_lines,
+    host_lines,
+    memory_lines,
+    memory_notes,
+    of_free,
+    planned,
+    time_lines,
+)
 from support.runtime import UserError, print0
-
-GiB = 2**30
 
 
 def preflight(cfg, env, tok_s, tok_t, train, held_out):
@@ -25,6 +33,7 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
     -> ({student layer: teacher layer}, stop ids, length of the longest sequence)."""
     student = read_config(cfg['student'])
     teacher = read_config(cfg['teacher'])
+    env = planned(cfg, env)
     hidden = ever_positive(cfg['oprd_weight'])
     same = same_vocabulary(tok_s, tok_t)
 
@@ -54,15 +63,9 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
                         'raise it')
     longest = check_lengths(cfg, student, teacher, train, held_out)
 
-    # Memory, and what a dry run shows besides.
-    need = memory_estimate(cfg, student, teacher, layer_map, longest, env)
-    free = ''
-    if env.device.type == 'cuda':
-        free = f' of {torch.cuda.mem_get_info()[0] / GiB:.1f} free'
-    lines.append(f'student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; '
-                 f'memory per rank, estimated: {sum(need.values()) / GiB:.2f} GiB{free}')
+    lines += cost_lines(cfg, student, teacher, layer_map, env,
+                        work_of(cfg, env.world, train, held_out, shared_size(tok_s, tok_t)))
     if cfg['dry_run']:
-        lines += [f'  {size / GiB:8.2f} GiB  {name}' for name, size in need.items()]
         pairs = list(layer_map) if all(l == t for l, t in layer_map.items()) else layer_map
         lines.append(f"plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers "
                      f'over {env.world} rank(s); {len(train)} training problems; layers {pairs}')
@@ -177,35 +180,42 @@ def check_lengths(cfg, student, teacher, train, held_out):
     return longest
 
 
-def memory_estimate(cfg, student, teacher, layer_map, longest, env):
-    """Bytes per rank, by what they are for. Activations are a rough count: per token and block, what a
-    gated MLP and attention keep for their backward, or one state where blocks are recomputed."""
-    size = 2 if env.dtype == torch.bfloat16 else 4                         # bytes of a number in a forward
-    rows = -(-cfg['prompts_per_step'] // env.world) * cfg['n']             # answers of a rank, rounded up
-    tokens = min(max(cfg['token_budget'], longest), rows * longest)          # of a micro-batch
-    weights = student.count()
+def cost_lines(cfg, student, teacher, layer_map, env, work):
+    """Memory in one line; in a dry run memory by phase, disk and time as well."""
+    estimate = phases(cfg, student, teacher, layer_map, work, env)
+    is_here = not cfg['ranks']
+    lines = summary_lines(student, teacher, estimate, env, is_here)
+    if cfg['dry_run']:
+        lines += memory_lines(estimate)
+        lines += host_lines(cfg, student, env)
+        lines += disk_lines(cfg, student, env.dtype.itemsize, is_here)
+        lines += time_lines(cfg, student, teacher, work, env, is_here)
+    return lines
 
-    # Numbers per token: of the cache, of the activations, of a teacher row.
-    cache_bytes = 2 * student.L * student.G * student.e * size
-    cache_rows = max(rows, cfg['eval_rows'] if cfg['eval_data'] else 0)
-    activation = student.d if cfg['checkpointing'] else 14 * student.d + 5 * student.ff
-    row_bytes = teacher.d * size
-    if cfg['bridge'] and cfg['bridge_rank']:
-        row_bytes = 4 * cfg['bridge_rank']
 
-    # The head's gradient in float32; beside it its cast, the gathered head and what is reduced over ranks.
-    # And a chunk of rows of logits, four float32 tensors of them.
-    head_bytes = 4 if size == 4 and env.world == 1 else 4 + 2 * size + 4   # per weight of the head
-    head = head_bytes * student.V * student.d + 16 * student.V * (cfg['head_rows'] or 64)
-    return {
-        'student weights, gradient and AdamW, float32': 16 * weights / env.world,
-        'student weights gathered for sampling': weights * size * (env.world > 1 or size == 2),
-        'teacher weights': teacher.count() * size,
-        'KV cache while sampling': cache_rows * longest * cache_bytes,
-        'teacher rows of a micro-batch': len(layer_map) * tokens * row_bytes,
-        'activations of a micro-batch': tokens * activation * student.L * size,
-        "the LM head's gradient and a chunk of logits": head * ever_positive(cfg['opd_weight']),
-    }
+def summary_lines(student, teacher, estimate, env, is_here):
+    """Sizes and the largest phase in one line, and a note where it does not fit."""
+    largest = peak(estimate)
+    need = sum(estimate[largest].values())
+    return [f'student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; memory per '
+            f'rank, estimated: {need / GiB:.2f} GiB ({largest}){of_free(env, is_here)}',
+            *memory_notes(estimate, env, is_here)]
+
+
+def preflight_bridge(cfg, env, student, teacher, layer_map, problems, vocab):
+    """bridge.py's memory, by phase in a dry run, and whether its folder can be made."""
+    env = planned(cfg, env)
+    is_here = not cfg['ranks']
+    new = cfg | {'prompts_per_step': min(cfg['bridge_prompts'], cfg['eval_rows'] * env.world), 'n': 1}
+    work = work_of(new, env.world, problems, [], vocab)
+    estimate = bridge_phases(cfg, student, teacher, layer_map, work, env)
+    lines = summary_lines(student, teacher, estimate, env, is_here)
+    if cfg['dry_run']:
+        check_folder(cfg['bridge'])
+        lines += memory_lines(estimate)
+        lines.append(f"plan: {min(cfg['bridge_prompts'], len(problems))} answers over {env.world} rank(s); "
+                     f'{len(layer_map)} pairs of layers')
+    print0('\n'.join(f'  {line}' for line in lines))
 
 
 # ---- the pair ---------------------------------------------------------------------------------

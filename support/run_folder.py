@@ -17,7 +17,6 @@ The folder of a run: whose it is, how the run was started, and its log.
 Simpler than an experiment tracker: files that can be read with any editor. A run's name is drawn once, and
 only checkpoints that bear it are ever deleted. It does not merge the logs of two runs.
 """
-import datetime
 import fcntl
 import json
 import os
@@ -139,13 +138,6 @@ def check_place(out):
     visible = sorted(path.name for path in out.iterdir() if not path.name.startswith('.'))
     if visible and 'config.json' not in visible:
         raise UserError(f'{out}: holds {visible[0]!r} and no run (no config.json); choose another out_dir=')
-
-
-def first_day(out_dir, date):
-    """The day that chat templates are told: the one that was given, or the one on which the run was started,
-    or, of a new run, today by rank 0's clock. YYYY-MM-DD."""
-    date = date or stored_config(out_dir).get('date') or datetime.date.today().isoformat()
-    return all_gather(date)[0]
 
 
 def begin(out, config, may_change, rank):

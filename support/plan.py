@@ -1,0 +1,232 @@
+"""
+What a dry run says about a run that is not started: memory by phase, disk, time.
+
+    python distill.py configs/toy.py --dry-run                              this device, these ranks
+    python distill.py configs/r1_1p5b.py --dry-run ranks=8                  eight GPUs, asked from a laptop
+    python distill.py configs/toy.py --dry-run ranks=2 device=cpu           two CPU ranks
+
+Simpler than usual: everything is a count, divided by a rate. Memory is counted in support/memory.py. Time is
+the least that the counted operations and the counted bytes take: at this device's own rates, which a
+product of two matrices and a copy measure in a fifth of a second, or for GPUs that are not here at a share of an
+H100's data sheet. Real runs are slower: small models by a factor, since a step has thousands of small operations.
+
+Letters: as in support/memory.py.
+"""
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from support.memory import GiB, checkpoint_bytes, peak, saving, weights_of
+from support.optimizer import ever_positive
+from support.runtime import UserError
+
+
+def planned(cfg, env):
+    """Where the run would happen -> Env. With the key `ranks` that is another machine than this one: GPUs,
+    unless the config names a device."""
+    if not cfg['ranks']:
+        return env
+    device = torch.device('cuda' if cfg['device'] == 'auto' else cfg['device'])
+    dtype = cfg['dtype']
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
+    return replace(env, world=cfg['ranks'], device=device, dtype=getattr(torch, dtype))
+
+
+def check_folder(folder):
+    """A folder that a run could not make is a UserError: a temporary one is made beside it and removed."""
+    folder = Path(folder).absolute()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix='.dry-run-', dir=above))
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be made, {above}: {error.strerror}; choose another folder') from None
+    return above
+
+
+# ---- memory and disk -----------------------------------------------------------------------------
+
+def memory_lines(estimate):
+    """{phase: {what: bytes}} -> a line for each phase, and the parts of the largest."""
+    lines = ['memory of a rank by phase, GiB, counted for answers of full length:']
+    largest = peak(estimate)
+    for phase, parts in estimate.items():
+        mark = '   <- the peak' if phase == largest else ''
+        lines.append(f'  {sum(parts.values()) / GiB:8.2f}  {phase}{mark}')
+        if phase == largest:
+            lines += [f'      {size / GiB:8.2f}  {what}' for what, size in parts.items() if size]
+    return lines
+
+
+def free_memory(device):
+    """Bytes that this device has free; None where nobody says."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open('/proc/meminfo') as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return None
+
+
+def of_free(env, is_here):
+    """' of 17.3 free', where that is known."""
+    free = free_memory(env.device) if is_here else None
+    return '' if free is None else f' of {free / GiB:.1f} free'
+
+
+def memory_notes(estimate, env, is_here):
+    """Does it fit? -> notes. Ranks on one CPU share its memory."""
+    free = free_memory(env.device) if is_here else None
+    need = sum(estimate[peak(estimate)].values())
+    if env.device.type == 'cpu':
+        need *= env.world
+    if free is None or need <= free:
+        return []
+    return [f'note: the run needs {need / GiB:.1f} GiB, and {free / GiB:.1f} GiB are free here; lower '
+            'token_budget=, eval_rows= or max_new_tokens=, set checkpointing=True, or use more ranks']
+
+
+def host_lines(cfg, student, env):
+    """Host memory while a checkpoint is written, where the run itself is on GPUs."""
+    if env.device.type == 'cpu':
+        return []
+    need = sum(saving(student, student.tied or ever_positive(cfg['opd_weight']), env).values())
+    return [f'host memory while saving: {need / GiB:.1f} GiB a rank, {need * env.world / GiB:.1f} GiB where one '
+            f'machine has all {env.world}']
+
+
+def disk_lines(cfg, student, s, is_here):
+    """Disk for the checkpoints: those that stay, the best one, and the one that is being written."""
+    with_head = student.tied or ever_positive(cfg['opd_weight'])
+    size = checkpoint_bytes(student, with_head, s)
+    count = cfg.get('keep', 2) + 2
+    lines = [f'disk: up to {count} checkpoints of {size / 1e9:.2f} GB, {count * size / 1e9:.1f} GB']
+    if is_here:
+        above = check_folder(cfg['out_dir'])
+        free = shutil.disk_usage(above).free
+        lines[0] += f'; {free / 1e9:.0f} GB free at {above}'
+        if free < count * size:
+            lines.append(f'note: that is more than is free at {above}; lower keep=, or choose another out_dir=')
+    return lines
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second."""
+    flops: float
+    bytes: float
+    words: str                  # where the two numbers come from
+
+
+# An H100 SXM's data sheet, dense, and the share of it that large products and copies reach in practice.
+H100_FLOPS = {torch.bfloat16: 989e12, torch.float32: 67e12}
+H100_BYTES = 3.35e12
+H100_SHARE = 0.4
+
+
+def rates(env, is_here):
+    """Rates of the device -> Rates: measured here, or a share of a data sheet."""
+    if not is_here and env.device.type == 'cuda':
+        return Rates(H100_SHARE * H100_FLOPS[env.dtype], H100_SHARE * H100_BYTES,
+                     f"at {H100_SHARE:.0%} of an H100's data sheet")
+    device = env.device if is_here else torch.device('cpu')
+    a = torch.ones(512, 512, device=device, dtype=env.dtype)
+    flops = 2 * 512**3 / least_seconds(lambda: a @ a, device)
+    b = torch.ones(2**24, device=device, dtype=torch.uint8)
+    c = torch.empty_like(b)
+    copied = 2 * b.nbytes / least_seconds(lambda: c.copy_(b), device)
+    return Rates(flops, copied, f'at {flops / 1e9:.0f} GFLOP/s and {copied / 1e9:.0f} GB/s, measured here just now')
+
+
+def least_seconds(call, device, seconds=0.1):
+    """The least time of a call, of as many as fit into a tenth of a second."""
+    times = []
+    began = time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        call()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def forward_flops(c, T):
+    """Operations per token of a forward through the blocks, for sequences of T tokens. A product of d x n
+    weights takes 2 d n; attention sees T / 2 tokens on average, at 4 H e each."""
+    return 2 * weights_of(c).blocks + 2 * c.L * T * c.H * c.e
+
+
+def update_flops(cfg, student, teacher, work):
+    """Operations of one rank's update. The backward takes two forwards, and a recomputed block a third."""
+    T = work.prompt + work.new
+    forwards = 4 if cfg['checkpointing'] else 3
+    flops = work.answers * T * (forwards * forward_flops(student, T) + forward_flops(teacher, T))
+
+    # Under the heads: both models' logits, and the gradients of the student's states and head.
+    if ever_positive(cfg['opd_weight']):
+        flops += work.answers * work.new * 2 * work.vocab * (3 * student.d + teacher.d)
+    return flops
+
+
+def decode_counts(c, s, answers, prompt, new):
+    """A decode step of so many answers, in the middle of their lengths -> operations, bytes read."""
+    T = prompt + new / 2
+    weights = weights_of(c).blocks + c.V * c.d
+    flops = answers * (2 * weights + 4 * c.L * T * c.H * c.e)
+    return flops, s * (weights + answers * T * 2 * c.L * c.G * c.e)
+
+
+def sampling_seconds(c, s, answers, prompt, new, rate):
+    """The least that sampling so many answers at once takes."""
+    flops, read = decode_counts(c, s, answers, prompt, new)
+    return new * max(flops / rate.flops, read / rate.bytes)
+
+
+def time_lines(cfg, student, teacher, work, env, is_here):
+    """The least time of a step and of the run, and the counts that it comes from."""
+    rate = rates(env, is_here)
+    s = 2 if env.dtype == torch.bfloat16 else 4
+    flops = update_flops(cfg, student, teacher, work)
+    _, read = decode_counts(student, s, work.answers, work.prompt, work.new)
+    sampling = sampling_seconds(student, s, work.answers, work.prompt, work.new, rate)
+    step = sampling + flops / rate.flops
+
+    # Evaluations: both models before the first step, the student every so often and after the last one.
+    count = 0
+    evaluation = 0.0
+    if work.eval_answers:
+        every = cfg['eval_every'] or cfg['steps']
+        count = 2 + -(-cfg['steps'] // every)
+        rounds = work.eval_total / work.eval_answers
+        evaluation = rounds * sampling_seconds(student, s, work.eval_answers, work.eval_prompt,
+                                               work.eval_new, rate)
+    total = cfg['steps'] * step + count * evaluation
+    return [f'a step, of one rank: {amount(read, "B")} read per decoded token of {work.answers} answers, '
+            f'{amount(flops, "FLOP")} in the update',
+            f'time, a rough estimate of the least for answers of full length, {rate.words}: '
+            f'{seconds(step)} a step ({seconds(sampling)} of it sampling), {seconds(evaluation)} an evaluation, '
+            f'{seconds(total)} for {cfg["steps"]} steps and {count} evaluations']
+
+
+def amount(number, unit):
+    """1.5e12, 'B' -> '1.5 TB'."""
+    for size, letter in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M')):
+        if number >= size:
+            return f'{number / size:.3g} {letter}{unit}'
+    return f'{number:.3g} {unit}'
+
+
+def seconds(number):
+    """A duration in the unit that reads best."""
+    if number < 120:
+        return f'{number:.2g} s' if number < 10 else f'{number:.0f} s'
+    return f'{number / 60:.0f} min' if number < 7200 else f'{number / 3600:.1f} h'
