@@ -136,9 +136,9 @@ def watch(folder, events_file, trap):
 
     append_row = support.jsonl.append_row
 
-    def append(file, row):
+    def append(file, row, **how):
         happens(f'row {without_pid(Path(file.name).name)}')
-        append_row(file, row)
+        append_row(file, row, **how)
 
     sys.addaudithook(audit)
     support.jsonl.append_row = append
