@@ -168,14 +168,17 @@ def test_a_checkpoint_of_another_run(tmp_path):
         resumed(tmp_path / 'b')
 
 
-@pytest.mark.parametrize('links', ['followed', 'left out'])
+@pytest.mark.parametrize('links', ['followed', 'left out', 'as text'])
 def test_a_copied_folder_goes_on(tmp_path, links):
-    """`cp -rL` makes folders of the links, and an object store leaves them out. The run began again at step 0."""
+    """`cp -rL` makes folders of the links, an object store leaves them out, and some archives make them text files. The
+    run began again at step 0."""
     saved_run(tmp_path / 'a', 1, 2, scores={1: 50.0})
     if links == 'followed':
         shutil.copytree(tmp_path / 'a', tmp_path / 'b')
     else:
         shutil.copytree(tmp_path / 'a', tmp_path / 'b', symlinks=True, ignore=shutil.ignore_patterns('last', 'best'))
+    if links == 'as text':
+        (tmp_path / 'b/last').write_text('ckpt-000002/model')
     assert not (tmp_path / 'b/last').is_symlink()
     assert resumed(tmp_path / 'b')[0].step == 2
     assert os.readlink(tmp_path / 'b/last') == 'ckpt-000002/model'
