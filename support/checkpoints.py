@@ -267,8 +267,8 @@ def mend_link(out, name, target):
 
 
 def is_copy(path, out):
-    """Is it what a copy makes of a link? A folder whose files are those of the model in one of the checkpoints
-    here, or, where links are not known, a text file that names one."""
+    """Is it what a copy makes of a link? A folder whose files are those of the model in one of the
+    checkpoints here, or, where links are not known, a text file that names one."""
     if path.is_file():
         return bool(re.fullmatch(rb'ckpt-\d{6,12}/model', path.read_bytes()[:40].strip()))
     found = {}
