@@ -478,7 +478,7 @@ def main(cfg, regrade=False):
     first_day = day_of_start(*(row['date'] for row in samples.values()), evaluation.date)
     if first_day != evaluation.date:
         evaluation = prepare(cfg, env, first_day)
-    check_samples(evaluation.folder, samples, texts_asked(evaluation), cfg['eval_n'], cfg['seed'])
+    check_samples(evaluation.folder, samples, evaluation.numbered, evaluation.tokenizer, cfg)
 
     # An answer that the grader cannot read is told now, not after hours of sampling.
     for name, problems in evaluation.sets.items():
@@ -499,14 +499,6 @@ def main(cfg, regrade=False):
         model.max_length = evaluation.longest      # longrope chooses its factors by the longest sequence
     with owned(evaluation.folder, env.rank):
         run_in_folder(evaluation, model, env, regrade)
-
-
-def texts_asked(evaluation):
-    """{(set, problem): (prompt, answer)}, as texts."""
-    asked = {}
-    for key, (_, problem) in evaluation.numbered.items():
-        asked[key] = (evaluation.tokenizer.decode(problem.ids), problem.answer)
-    return asked
 
 
 def run_in_folder(evaluation, model, env, regrade):
