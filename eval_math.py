@@ -33,6 +33,7 @@ distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is t
 """
 import math
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,7 @@ def with_progress(rows, total, label):
     """Pass the rows on, and show a bar on a terminal: answers, tokens per second, shares finished and right.
     No label, no bar."""
     bar = tqdm(total=total, desc=label, unit='answer', leave=False, disable=None if label else True)
+    began = time.monotonic()
     count = 0                                # answers so far
     tokens = 0                               # in them
     finished = 0                             # those that ended at a stop token
@@ -188,8 +190,7 @@ def with_progress(rows, total, label):
         tokens += row['length']
         finished += row['stopped']
         right += row['correct']
-        # The bar's own clock; it is 0 at the first answer of a fast model.
-        seconds = bar.format_dict['elapsed'] or 1
+        seconds = time.monotonic() - began + 1e-9
         bar.set_postfix_str(f'{tokens / seconds:.0f} tok/s, {finished / count:.0%} finished, '
                             f'{right / count:.0%} right', refresh=False)
         bar.update()
