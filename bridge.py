@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bridge_parts import saved
 from bridge_parts.adamw_fit import adamw_fit
 from bridge_parts.closed_form import (
     LayerBridge,
@@ -52,7 +53,6 @@ from bridge_parts.closed_form import (
     ridge,
 )
 from bridge_parts.report import COSINES, report, table
-from bridge_parts.saved import Answer, check_folder, fingerprint, first_date, read_answers, save_bridge
 from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
@@ -100,7 +100,7 @@ def open_collection(cfg, problems, tok_s, tok_t):
     draw = {key: cfg[key] for key in ('seed', 'temperature', 'top_k', 'top_p', 'max_new_tokens')}
     settings = {key: cfg[key] for key in ('student', 'data', 'max_prompt_tokens')}
     head = {'made by': digest(draw | settings | {'stop': stop, 'n': total}), 'date': cfg['date']}
-    answers, is_whole = read_answers(file, head, order, stop, vocab, cfg['max_new_tokens'])
+    answers, is_whole = saved.read_answers(file, head, order, stop, vocab, cfg['max_new_tokens'])
     return Collection(file, head, order, draw, stop, vocab, answers, is_whole)
 
 
@@ -136,7 +136,7 @@ def collect(student, problems, collection, cfg, env):
                           vocab=collection.vocab, **collection.draw)
             columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
             for slot, ids, stopped in columns:
-                sampled[slot] = Answer(order[slot], ids, stopped)
+                sampled[slot] = saved.Answer(order[slot], ids, stopped)
 
         # Everybody gets everybody's answers, in the order of the slots.
         for part in all_gather(sampled):
@@ -439,14 +439,14 @@ def main(cfg):
     for key in ('student', 'teacher', 'data', 'bridge'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
-    check_folder(cfg['bridge'], cfg['out_dir'])
+    saved.check_folder(cfg['bridge'], cfg['out_dir'])
     if toy.ends_dry_run(cfg):
         return
 
     # Everything that can be refused is, before the slow part. Prompts may hold the date: a collection
     # that goes on the next day asks as it asked on the first.
     cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
-    cfg = cfg | {'date': day_of_start(cfg['date'], first_date(cfg['bridge']))}
+    cfg = cfg | {'date': day_of_start(cfg['date'], saved.first_date(cfg['bridge']))}
     pair, collection = load_text(cfg, env)
     if cfg['dry_run']:
         return
@@ -487,12 +487,8 @@ def make_bridge(pair, collection, cfg, env):
     # Both models, how they were read and how the bridge was fitted go into its file.
     if env.rank == 0:
         out = Path(cfg['bridge'])
-        made = fingerprint(cfg, pair.student.config, pair.teacher.config, pair.tok_s, pair.tok_t)
-        for key in ('positions', 'bridge_prompts', 'bridge_held_out', 'bridge_fit', 'bridge_ridge',
-                    'bridge_bias'):
-            made[key] = cfg[key]
-        made['phi'] = {str(layer): layer_t for layer, layer_t in pair.layer_map.items()}
-        save_bridge(out, bridge, made, figures)
+        made = saved.fingerprint(cfg, pair.student.config, pair.teacher.config, pair.tok_s, pair.tok_t)
+        saved.save_bridge(out, bridge, made | saved.settings_of_fit(cfg, pair.layer_map), figures)
         bridges([out], out / 'bridge.png')
         print0(f'{out}: bridge.safetensors, bridge.json, bridge.png; {seconds:.1f} s for the fit')
     barrier()

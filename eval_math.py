@@ -33,6 +33,7 @@ distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is t
 """
 import math
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,7 @@ def with_progress(rows, total, label):
     """Pass the rows on, and show a bar on a terminal: answers, tokens per second, shares finished and right.
     No label, no bar."""
     bar = tqdm(total=total, desc=label, unit='answer', leave=False, disable=None if label else True)
+    began = time.monotonic()
     count = 0                                # answers so far
     tokens = 0                               # in them
     finished = 0                             # those that ended at a stop token
@@ -188,8 +190,7 @@ def with_progress(rows, total, label):
         tokens += row['length']
         finished += row['stopped']
         right += row['correct']
-        # The bar's own clock; it is 0 at the first answer of a fast model.
-        seconds = bar.format_dict['elapsed'] or 1
+        seconds = time.monotonic() - began + 1e-9
         bar.set_postfix_str(f'{tokens / seconds:.0f} tok/s, {finished / count:.0%} finished, '
                             f'{right / count:.0%} right', refresh=False)
         bar.update()
@@ -479,7 +480,7 @@ def main(cfg, regrade=False):
     first_day = day_of_start(*(row['date'] for row in samples.values()), evaluation.date)
     if first_day != evaluation.date:
         evaluation = prepare(cfg, env, first_day)
-    check_samples(evaluation.folder, samples, texts_asked(evaluation), cfg['eval_n'], cfg['seed'])
+    check_samples(evaluation.folder, samples, evaluation.numbered, evaluation.tokenizer, cfg)
 
     # An answer that the grader cannot read is told now, not after hours of sampling.
     for name, problems in evaluation.sets.items():
@@ -500,14 +501,6 @@ def main(cfg, regrade=False):
         model.max_length = evaluation.longest      # longrope chooses its factors by the longest sequence
     with owned(evaluation.folder, env.rank):
         run_in_folder(evaluation, model, env, regrade)
-
-
-def texts_asked(evaluation):
-    """{(set, problem): (prompt, answer)}, as texts."""
-    asked = {}
-    for key, (_, problem) in evaluation.numbered.items():
-        asked[key] = (evaluation.tokenizer.decode(problem.ids), problem.answer)
-    return asked
 
 
 def run_in_folder(evaluation, model, env, regrade):

@@ -136,6 +136,13 @@ def fingerprint(cfg, student, teacher, tok_s, tok_t):
     }
 
 
+def settings_of_fit(cfg, layer_map):
+    """What else is written beside the fingerprint: how the bridge was fitted, and between which layers."""
+    keys = ('positions', 'bridge_prompts', 'bridge_held_out', 'bridge_fit', 'bridge_ridge', 'bridge_bias')
+    phi = {str(layer): layer_t for layer, layer_t in layer_map.items()}
+    return {key: cfg[key] for key in keys} | {'phi': phi}
+
+
 def save_bridge(folder, bridge, made, figures):
     """Write bridge.safetensors and bridge.json.
 

@@ -14,11 +14,18 @@ from pathlib import Path
 
 from configs.default import checks, free, later
 from configs.default import config as default
+from support import fields
+from support.fields import Field
 from support.runtime import ROOT, UserError, cut, shown
 
 __all__ = ['load_config', 'checks', 'default', 'free', 'later']
 
-LONGEST = 1000                  # entries of a list, and the largest layer number
+# What a list may hold, and what is said of another one: layer numbers, or the knots of a schedule.
+LAYERS = Field(list, 1, 1000, items=Field(int, 1, 1000))
+KNOTS = Field(list, 1, 1000, items=Field(list, 2, 2, items=Field(float, 0, 1e6)))
+LISTS = {str: 'give a list of layer numbers from 1, such as [1,2]',
+         float: 'give knots [[share of the run, weight], ...] with ascending shares from 0 to 1, such as '
+                '[[0,1],[0.5,0]]'}
 
 
 def load_config(argv=None):
@@ -89,25 +96,27 @@ def check(cfg, where):
             near = difflib.get_close_matches(str(key)[:60], default, 1)
             hint = f'did you mean {near[0]!r}?' if near else 'see --help for all keys'
             raise UserError(f'{where}: unknown key {shown(key)}; {hint}')
-        checked[key] = check_value(key, value, f'{where}: {key}={shown(value)}')
+        checked[key] = check_value(key, value, where)
     return checked
 
 
-def check_value(key, value, told):
-    """The value of a key, a float where the default is one; else UserError. told: where it is, and what."""
+def check_value(key, value, where):
+    """The value of a key, a float where the default is one; else UserError. where: the file it is in."""
     like, rule = default[key], checks.get(key)
+    told = f'{where}: {key}={shown(value)}'
     if isinstance(like, float) and type(value) is int:
         value = float(max(-1e300, min(value, 1e300)))        # larger ones would overflow; no range holds them
 
     # Lists: of layer numbers, or the knots of a schedule.
     if isinstance(value, list) and list in (rule or ()):
-        if isinstance(like, float) and not are_knots(value, rule[1]):
-            raise UserError(f'{told}; give knots [[share of the run, weight], ...] with ascending shares '
-                            'from 0 to 1, such as [[0,1],[0.5,0]]')
-        if not isinstance(like, float) and not are_layers(value):
-            raise UserError(f'{told}; give a list of layer numbers from 1, such as [1,2]')
+        is_schedule = isinstance(like, float)
+        fields.check_value(value, KNOTS if is_schedule else LAYERS, f'{where}: {key}', LISTS[type(like)])
+        shares = [share for share, _ in value] if is_schedule else []
+        if shares != sorted(shares) or max(shares, default=0) > 1:
+            raise UserError(f'{told}; {LISTS[float]}')
         return value
 
+    # One type, and one range or a few words.
     if type(value) is not type(like):
         raise UserError(f'{told} is {type(value).__name__}, but {key} is {type(like).__name__} '
                         f'(default {like!r})')
@@ -121,18 +130,3 @@ def check_value(key, value, told):
     if isinstance(value, str) and re.search('[\0\ud800-\udfff]', value):
         raise UserError(f'{told}: no text in UTF-8; remove the characters that are shown as escapes')
     return value
-
-
-def are_knots(value, highest):
-    """At most LONGEST pairs [x, weight] with x ascending in 0..1 and weights from 0 to `highest`?"""
-    if not 1 <= len(value) <= LONGEST or not all(isinstance(v, list) and len(v) == 2 for v in value):
-        return False
-    if not all(type(x) in (int, float) and 0 <= x <= highest for pair in value for x in pair):
-        return False
-    xs = [x for x, _ in value]
-    return xs == sorted(xs) and xs[-1] <= 1
-
-
-def are_layers(value):
-    """At least one whole number from 1, at most LONGEST of them?"""
-    return 1 <= len(value) <= LONGEST and all(type(v) is int and 1 <= v <= LONGEST for v in value)

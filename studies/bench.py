@@ -507,12 +507,12 @@ TABLES = {'loss': loss_cases, 'head': head_cases, 'update': update_cases, 'decod
 def main(args):
     env = start(args.device, args.dtype)
     if args.what == 'all':
-        began = time.time()
+        began = time.monotonic()
         more = [['update', '--rows', '2']] if env.device.type == 'cuda' else []        # Table 3's 2 x 16k
         for what in [*([t] for t in TABLES), *more]:
             command = [sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]]
             subprocess.run(command, check=False, cwd=ROOT)
-            print(f'[{time.time() - began:.0f} s]\n', flush=True)
+            print(f'[{time.monotonic() - began:.0f} s]\n', flush=True)
         return
     args = sized(args, env)
     if args.what in ('pair', 'bridge'):

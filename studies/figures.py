@@ -18,14 +18,16 @@ from pathlib import Path
 from statistics import fmean
 
 from configs import default
+from support.fields import Field, check_fields
 from support.files import read_json, whole
 from support.provenance import mixed_code
 from support.run_folder import log_rows
-from support.runtime import UserError, run
+from support.runtime import UserError, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
 BRIDGE_LINES = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs',
                 'mean_only': 'mean alone'}
+NUMBERS = Field(dict, 1, items=Field(float))             # {rank: cosine}
 MOST_MARKERS = 40               # with more points than these, a line is drawn without markers
 
 
@@ -37,6 +39,25 @@ def read_log(folder):
     if len(rows) < 2:
         raise UserError(f'{folder}/log.jsonl: no steps in it; run distill.py first')
     return rows
+
+
+def read_bridge(folder):
+    """A folder's bridge.json, with what the figure needs: of every layer each line's cosines at the same
+    ranks, the rank that is used among them."""
+    file = Path(folder) / 'bridge.json'
+    made = read_json(file)
+    advice = 'rerun bridge.py'
+    check_fields(made, {'rank': Field(int, 1), 'used': Field(int, 1),
+                        'layers': Field(dict, 1, items=Field(dict))}, file, advice)
+    ranks = None
+    for layer, values in made['layers'].items():
+        check_fields(values, dict.fromkeys(BRIDGE_LINES, NUMBERS), f'{file}: layer {shown(layer)}', advice)
+        for key in BRIDGE_LINES:
+            ranks = ranks or list(values[key])
+            whole_numbers = all(name.isdecimal() for name in (layer, *ranks))
+            if not whole_numbers or list(values[key]) != ranks or str(made['used']) not in ranks:
+                raise UserError(f'{file}: layer {shown(layer)}: {key} has other ranks; {advice}')
+    return made
 
 
 def accuracy_metrics(rows):
@@ -171,7 +192,7 @@ def bridges(folders, file):
     color_number = 0
     largest = 1                              # rank, over all folders
     for folder in folders:
-        made = read_json(Path(folder) / 'bridge.json')
+        made = read_bridge(folder)
         layers = {int(layer): values for layer, values in made['layers'].items()}
         for key, label in BRIDGE_LINES.items() if alone else [('cos', Path(folder).name)]:
             color = f'C{color_number}'

@@ -52,7 +52,7 @@ def start(device='auto', dtype='auto'):
     'auto' means CUDA with bfloat16 where there is CUDA, else CPU with float32.
     """
     tasks = os.environ.get('SLURM_NTASKS', '1')
-    if tasks != '1' and 'RANK' not in os.environ:
+    if tasks not in ('', '1') and 'RANK' not in os.environ:
         raise UserError(f'SLURM_NTASKS={tasks}, but no RANK: each of the tasks would run alone; start one '
                         'task per node, with torchrun in it')
     end_with_torchrun()

@@ -72,17 +72,18 @@ def read_samples(folder):
     return samples
 
 
-def check_samples(folder, samples, asked, per_problem, seed):
-    """A row that is not an answer to what a command asks is a UserError.
+def check_samples(folder, samples, numbered, tokenizer, cfg):
+    """A row that is not an answer to what a command asks is a UserError. numbered: {key: (i, Problem)}."""
+    # What the rows should say, as texts.
+    asked = {}
+    for key, (_, problem) in numbered.items():
+        asked[key] = {'prompt': tokenizer.decode(problem.ids), 'answer': problem.answer, 'seed': cfg['seed']}
 
-    asked: {(set, problem): (prompt, answer)}, as texts. per_problem: how many samples of each. seed: of the
-    command.
-    """
     for (name, number, sample), row in samples.items():
         told = f'{folder}: its samples hold set {shown(name)}, problem {number}, sample {sample}'
-        if (name, number) not in asked or sample >= per_problem:
+        if (name, number) not in asked or sample >= cfg['eval_n']:
             raise UserError(f'{told}, which this command does not ask for; delete the folder')
-        for key, expected in zip(('prompt', 'answer', 'seed'), (*asked[name, number], seed), strict=True):
+        for key, expected in asked[name, number].items():
             if row[key] != expected:
                 raise UserError(f'{told}, whose {key} {shown(row[key], 40)} is not {shown(expected, 40)}; '
                                 'delete the folder')

@@ -556,7 +556,7 @@ def test_only_positions_with_a_teacher_state_are_read(monkeypatch):
     be paired with the last state of the row above."""
     student, teacher = tiny_model(0), tiny_model(1, L=4, d=24, V=50)
     problems = [SimpleNamespace(ids=[1, 2, 3], question=''), SimpleNamespace(ids=[4, 5], question='')]
-    answers = [bridge.Answer(1, [6, 7, 8, 9], True), bridge.Answer(0, [10, 11], False), bridge.Answer(1, [12], True)]
+    answers = [saved.Answer(1, [6, 7, 8, 9], True), saved.Answer(0, [10, 11], False), saved.Answer(1, [12], True)]
     cfg = dict(token_budget=1000, positions='last_k', last_k=3, first_k=9, last_frac=1.0, first_frac=1.0,
                pair='floor', teacher_ids='text')
     tok = SimpleNamespace(chat=lambda question: [])

@@ -195,3 +195,21 @@ def test_script_and_its_errors(tmp_path):
     (tmp_path / 'a/log.jsonl').write_text('')
     with pytest.raises(UserError, match='no steps in it'):
         main([str(tmp_path / 'a')])
+
+
+def test_a_damaged_bridge_json_is_one_line(tmp_path):
+    """An empty one was a KeyError; NaN, words and lists went on into matplotlib."""
+    numbers = {'1': 0.5, '2': 0.6}
+    fine = {'rank': 2, 'used': 2, 'layers': {'1': dict.fromkeys(('cos', 'before', 'shuffled', 'mean_only'), numbers)}}
+    file = tmp_path / 'bridge.json'
+    file.write_text(json.dumps(fine))
+    bridges([tmp_path], tmp_path / 'c.png')
+    layer = fine['layers']['1']
+    for broken in ({}, fine | {'layers': {}}, fine | {'layers': []}, fine | {'used': 3}, fine | {'rank': '2'}, fine | {'used': True},
+                   *({**fine, 'layers': {'1': layer | {'cos': cos}}} for cos in ({}, {'1': 0.5}, {'1': 0.5, '2': float('nan')},
+                                                                              {'1': 0.5, '2': 'x'}, [0.5], None, {'2': 0.6, '1': 0.5})),
+                   fine | {'layers': {'one': layer}}, fine | {'layers': {'1': layer, '2': {}}}, fine | {'layers': {'1': 5}}):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match='bridge.json: .*; rerun bridge.py') as error:
+            bridges([tmp_path], tmp_path / 'c.png')
+        assert '\n' not in str(error.value)
