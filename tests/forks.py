@@ -404,8 +404,8 @@ def make_shared(kind, shared):
         assert made.code == 0, f'{job.arguments}: {made.err}'
 
 
-def reference_of(job, ranks=1):
+def reference_of(job, ranks=1, prepare=None):
     """Run a job undisturbed -> Reference."""
-    ended = finish(job, ranks)
+    ended = finish(job, ranks, prepare)
     assert set(ended.codes) == {0}, f'{job.arguments}: the undisturbed run failed: {ended.codes} {ended.err}'
     return Reference(outcome(job), ended.events, ended.seconds)
