@@ -105,6 +105,8 @@ class Killed:
         shutil.rmtree(place)
         self.results.append((f'{kind}, ranks: {ranks}', bool(wrong)))
         resumed = f'step {last.resumed}' if job.script == 'distill' else '-'
+        if 'finished at step' in last.out:
+            resumed = 'done'
         return [kind, ranks, resumed, ', then '.join(moments)], wrong
 
     def summary(self):
