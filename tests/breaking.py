@@ -224,7 +224,7 @@ class Stage:
         # Undamaged, it must end as the uninterrupted run does; from which step, the cases are held against.
         ended = finish(self.job, self.ranks)
         wrong = difference(self.job, self.reference.made)
-        assert ended.code == 0 and not wrong, f'{name}: {wrong} {ended.err}'
+        assert set(ended.codes) == {0} and not wrong, f'{name}: {wrong} {ended.err}'
         self.resumed = ended.resumed
         self.restore()
 
@@ -350,7 +350,7 @@ VERDICTS = ('refused', 'previous', 'equal', 'WRONG')
 
 def judge(stage, ended, before):
     """What became of a damaged run -> (a word of VERDICTS, what is wrong or '')."""
-    if ended.code != 0 or ended.late:
+    if set(ended.codes) != {0} or ended.late:
         wrong = refused(ended)
         lost = sorted(path.name for path in before - files_below(stage.job.out))
         if lost and not wrong:

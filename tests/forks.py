@@ -320,7 +320,7 @@ def refused(ended):
         return ended.late
     if 'Traceback' in ended.err:
         return f'traceback: {lines[-1][:120]}'
-    if ended.code != 2:
+    if 2 not in ended.codes:                        # one rank says it, and the others are ended
         return f'exit code {ended.code}: {(lines or ended.out.splitlines() or [""])[-1][:120]}'
     if len(lines) != 1 or not lines[0].startswith('error: '):
         return f'{len(lines)} lines: {" / ".join(lines)[:120]}'
