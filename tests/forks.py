@@ -320,7 +320,7 @@ def refused(ended):
         return ended.late
     if 'Traceback' in ended.err:
         return f'traceback: {lines[-1][:120]}'
-    if ended.code != 2:
+    if 2 not in ended.codes:                        # one rank says it, and the others are ended
         return f'exit code {ended.code}: {(lines or ended.out.splitlines() or [""])[-1][:120]}'
     if len(lines) != 1 or not lines[0].startswith('error: '):
         return f'{len(lines)} lines: {" / ".join(lines)[:120]}'
@@ -404,8 +404,8 @@ def make_shared(kind, shared):
         assert made.code == 0, f'{job.arguments}: {made.err}'
 
 
-def reference_of(job, ranks=1):
+def reference_of(job, ranks=1, prepare=None):
     """Run a job undisturbed -> Reference."""
-    ended = finish(job, ranks)
+    ended = finish(job, ranks, prepare)
     assert set(ended.codes) == {0}, f'{job.arguments}: the undisturbed run failed: {ended.codes} {ended.err}'
     return Reference(outcome(job), ended.events, ended.seconds)
