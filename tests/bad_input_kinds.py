@@ -96,6 +96,7 @@ def good():
 # ---- command lines ----------------------------------------------------------------------------
 
 def default_config():
+    """-> (every key with its default, what each may be)."""
     from configs import checks, default
     return default, checks
 
@@ -366,8 +367,8 @@ MAY_PASS = ('layers=[1,1]', 'layers=[2,1]', 'bridge_rank=1000', 'data=toy/eval.j
 
 
 def cross_keys():
-    """Keys that are fine one by one, and not together, or not for these models. With --dry-run and without: a dry run refuses
-    what the run would refuse."""
+    """Keys that are fine one by one, and not together, or not for these models. With --dry-run and without: a dry
+    run refuses what the run would refuse."""
     for script, keys in CROSS_KEYS:
         expect = 'either' if keys in MAY_PASS and script != 'eval_math.py' or keys == 'data=toy/eval.jsonl,' else 'refused'
         small = ['toy_train=8', 'toy_eval=2', 'toy_batch=2', 'toy_student_steps=1', 'toy_teacher_steps=1',
@@ -691,7 +692,7 @@ def tokenizer_config():
 HOSTILE = {
     # Limits of time and memory must end these.
     'two loops of 99,999': '{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}',
-    'an empty loop in loops': '{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}',
+    'an empty loop in loops': '{% for i in range(9999) %}' * 3 + '{% endfor %}' * 3,
     'a text of 10**10': "{{ 'a' * 10**10 }}", 'a text of 10**9': "{{ 'a' * 10**9 }}",
     'centred': "{{ 'a'|center(10**10) }}",
     'a list of 10**9': '{{ range(99999)|list * 99999 }}', 'a power': '{{ 10**(10**9) }}',
@@ -937,13 +938,11 @@ def links():
             big = target == '/dev/zero'      # reading a device has no end
             yield Case('distill.py', real('distill.py'), f'{name} -> {target}',
                        link(f'toy/student/{name}', target), 'either', seconds=4.0 if big else 2.0)
-    yield Case('distill.py', real('distill.py'), 'the student is a link',
-               both(lambda folder: os.rename(folder / 'toy/student', folder / 'toy/moved'),
-                                                                          link('toy/student', 'moved')),
-               'fine')
-    yield Case('distill.py', real('distill.py'), 'the student is a link to itself',
-               both(lambda folder: os.rename(folder / 'toy/student', folder / 'toy/moved'),
-                                                                                    link('toy/student', 'student')), 'refused')
+    def moved(folder):
+        os.rename(folder / 'toy/student', folder / 'toy/moved')
+    line = real('distill.py')
+    yield Case('distill.py', line, 'the student is a link', both(moved, link('toy/student', 'moved')), 'fine')
+    yield Case('distill.py', line, 'the student is a link to itself', both(moved, link('toy/student', 'student')))
 
 
 # ---- problem sets -----------------------------------------------------------------------------

@@ -13,8 +13,8 @@ good ones are cases too, and must be accepted.
 
 How it works: the modules of all scripts are imported once. Each case is a fork of this process, in a fresh folder with
 copies of small models, problem sets, a bridge, a run and an evaluation. The fork executes the script's file as `__main__`.
-A number names the same case on every machine. It needs Linux. What it does not do: several ranks,
-signals, damage while a script runs.
+A number names the same case on every machine, for one revision of the code. It needs Linux. What it does not do: several
+ranks, signals, damage while a script runs.
 """
 import argparse
 import json
@@ -402,7 +402,8 @@ def show(outcome, case):
     line = ' '.join(map(ascii, case.args))
     print(f'case {outcome.number}, kind {case.kind}: {case.what!r}, expected: {case.expect}')
     print(f'  python {case.script} {line[:2000]}')
-    print(f'  exit code {outcome.code}, {outcome.seconds} s, {outcome.memory / 2**20:.0f} MiB, faults: {", ".join(outcome.faults) or "none"}')
+    print(f'  exit code {outcome.code}, {outcome.seconds} s, {outcome.memory / 2**20:.0f} MiB')
+    print(f'  faults: {", ".join(outcome.faults) or "none"}')
     print(f'  left or changed: {outcome.left or "nothing"}')
     print(f'  asked of the network: {outcome.asked or "nothing"}')
     for name, text in (('output', outcome.out), ('error output', outcome.err)):
