@@ -3,7 +3,7 @@ Generated bad inputs for every script: what does a user see, how long does it ta
 
     python tests/bad_inputs.py 1000               the first 1,000 cases of all kinds, and a table
     python tests/bad_inputs.py 1000 --show 137    case 137 alone: its command line, and what it printed
-    python tests/bad_inputs.py 200 --kind weights --keep /tmp/cases    one kind; the folders are kept
+    python tests/bad_inputs.py 200 --kind weights the first 200 of one kind
 
 A bad input must be refused: exit code 2 and one line of at most 300 characters on standard error, which begins with
 `error: `. There must be no traceback, no control character on the terminal, no question to a hub about a path that looks
@@ -13,7 +13,8 @@ good ones are cases too, and must be accepted.
 
 How it works: the modules of all scripts are imported once. Each case is a fork of this process, in a fresh folder with
 copies of small models, problem sets, a bridge, a run and an evaluation. The fork executes the script's file as `__main__`.
-A number names the same case on every machine. What it does not do: several ranks, signals, damage while a script runs.
+A number names the same case on every machine, for one revision of the code. It needs Linux. What it does not do: several
+ranks, signals, damage while a script runs.
 """
 import argparse
 import json
@@ -192,7 +193,7 @@ def watch_this_process(asked):
     sys.addaudithook(hook)
 
 
-def run_case(number, case, base, scratch, keep=False):
+def run_case(number, case, base, scratch):
     """Make the input, run the script, look at what it did -> Outcome."""
     folder = scratch / f'case-{number:06d}'
     out, err, asked = (scratch / f'{number:06d}.{name}' for name in ('out', 'err', 'asked'))
@@ -212,8 +213,7 @@ def run_case(number, case, base, scratch, keep=False):
     outcome.asked = asked.read_text() if asked.exists() else ''
     outcome.left = difference(before, contents(folder))
     judge(case, outcome, folder)
-    if not keep:
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
     for path in (out, err, asked):
         path.unlink(missing_ok=True)
     return outcome
@@ -397,18 +397,19 @@ def groups(outcomes):
     return lines
 
 
-def show(outcome, case, folder):
+def show(outcome, case):
     """Print one case in full."""
     line = ' '.join(map(ascii, case.args))
     print(f'case {outcome.number}, kind {case.kind}: {case.what!r}, expected: {case.expect}')
     print(f'  python {case.script} {line[:2000]}')
-    print(f'  exit code {outcome.code}, {outcome.seconds} s, {outcome.memory / 2**20:.0f} MiB, faults: {", ".join(outcome.faults) or "none"}')
+    print(f'  exit code {outcome.code}, {outcome.seconds} s, {outcome.memory / 2**20:.0f} MiB')
+    print(f'  faults: {", ".join(outcome.faults) or "none"}')
     print(f'  left or changed: {outcome.left or "nothing"}')
     print(f'  asked of the network: {outcome.asked or "nothing"}')
-    print(f'  folder: {folder}')
     for name, text in (('output', outcome.out), ('error output', outcome.err)):
-        shown = ascii(text)[1:-1].replace('\\n', '\n    ').replace('\\x1b', '\\x1b')
-        print(f'  {name}:\n    {shown[:6000]}')
+        print(f'  {name}, with what a terminal would obey escaped:')
+        for line in text[:6000].split('\n'):
+            print(f'    {ascii(line)[1:-1]}')
 
 
 def main():
@@ -428,9 +429,8 @@ def main():
         numbered = list(enumerate(all_cases()))
         print(f'{len(numbered)} cases in all; good files after {time.monotonic() - began:.0f} s', flush=True)
         if args.show is not None:
-            folder = scratch / f'case-{args.show:06d}'
-            outcome = run_case(*numbered[args.show], scratch / 'good', scratch, keep=True)
-            show(outcome, numbered[args.show][1], folder)
+            outcome = run_case(*numbered[args.show], scratch / 'good', scratch)
+            show(outcome, numbered[args.show][1])
             return bool(outcome.faults)
         chosen = [pair for pair in numbered if args.kind in (None, pair[1].kind)][:args.count]
         outcomes = run_all(chosen, scratch / 'good', scratch, args.jobs)
