@@ -58,11 +58,11 @@ from step import (
 )
 from studies import figures, toy
 from support.checkpoints import resume, save
-from support.files import owned, read_json, write_json
+from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
 from support.provenance import append_start, check_start, start_record, versions
-from support.report import first_step_notes, step_line, summary
+from support.report import first_step_notes, read_results, step_line, summary
 from support.run_folder import begin, open_run, stored_config
 from support.runtime import (
     Clock,
@@ -441,13 +441,11 @@ def main(cfg):
     asked = cfg | {'dtype': str(env.dtype)[6:]}
     may_change = free + later
     out = open_run(cfg['out_dir'], asked, may_change)
-    if (out / 'results.json').exists():
-        results = read_json(out / 'results.json')
-        if results['steps'] >= cfg['steps']:
-            print0(f"{out}: finished at step {results['steps']}; raise steps= to go on, or give another "
-                   'out_dir=')
-            print0('\n'.join(show(results)))
-            return
+    results = read_results(out)
+    if results and results['steps'] >= cfg['steps']:
+        print0(f"{out}: finished at step {results['steps']}; raise steps= to go on, or give another out_dir=")
+        print0('\n'.join(show(results)))
+        return
     if toy.ends_dry_run(cfg):
         return
 

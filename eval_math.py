@@ -468,8 +468,7 @@ def main(cfg, regrade=False):
     for key, short in (('student', 'model'), ('eval_data', 'data')):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {short}=")
-    if cfg['dry_run'] and not toy.is_made(cfg):
-        print0(f'  dry run: a run makes {toy.folder_of(cfg)} first (about two minutes)')
+    if toy.ends_dry_run(cfg):
         return
     cfg = toy.prepare(cfg, env)
 

@@ -153,7 +153,8 @@ positive, natural, share = (1, 10**7), (0, 10**7), (0, 1)
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
     ranks=(0, 65536), max_prompt_tokens=natural,
-    prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive, temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
+    prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
+    temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),

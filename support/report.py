@@ -3,6 +3,10 @@ What a training run prints and writes: a line for each step, notes on the first 
 """
 from statistics import median
 
+from support.files import read_json
+from support.run_folder import log_rows
+from support.runtime import UserError
+
 
 def step_line(row, steps, eta):
     """A row of the log -> one line of fixed width, most wanted first."""
@@ -77,3 +81,18 @@ def summary(rows):
     return {'student': first['student'], 'teacher': first['teacher'],
             'distilled': distilled, 'steps': last['step'],
             'seconds': last['elapsed'], 'rep_cos': [cosines[0], cosines[-1]] if cosines else []}
+
+
+def read_results(out):
+    """results.json of a run folder; None if there is none. It must be what the log says, so damage to either
+    is a UserError."""
+    file = out / 'results.json'
+    if not file.exists():
+        return None
+    results = read_json(file)
+    rows = log_rows(out / 'log.jsonl')
+    steps = results.get('steps')
+    if type(steps) is not int or not 0 < steps < len(rows) or results != summary(rows[:steps + 1]):
+        raise UserError(f'{file}: does not agree with log.jsonl; delete it, and the same command makes both '
+                        'from the last checkpoint')
+    return results

@@ -598,3 +598,18 @@ def test_the_day_of_the_first_start_holds(toy_dir, tmp_path, monkeypatch):
     now[0] = 30
     main(load_config([*args, 'steps=3']))
     assert read_json(tmp_path / 'r/config.json')['config']['date'] == '2031-01-09'
+
+
+@pytest.mark.parametrize('content', ['{}', '[]', '{"steps": 7}', 'flip'])
+def test_results_that_do_not_agree_with_the_log(finished, toy_dir, tmp_path, capsys, content):
+    """They were shown as they were, or ended in a KeyError. Deleted, they are made again."""
+    out = tmp_path / 'r'
+    shutil.copytree(finished, out, symlinks=True)
+    before = read_json(out / 'results.json')
+    if content == 'flip':
+        content = json.dumps(before | {'teacher': before['teacher'] | {'avg@2': 99.5}})
+    (out / 'results.json').write_text(content)
+    assert 'results.json: ' in refused(capsys, argv(toy_dir, out, steps=7))
+    (out / 'results.json').unlink()
+    main(load_config(argv(toy_dir, out, steps=7)))
+    assert read_json(out / 'results.json') == before
