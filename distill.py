@@ -61,7 +61,7 @@ from support.checkpoints import resume, save
 from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
-from support.provenance import append_start, check_start, start_record, versions
+from support.provenance import note_start, start_record, versions
 from support.report import first_step_notes, read_results, step_line, summary
 from support.run_folder import begin, open_run, stored_config
 from support.runtime import (
@@ -435,10 +435,11 @@ def main(cfg):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy.py)")
 
-    # A run of another config is an error, before anything is loaded; a finished run shows its result.
-    # 'auto' must not mean something else at resume, and neither must today.
+    # Neither today nor 'auto' must mean something else at resume.
     cfg = cfg | {'date': day_of_start(cfg['date'], stored_config(cfg['out_dir']).get('date'))}
     asked = cfg | {'dtype': str(env.dtype)[6:]}
+
+    # A run of another config is an error, before anything is loaded; a finished run shows its result.
     may_change = free + later
     out = open_run(cfg['out_dir'], asked, may_change)
     results = read_results(out)
@@ -461,19 +462,8 @@ def main(cfg):
 def run_in_folder(cfg, setup, env, run_folder):
     """Start or resume, take the steps, write table and figure."""
     resume(run_folder, setup.student, setup.opt, later)
-    if run_folder.step:
-        print0(f'resumed after step {run_folder.step}')
-    if run_folder.step > cfg['steps']:
-        raise UserError(f"{run_folder.out}: has taken {run_folder.step} steps already; raise steps=")
-    for key, (before, now) in run_folder.changed.items():
-        print0(f'  from step {run_folder.step + 1} on: {key}={now!r}, before {before!r}')
-
-    # Other data or another teacher would make it another run; other code may well be meant.
     if env.rank == 0:
-        record = start_record(cfg, env, setup.train, setup.held_out)
-        for line in check_start(run_folder.out, record, run_folder.step):
-            print0(f'  note: {line}')
-        append_start(run_folder.out, record | {'config': run_folder.config}, run_folder.step)
+        note_start(run_folder, start_record(cfg, env, setup.train, setup.held_out))
 
     # At the start, the scores of both models.
     if not run_folder.rows:

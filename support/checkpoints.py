@@ -229,9 +229,14 @@ def resume(run, student, opt, later):
              storage_reader=HuggingFaceStorageReader(str(folder / 'resume')))
     run.step = record['step']
     run.began -= record['elapsed']
+    if run.step > run.config['steps']:
+        raise UserError(f'{run.out}: has taken {run.step} steps already; raise steps=')
+    print0(f'resumed after step {run.step}')
     for key in later:
-        if record['config'].get(key) != run.config.get(key):
-            run.changed[key] = [record['config'].get(key), run.config.get(key)]
+        before, now = record['config'].get(key), run.config.get(key)
+        if before != now:
+            run.changed[key] = [before, now]
+            print0(f'  from step {run.step + 1} on: {key}={now!r}, before {before!r}')
     rewrite_log(run, log_rows(folder / 'log.jsonl'))
 
     # The links may be missing or old, or be folders where a copy was made without links.

@@ -14,8 +14,7 @@ a large file is not. What it does not look at: the code of torch and of other li
 versions, and the files in configs/, because a run's config is compared key by key (support/run_folder.py).
 
     record = start_record(cfg, env, train, held_out)
-    lines = check_start(out, record, step)                   # to print; a UserError if it is another run
-    append_start(out, record, step)                          # rank 0
+    note_start(run_folder, record)                           # rank 0; a UserError if it is another run
 """
 import hashlib
 import json
@@ -33,7 +32,7 @@ import torch
 from formats.huggingface import snapshot
 from support.files import whole
 from support.jsonl import append_row, read_rows
-from support.runtime import ROOT, UserError
+from support.runtime import ROOT, UserError, print0
 
 # The files of this project that can change what a run computes. The root files are named one by one: in an
 # installation other packages' files lie beside them.
@@ -199,6 +198,14 @@ def lasting_starts(rows):
 
 
 # ---- what has changed ----------------------------------------------------------------------------
+
+def note_start(run_folder, record):
+    """Compare this start with the one before, print what has changed, and add its row. Rank 0 alone calls
+    it. A UserError if the run would be another one."""
+    for line in check_start(run_folder.out, record, run_folder.step):
+        print0(f'  note: {line}')
+    append_start(run_folder.out, record | {'config': run_folder.config}, run_folder.step)
+
 
 def check_start(out, record, step):
     """Compare a start that goes on after this step with the start that made the step -> lines to print.
