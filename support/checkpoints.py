@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from support.files import digest, read_json, remove, whole, write_json
 from support.jsonl import append_row
-from support.run_folder import log_rows, rewrite_log
+from support.run_folder import log_rows, rewrite_log, write_config
 from support.runtime import UserError, all_gather, barrier, print0
 
 # ---- save ---------------------------------------------------------------------------------------
@@ -216,21 +216,34 @@ def newest_whole(run):
 
 
 def resume(run, student, opt, later):
-    """Go on from the newest whole checkpoint: fill in the student, the optimizer and the Run, its log
+    """Go on from the newest whole checkpoint: fill in the student, the optimizer and the RunFolder, its log
     included. Without one the run is at step 0, and its log keeps the row of step 0.
 
-    later: keys that may differ from the checkpoint's; those that do are kept in run.changed.
+    later: keys that may differ from the checkpoint's. Those that do are printed, and kept in run.changed. A
+    checkpoint beyond the config's `steps`, or something foreign in the place of a link, is a UserError.
     """
     folder, record = newest_whole(run)
     if folder is None:
         rewrite_log(run, first_row(run.out / 'log.jsonl'))
         return
-    transfer(dcp.load, tensors(student, opt), folder,
-             storage_reader=HuggingFaceStorageReader(str(folder / 'resume')))
     run.step = record['step']
     run.began -= record['elapsed']
     if run.step > run.config['steps']:
         raise UserError(f'{run.out}: has taken {run.step} steps already; raise steps=')
+    if record['best'] and folder_of(run.out, record['best']['step']).is_dir():
+        run.best = record['best']
+    transfer(dcp.load, tensors(student, opt), folder,
+             storage_reader=HuggingFaceStorageReader(str(folder / 'resume')))
+
+    # The links may be missing or old, or be folders where a copy was made without links.
+    links = {'last': folder}
+    if run.best:
+        links['best'] = folder_of(run.out, run.best['step'])
+    for name in links:
+        check_link(run.out, name)
+    barrier()                                # no rank looks any more
+
+    # Nothing was refused; what is written says what goes on from now.
     print0(f'resumed after step {run.step}')
     for key in later:
         before, now = record['config'].get(key), run.config.get(key)
@@ -238,15 +251,9 @@ def resume(run, student, opt, later):
             run.changed[key] = [before, now]
             print0(f'  from step {run.step + 1} on: {key}={now!r}, before {before!r}')
     rewrite_log(run, log_rows(folder / 'log.jsonl'))
-
-    # The links may be missing or old, or be folders where a copy was made without links.
-    if record['best'] and folder_of(run.out, record['best']['step']).is_dir():
-        run.best = record['best']
-    targets = {'last': folder}
-    if run.best:
-        targets['best'] = folder_of(run.out, run.best['step'])
     if run.rank == 0:
-        for name, target in targets.items():
+        write_config(run)
+        for name, target in links.items():
             mend_link(run.out, name, target)
     barrier()
 
@@ -260,15 +267,19 @@ def first_row(file):
         return []
 
 
-def mend_link(out, name, target):
-    """Let out/`name` point to a checkpoint. If it is a folder, it must hold what a checkpoint here holds."""
+def check_link(out, name):
+    """UserError if out/`name` is neither a link nor what a copy made of one: it would be replaced."""
     path = out / name
-    if path.is_symlink() and os.readlink(path) == f'{target.name}/model':
-        return
     if path.exists() and not path.is_symlink() and not is_copy(path, out):
         raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
-    link(out, name, target)
-    print0(f'  note: {path} now points to {target.name}')
+
+
+def mend_link(out, name, target):
+    """Let out/`name` point to a checkpoint, and say so if it did not."""
+    path = out / name
+    if not path.is_symlink() or os.readlink(path) != f'{target.name}/model':
+        link(out, name, target)
+        print0(f'  note: {path} now points to {target.name}')
 
 
 def is_copy(path, out):

@@ -141,15 +141,21 @@ def check_place(out):
 
 
 def begin(out, config, may_change, rank):
-    """Write or renew config.json, by rank 0 -> RunFolder at step 0. The caller owns the folder; another start
-    may have used it in the meantime, so its config is compared again."""
+    """-> RunFolder at step 0; of a new run rank 0 writes config.json. The caller owns the folder; another
+    start may have used it in the meantime, so its config is compared again."""
     check_config(out, config, may_change)
     file = out / 'config.json'
     name = read_json(file)['run'] if file.exists() else uuid.uuid4().hex[:12]
     name = all_gather(name)[0]               # what rank 0 has read or drawn
-    if rank == 0:
-        write_json(file, {'run': name, 'config': config})
-    return RunFolder(out, name, config, rank)
+    run = RunFolder(out, name, config, rank)
+    if rank == 0 and not file.exists():
+        write_config(run)
+    return run
+
+
+def write_config(run):
+    """Write config.json: the run's name, and the config with which it goes on."""
+    write_json(run.out / 'config.json', {'run': run.name, 'config': run.config})
 
 
 def rewrite_log(run, rows):

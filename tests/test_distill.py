@@ -27,7 +27,7 @@ from formats.tokenizer import load_tokenizer
 from model import PRESETS
 from studies import toy
 from studies.toy import folder_of, write_tokenizer
-from support import provenance
+from support import provenance, runtime
 from support.files import digest, read_json, write_json
 from support.optimizer import learning_rate
 from support.report import first_step_notes
@@ -421,7 +421,7 @@ def test_objectives_that_make_no_sense(toy_dir, tmp_path, capsys):
     assert 'out of range' in refused(capsys, args(opd_weight=-1))
     main(load_config([*args(opd='sampled', temperature=0.5), '--dry-run']))
     out = capsys.readouterr().out
-    assert 'Eq. (3) is biased' in out and "the LM head's gradient" in out
+    assert 'Eq. (3) is biased' in out and 'memory of a rank by phase' in out
 
 
 # ---- bad input: one line, exit code 2, nothing half-written ------------------------------------
@@ -592,7 +592,7 @@ def test_the_day_of_the_first_start_holds(toy_dir, tmp_path, monkeypatch):
     class Midnight(datetime.date):
         today = classmethod(lambda cls: cls(2031, 1, now[0]))
     now = [9]
-    monkeypatch.setattr(datetime, 'date', Midnight)
+    monkeypatch.setattr(runtime, 'date', Midnight)
     main(load_config(args))
     assert read_json(tmp_path / 'r/config.json')['config']['date'] == '2031-01-09'
     now[0] = 30

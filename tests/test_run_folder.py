@@ -5,7 +5,7 @@ import os
 import pytest
 
 from support.files import owned, write_json
-from support.run_folder import begin, check_config, log_rows, open_run, rewrite_log
+from support.run_folder import begin, check_config, log_rows, open_run, rewrite_log, write_config
 from support.runtime import UserError
 
 
@@ -56,6 +56,8 @@ def test_the_name_of_a_run_stays(tmp_path):
     first = begin(tmp_path, {'steps': 3}, ('steps',), 0)
     again = begin(tmp_path, {'steps': 5}, ('steps',), 0)
     assert again.name == first.name and len(first.name) == 12
+    check_config(tmp_path, {'steps': 3}, ())
+    write_config(again)
     check_config(tmp_path, {'steps': 5}, ())
     with pytest.raises(UserError, match='steps=5, now 3'):
         begin(tmp_path, {'steps': 3}, (), 0)
