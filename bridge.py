@@ -424,7 +424,7 @@ def load_pair(cfg, env):
     # Everything that can be refused has been; now the slow part.
     layer_map = match_layers(cfg, shapes[0].L, shapes[1].L)
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
-    preflight_bridge(cfg, env, *shapes, layer_map, problems, shared_size(*toks))
+    preflight_bridge(cfg, env, shapes, layer_map, problems, shared_size(*toks))
     if cfg['dry_run']:
         return None
     models = []

@@ -15,8 +15,8 @@ config = dict(
     dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32), 'bfloat16', 'float32';
                                 # weights, gradients and optimizer state are float32
     dry_run=False,              # --dry-run: resolve, check, print the plan, memory, disk and time, stop
-    ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says otherwise;
-                                # 0 = the ranks that it was started with
+    ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says cpu;
+                                # 0 = those that it was started with
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
@@ -149,7 +149,8 @@ positive, share = (1, inf), (0, 1)
 # Keys not listed take any value of their default's type (rep_loss: a name in losses.DISTANCES).
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
-    ranks=(0, 65536), max_prompt_tokens=(0, inf), prompts_per_step=positive, n=positive, max_new_tokens=positive,
+    ranks=(0, 65536), max_prompt_tokens=(0, inf),
+    prompts_per_step=positive, n=positive, max_new_tokens=positive,
     temperature=(0, inf), top_k=(0, inf), top_p=(1e-6, 1),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
