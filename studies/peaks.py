@@ -187,7 +187,8 @@ def main(args):
         for part, size in estimate.items():
             mark = ' peak' if size == max(estimate.values()) else ''
             ratio = size / need[part]
-            print(f'{name:28}{part:8}{size / MB:10.0f}{need[part] / MB:10.0f}{ratio:8.2f}{mark}', flush=True)
+            sizes = f'{size / MB:10.0f}{need[part] / MB:10.0f}'
+            print(f'{name:28}{part:8}{sizes}{ratio:8.2f}{mark}', flush=True)
 
 
 def arguments():

@@ -131,7 +131,7 @@ def kept_by_block(c, s, cuda):
     kept += 2 * s * c.d                                          # their results, which qkv and gate_up read
     kept += s * (c.H + 2 * c.G) * c.e                            # q, k and v
     if c.qk_norm:
-        kept += norm((c.H + c.G) * c.e)
+        kept += (c.H + c.G) * norm(c.e)
         if s == 4 or cuda:
             kept -= s * (c.H + c.G) * c.e                        # its input is q and k, counted above
     kept += s * (c.H + c.G) * c.e                                # q and k, rotated
