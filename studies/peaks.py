@@ -193,7 +193,8 @@ def main(args):
 
 def arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', choices=[*CASES, []], help='configurations; none: all of them')
     parser.add_argument('--allocator', choices=('fixed', 'default'), default='fixed')
     return parser.parse_args()
