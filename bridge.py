@@ -420,7 +420,7 @@ def load_text(cfg, env):
     layer_map = match_layers(cfg, *(shape.L for shape in shapes))
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
     check_lengths(cfg, shapes[0], shapes[0], problems, [])       # of the teacher's, `read` takes care
-    preflight_bridge(cfg, env, *shapes, layer_map, problems, shared_size(*toks))
+    preflight_bridge(cfg, env, shapes, layer_map, problems, shared_size(*toks))
     collection = open_collection(cfg, problems, *toks)
 
     # Whole prompts are held out, never single rows of one.

@@ -22,7 +22,8 @@ from support.runtime import UserError, run, start
 
 
 def main(cfg):
-    for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0)):
+    for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0),
+                       ('dry_run', False)):
         if cfg[key] != value:
             raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
     cfg = toy.prepare(cfg, start('cpu'))     # makes two models and their problems, once

@@ -53,8 +53,7 @@ def load_config(argv=None):
             cfg[key] = parse(key, text) if eq else True
     cfg = check(cfg, 'command line')
     if cfg['ranks'] and not cfg['dry_run']:
-        raise UserError(f'ranks={cfg["ranks"]}: belongs to --dry-run; torchrun --nproc_per_node= starts '
-                        'ranks')
+        raise UserError(f'ranks={cfg["ranks"]}: belongs to --dry-run; torchrun starts ranks')
     return cfg
 
 

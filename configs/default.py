@@ -15,8 +15,8 @@ config = dict(
     dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32), 'bfloat16', 'float32';
                                 # weights, gradients and optimizer state are float32
     dry_run=False,              # --dry-run: resolve, check, print the plan, memory, disk and time, stop
-    ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says
-                                # otherwise; 0 = the ranks that it was started with
+    ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says cpu;
+                                # 0 = those that it was started with
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained

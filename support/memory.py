@@ -6,7 +6,7 @@ phase holds the same lasting tensors (weights, AdamW's moments, the teacher) and
 rank needs is the largest of the phases, and not their sum. A phase may have several moments at which it
 could peak; the largest of them counts.
 
-    estimate = phases(cfg, student, teacher, layer_map, work, env)           # {phase: {what: bytes}}
+    estimate = phases(Plan(cfg, student, teacher, layer_map, work, env))     # {phase: {what: bytes}}
     peak(estimate)                                                           # name of the largest
 
 Simpler than usual: every tensor is counted at full length, as if every answer had max_new_tokens tokens, and
@@ -118,12 +118,6 @@ def weights_of(c):
     return Weights(block, c.L * block, c.V * c.d + c.d, 0 if c.tied else c.V * c.d)
 
 
-def learned(c, with_head):
-    """How many weights learn: an untied head is frozen where the objective never reaches it."""
-    weights = weights_of(c)
-    return weights.total if with_head else weights.total - weights.head
-
-
 # ---- one block -----------------------------------------------------------------------------------
 
 def kept_by_block(c, s, cuda):
@@ -137,11 +131,13 @@ def kept_by_block(c, s, cuda):
     kept += 2 * s * c.d                                          # their results, which qkv and gate_up read
     kept += s * (c.H + 2 * c.G) * c.e                            # q, k and v
     if c.qk_norm:
-        kept += norm((c.H + c.G) * c.e)
+        kept += (c.H + c.G) * norm(c.e)
         if s == 4 or cuda:
             kept -= s * (c.H + c.G) * c.e                        # its input is q and k, counted above
     kept += s * (c.H + c.G) * c.e                                # q and k, rotated
-    kept += s * c.H * c.e * (1 if cuda else 2)                   # attention's result, and a copy by heads
+    kept += s * c.H * c.e                                        # attention's result
+    if not cuda and (c.qk_norm or c.partial < 1):
+        kept += s * c.H * c.e                                    # and a copy in another order of its axes
     kept += 4 * c.H                                              # log of the softmax's denominator
     kept += 4 * s * c.ff                                         # gate, up, silu(gate), their product
     return kept
@@ -192,46 +188,82 @@ def sampler(c, s, answers, prompts, prompt, new, vocab, top_p):
 
 # ---- the phases ----------------------------------------------------------------------------------
 
-def phases(cfg, student, teacher, layer_map, work, env):
-    """{phase: {what: bytes}} of one rank. student, teacher: ModelConfig. layer_map: {student layer: teacher
-    layer}. work: Work. env: ranks, device and dtype (support.runtime.Env)."""
-    s = 2 if env.dtype == torch.bfloat16 else 4
-    W = env.world
-    sharded = W > 1 or s == 2
-    with_head = student.tied or ever_positive(cfg['opd_weight'])
-    weights = weights_of(student)
+@dataclass(frozen=True)
+class Plan:
+    """A run that is to be estimated."""
+    cfg: dict
+    student: object             # ModelConfig
+    teacher: object
+    layer_map: dict             # {student layer: teacher layer}
+    work: Work
+    env: object                 # ranks, device and dtype (support.runtime.Env)
+
+    @property
+    def s(self):
+        return 2 if self.env.dtype == torch.bfloat16 else 4
+
+    @property
+    def W(self):
+        return self.env.world
+
+    @property
+    def cuda(self):
+        return self.env.device.type == 'cuda'
+
+    @property
+    def sharded(self):
+        """Does FSDP hold the student (support.runtime.shard)?"""
+        return self.W > 1 or self.s == 2
+
+    @property
+    def output(self):
+        """Is there an output-space term?"""
+        return ever_positive(self.cfg['opd_weight'])
+
+    @property
+    def learned(self):
+        """How many weights learn: an untied head is frozen where the objective never reaches it."""
+        weights = weights_of(self.student)
+        return weights.total if self.output else weights.total - weights.head
+
+
+def phases(plan):
+    """{phase: {what: bytes}} of one rank of distill.py."""
+    s = plan.s
+    work = plan.work
+    weights = weights_of(plan.student)
+    total = {}
 
     # What stays from the first step to the last.
     lasting = {
-        'student weights, float32': 4 * weights.total / W,
-        'AdamW, float32': 8 * learned(student, with_head) / W,
-        'teacher weights': s * weights_of(teacher).total,
+        'student weights, float32': 4 * weights.total / plan.W,
+        'AdamW, float32': 8 * plan.learned / plan.W,
+        'teacher weights': s * weights_of(plan.teacher).total,
     }
-    if cfg['bridge']:
-        r = cfg['bridge_rank'] or min(student.d, teacher.d)
-        lasting['bridge'] = 4 * len(layer_map) * r * (teacher.d + 2 * student.d)
+    if plan.cfg['bridge']:
+        r = bridge_rank(plan)
+        lasting['bridge'] = 4 * len(plan.layer_map) * r * (plan.teacher.d + 2 * plan.student.d)
+
+    # While models are loaded every rank has the whole student for a moment; AdamW's moments come after that.
+    whole_student = lasting | {'student weights, float32': 4 * weights.total, 'AdamW, float32': 0}
+    total['load'] = max(whole_student, lasting, key=lambda parts: sum(parts.values()))
 
     # Sampling needs whole weights in the dtype of forwards. The group that is gathered last exists twice.
     whole = {}
-    if sharded:
-        last_group = max(weights.block, weights.head) if W > 1 else 0
+    if plan.sharded:
+        last_group = max(weights.block, weights.head) if plan.W > 1 else 0
         whole = {'student weights, gathered for sampling': s * (weights.total + last_group)}
-    rollout = sampler(student, s, work.answers, work.prompts, work.prompt, work.new, work.vocab, cfg['top_p'])
-
-    # While models are loaded every rank has the whole student for a moment.
-    estimate = {
-        'load': {'student weights, float32': 4 * weights.total, 'teacher weights': lasting['teacher weights']},
-        'sample': lasting | whole | rollout,
-        'update': lasting | update(cfg, student, teacher, layer_map, largest_micro_batch(cfg, work), work, env),
-        'save': lasting,
-    }
+    total['sample'] = lasting | whole | sampler(
+        plan.student, s, work.answers, work.prompts, work.prompt, work.new, work.vocab, plan.cfg['top_p'])
     if work.eval_answers:
-        evaluation = sampler(student, s, work.eval_answers, work.eval_answers, work.eval_prompt, work.eval_new,
-                             work.vocab, cfg['eval_top_p'])
-        estimate['evaluate'] = lasting | whole | evaluation
-    if env.device.type == 'cpu':
-        estimate['save'] = lasting | saving(student, with_head, env)
-    return estimate
+        total['evaluate'] = lasting | whole | sampler(
+            plan.student, s, work.eval_answers, work.eval_answers, work.eval_prompt, work.eval_new,
+            work.vocab, plan.cfg['eval_top_p'])
+    total['update'] = lasting | update(plan)
+
+    # On a GPU a checkpoint needs memory of the host alone.
+    total['save'] = lasting if plan.cuda else lasting | saving(plan)
+    return total
 
 
 def peak(estimate):
@@ -239,144 +271,169 @@ def peak(estimate):
     return max(estimate, key=lambda phase: sum(estimate[phase].values()))
 
 
-def saving(student, with_head, env):
+def bridge_rank(plan):
+    """r of the bridge, at most; bridge_rank=0 means the rank that bridge.py has found."""
+    return plan.cfg['bridge_rank'] or min(plan.student.d, plan.teacher.d)
+
+
+def saving(plan):
     """Host memory of a rank while a checkpoint is written, beside what a CPU run holds -> {what: bytes}.
 
     The rank's share of the resume state comes from the device, is turned into the bytes of a file, and these
     are copied once before they are written.
     """
-    copies = 2 if env.device.type == 'cpu' else 3
-    return {'resume state, as bytes and a copy of them': copies * resume_bytes(student, with_head) / env.world}
+    copies = 3 if plan.cuda else 2
+    return {'resume state, as bytes and a copy of them': copies * resume_bytes(plan) / plan.W}
 
 
-def resume_bytes(student, with_head):
+def resume_bytes(plan):
     """Float32 weights and AdamW's two moments, of all ranks."""
-    return 4 * weights_of(student).total + 8 * learned(student, with_head)
+    return 4 * weights_of(plan.student).total + 8 * plan.learned
 
 
-def checkpoint_bytes(student, with_head, s):
+def checkpoint_bytes(plan):
     """A checkpoint on disk: a Hugging Face folder in the dtype of forwards, and the resume state."""
-    return s * weights_of(student).total + resume_bytes(student, with_head)
+    return plan.s * weights_of(plan.student).total + resume_bytes(plan)
 
 
-def bridge_phases(cfg, student, teacher, layer_map, work, env):
-    """{phase: {what: bytes}} of bridge.py with the closed form, on one rank. Arguments as in `phases`."""
-    s = 2 if env.dtype == torch.bfloat16 else 4
-    batch = largest_micro_batch(cfg, work)
+def bridge_phases(plan):
+    """{phase: {what: bytes}} of bridge.py with the closed form, on one rank."""
+    s = plan.s
+    work = plan.work
+    student = plan.student
+    teacher = plan.teacher
+    batch = largest_micro_batch(plan.cfg, work)
     K = batch.rows
     R = min(student.d, teacher.d)
     models = {'weights of both models': s * (weights_of(student).total + weights_of(teacher).total)}
 
     # Moments in float64: x x', y x' and y y' of two classes, for each pair of layers; and the bridge.
-    pairs = len(layer_map)
-    moments = 8 * pairs * 2 * (student.d**2 + student.d * teacher.d + teacher.d**2)
-    bridge = 8 * pairs * R * (teacher.d + 2 * student.d)
+    pairs = len(plan.layer_map)
+    moments = {'moments': 8 * pairs * 2 * (student.d**2 + student.d * teacher.d + teacher.d**2)}
+    bridge = {'bridge': 8 * pairs * R * (teacher.d + 2 * student.d)}
 
     # A micro-batch: the states of all layers, and one pair of layers at a time in float64. The judgement
     # holds about eight tensors (K, R) of it: projections, their products and running sums.
-    states = s * K * (pairs * student.d + len(set(layer_map.values())) * teacher.d)
+    states = s * K * (pairs * student.d + len(set(plan.layer_map.values())) * teacher.d)
     states += batch.tokens * max(forward_work(student, s), forward_work(teacher, s))
-    double = 8 * K * (student.d + teacher.d)
+    states += 8 * K * (student.d + teacher.d)
     return {
         'collect': models | sampler(student, s, work.answers, work.answers, work.prompt, work.new, work.vocab,
-                                    cfg['top_p']),
-        'fit': models | {'moments': moments, 'a micro-batch': states + double},
-        'judge': models | {'moments': moments, 'bridge': bridge, 'a micro-batch': states + double + 8 * 8 * K * R},
+                                    plan.cfg['top_p']),
+        'fit': models | moments | {'a micro-batch': states},
+        'judge': models | moments | bridge | {'a micro-batch': states + 8 * 8 * K * R},
     }
 
 
 # ---- the update ----------------------------------------------------------------------------------
 
-def update(cfg, student, teacher, layer_map, batch, work, env):
+def update(plan):
     """The largest moment of an update, beside what stays -> {what: bytes}."""
-    s = 2 if env.dtype == torch.bfloat16 else 4
-    cuda = env.device.type == 'cuda'
-    W = env.world
-    sharded = W > 1 or s == 2
-    weights = weights_of(student)
-    output = ever_positive(cfg['opd_weight'])
-    with_head = student.tied or output
-    L = student.L
-    N = batch.tokens
-    K = batch.rows
-
-    # The teacher's rows. They become the gradients of the student's rows, in the same memory.
-    row_bytes = s * teacher.d
-    if cfg['bridge']:
-        row_bytes = 4 * (cfg['bridge_rank'] or min(student.d, teacher.d))
-    rows = len(layer_map) * K * row_bytes if ever_positive(cfg['oprd_weight']) else 0
-    if output:
-        rows += K * s * teacher.d * (2 if cfg['opd'] == 'byte' else 1)
-
-    # Activations. A block that is recomputed keeps its input alone until then.
-    kept = kept_by_block(student, s, cuda) * N
-    kept_before = s * student.d * N if cfg['checkpointing'] else kept
-    last_norm = (s * student.d if cuda else 8 * student.d) * N
-    back = backward_work(student, s) * N
-    loss_rows = 0 if cuda else K * 4 * student.d * (2 if s == 4 else 3)     # one layer of Eq. (6), by parts
-
-    # FSDP gathers a block, and the next one while it is computed. The embedding stays whole. A block's
-    # gradient comes in the dtype of forwards; while it is summed over ranks it is float32.
-    gathered = s * (2 * weights.block + weights.embed) if sharded else 0
-    summed = 4 * weights.block if sharded else 0
-
-    # Gradients so far: all of them from the second micro-batch on.
-    all_gradients = 4 * learned(student, with_head) / W
-    head_gradient = 4 * weights.head / W if output else 0
-    earlier = all_gradients if batch.several else 0
-
-    # The teacher's forward of a second micro-batch: the rows of the first one are still there.
-    moments = [{
-        'gradients': earlier,
-        "the teacher's rows": rows * (2 if batch.several else 1),
-        'gathered weights and buffers of FSDP': s * weights.embed if sharded and batch.several else 0,
-        'activations': forward_work(teacher, s) * N,
-    }]
-
-    # The backward of block l: activations of the blocks up to it, gradients of the blocks above it.
-    for l in range(1, L + 1):
-        activations = (l - 1) * kept_before + kept + back
-        if cfg['checkpointing']:
-            activations += kept_before
-        if l == L:
-            activations += last_norm + max(0, loss_rows - back)
-        own_gradient = s * student.d * student.ff                # of `down`, the first to be made
-        moments.append({
-            'gradients': own_gradient + (earlier or head_gradient + 4 * (L - l) * weights.block / W),
-            "the teacher's rows": rows,
-            'gathered weights and buffers of FSDP': gathered + (summed if l < L else 0),
-            'activations': activations,
-        })
-
-    # The end of the backward, with the embedding's gradient.
-    moments.append({
-        'gradients': all_gradients,
-        "the teacher's rows": rows,
-        'gathered weights and buffers of FSDP': (2 * s + 4) * weights.embed if sharded else 0,
-        'activations': s * student.d * N,
-    })
-    if output:
-        moments.append({
-            'gradients': earlier,
-            "the teacher's rows": rows,
-            'gathered weights and buffers of FSDP': gathered,
-            'activations': L * kept_before + last_norm,
-            "the LM head's gradient and a chunk of logits": head_work(cfg, student, K, s, work.vocab, sharded),
-        })
+    batch = largest_micro_batch(plan.cfg, plan.work)
+    rows = teacher_rows(plan, batch)
+    moments = [teacher_forward(plan, batch, rows), end_of_backward(plan, batch, rows)]
+    for l in range(1, plan.student.L + 1):
+        moments.append(backward_of_block(l, plan, batch, rows))
+    if plan.output:
+        moments.append(loss_under_head(plan, batch, rows))
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
-def head_work(cfg, c, K, s, vocab, sharded):
-    """The output-space term under the head: three (C, V) tensors of float32 at once, four of them for a
-    forward or next-byte KL, and one in the dtype of forwards; the head's gradient; two rows of states."""
-    C = min(K, cfg['head_rows'] or 64)
+def moment(gradients, rows, fsdp, activations, head=0):
+    """What an update holds at one time, by name."""
+    return {'gradients': gradients, "the teacher's rows": rows, 'gathered weights and buffers of FSDP': fsdp,
+            'activations': activations, "the LM head's gradient and a chunk of logits": head}
+
+
+def teacher_rows(plan, batch):
+    """Bytes of the teacher's rows. They become the gradients of the student's rows, in the same memory."""
+    row = 4 * bridge_rank(plan) if plan.cfg['bridge'] else plan.s * plan.teacher.d
+    rows = len(plan.layer_map) * row if ever_positive(plan.cfg['oprd_weight']) else 0
+    if plan.output:
+        rows += plan.s * plan.teacher.d * (2 if plan.cfg['opd'] == 'byte' else 1)
+    return rows * batch.rows
+
+
+def gradients_before(plan, batch):
+    """Bytes of the gradients that earlier micro-batches have left."""
+    return 4 * plan.learned / plan.W if batch.several else 0
+
+
+def kept_up_to(l, plan, batch):
+    """Bytes of activations that blocks 1..l keep. A block that is recomputed keeps its input alone."""
+    student = plan.student
+    by_block = kept_by_block(student, plan.s, plan.cuda)
+    if plan.cfg['checkpointing']:
+        by_block = plan.s * student.d
+    kept = l * by_block
+    if l == student.L:                       # and of the last norm
+        kept += plan.s * student.d if plan.cuda else 8 * student.d
+    return kept * batch.tokens
+
+
+def gathered_blocks(plan):
+    """Bytes that FSDP has gathered: a block, the next one while it is computed, and the embedding, which
+    stays whole from the forward to the end of the backward."""
+    weights = weights_of(plan.student)
+    return plan.s * (2 * weights.block + weights.embed) if plan.sharded else 0
+
+
+def teacher_forward(plan, batch, rows):
+    """The teacher reads a micro-batch. From the second one on, the rows of the one before are still there."""
+    embed = plan.s * weights_of(plan.student).embed
+    return moment(gradients_before(plan, batch), rows * (2 if batch.several else 1),
+                  embed if plan.sharded and batch.several else 0,
+                  forward_work(plan.teacher, plan.s) * batch.tokens)
+
+
+def backward_of_block(l, plan, batch, rows):
+    """The backward of block l: activations of the blocks up to it, gradients of the blocks above it."""
+    student = plan.student
+    weights = weights_of(student)
+    work = backward_work(student, plan.s) * batch.tokens
+    activations = kept_up_to(l, plan, batch)
+    if plan.cfg['checkpointing']:
+        activations += kept_by_block(student, plan.s, plan.cuda) * batch.tokens
+
+    # Before that, the loss of the last layer: two float32 tensors (K, d), and the teacher's rows cast.
+    if l == student.L and not plan.cuda:
+        work = max(work, batch.rows * 4 * student.d * (2 if plan.s == 4 else 3))
+
+    # Gradients: those of the blocks above, and this block's first one, which is that of `down`.
+    above = 4 * (student.L - l) * weights.block / plan.W
+    if plan.output:
+        above += 4 * weights.head / plan.W
+    gradients = plan.s * student.d * student.ff + (gradients_before(plan, batch) or above)
+
+    # A block's gradient comes in the dtype of forwards. While it is summed over ranks it is float32.
+    summed = 4 * weights.block if plan.sharded and l < student.L else 0
+    return moment(gradients, rows, gathered_blocks(plan) + summed, activations + work)
+
+
+def end_of_backward(plan, batch, rows):
+    """All gradients, the embedding's among them, which is summed over ranks last."""
+    embed = (2 * plan.s + 4) * weights_of(plan.student).embed
+    return moment(4 * plan.learned / plan.W, rows, embed if plan.sharded else 0,
+                  plan.s * plan.student.d * batch.tokens)
+
+
+def loss_under_head(plan, batch, rows):
+    """The output-space term, at the end of the forward: three (C, V) tensors of float32 at once, four of
+    them for a forward or next-byte KL, and one in the dtype of forwards; the head's gradient; two rows of
+    states."""
+    cfg = plan.cfg
+    c = plan.student
+    s = plan.s
+    C = min(batch.rows, cfg['head_rows'] or 64)
     tensors = 4 if cfg['kl_direction'] == 'forward' or cfg['opd'] == 'byte' else 3
-    chunk = C * vocab * (4 * tensors + (s if s == 2 else 0))
+    chunk = C * plan.work.vocab * (4 * tensors + (s if s == 2 else 0))
 
     # The head's gradient is float32. Where weights are sharded, the gathered head lies beside it, and later,
     # when the chunk has gone, the gradient in the head's dtype.
     head = 4 * c.V * c.d
-    if sharded:
+    if plan.sharded:
         head += s * c.V * c.d
         chunk = max(chunk, s * c.V * c.d)
-    return chunk + head + 2 * s * K * c.d
+    states = 2 * s * batch.rows * c.d
+    return moment(gradients_before(plan, batch), rows, gathered_blocks(plan), kept_up_to(c.L, plan, batch),
+                  chunk + head + states)

@@ -7,8 +7,9 @@ What a dry run says about a run that is not started: memory by phase, disk, time
 
 Simpler than usual: everything is a count, divided by a rate. Memory is counted in support/memory.py. Time is
 the least that the counted operations and the counted bytes take: at this device's own rates, which a
-product of two matrices and a copy measure in a fifth of a second, or for GPUs that are not here at a share of an
-H100's data sheet. Real runs are slower: small models by a factor, since a step has thousands of small operations.
+product of two matrices and a copy measure in a fifth of a second, or for GPUs that are not here at a share
+of an H100's data sheet. Real runs are slower, small models by a factor: a step has thousands of small
+operations.
 
 Letters: as in support/memory.py.
 """
@@ -22,7 +23,6 @@ from pathlib import Path
 import torch
 
 from support.memory import GiB, checkpoint_bytes, peak, saving, weights_of
-from support.optimizer import ever_positive
 from support.runtime import UserError
 
 
@@ -45,7 +45,8 @@ def check_folder(folder):
     try:
         os.rmdir(tempfile.mkdtemp(prefix='.dry-run-', dir=above))
     except OSError as error:
-        raise UserError(f'{folder}: cannot be made, {above}: {error.strerror}; choose another folder') from None
+        raise UserError(f'{folder}: cannot be made, {above}: {error.strerror}; '
+                        'choose another folder') from None
     return above
 
 
@@ -92,27 +93,26 @@ def memory_notes(estimate, env, is_here):
             'token_budget=, eval_rows= or max_new_tokens=, set checkpointing=True, or use more ranks']
 
 
-def host_lines(cfg, student, env):
+def host_lines(plan):
     """Host memory while a checkpoint is written, where the run itself is on GPUs."""
-    if env.device.type == 'cpu':
+    if not plan.cuda:
         return []
-    need = sum(saving(student, student.tied or ever_positive(cfg['opd_weight']), env).values())
-    return [f'host memory while saving: {need / GiB:.1f} GiB a rank, {need * env.world / GiB:.1f} GiB where one '
-            f'machine has all {env.world}']
+    need = sum(saving(plan).values()) / GiB
+    return [f'host memory while saving: {need:.1f} GiB a rank, {need * plan.W:.1f} GiB where one machine has '
+            f'all {plan.W}']
 
 
-def disk_lines(cfg, student, s, is_here):
+def disk_lines(plan, is_here):
     """Disk for the checkpoints: those that stay, the best one, and the one that is being written."""
-    with_head = student.tied or ever_positive(cfg['opd_weight'])
-    size = checkpoint_bytes(student, with_head, s)
-    count = cfg.get('keep', 2) + 2
+    size = checkpoint_bytes(plan)
+    count = plan.cfg.get('keep', 2) + 2
     lines = [f'disk: up to {count} checkpoints of {size / 1e9:.2f} GB, {count * size / 1e9:.1f} GB']
     if is_here:
-        above = check_folder(cfg['out_dir'])
+        above = check_folder(plan.cfg['out_dir'])
         free = shutil.disk_usage(above).free
         lines[0] += f'; {free / 1e9:.0f} GB free at {above}'
         if free < count * size:
-            lines.append(f'note: that is more than is free at {above}; lower keep=, or choose another out_dir=')
+            lines.append('note: that is more than is free there; lower keep=, or choose another out_dir=')
     return lines
 
 
@@ -143,7 +143,8 @@ def rates(env, is_here):
     b = torch.ones(2**24, device=device, dtype=torch.uint8)
     c = torch.empty_like(b)
     copied = 2 * b.nbytes / least_seconds(lambda: c.copy_(b), device)
-    return Rates(flops, copied, f'at {flops / 1e9:.0f} GFLOP/s and {copied / 1e9:.0f} GB/s, measured here just now')
+    words = f'at {flops / 1e9:.0f} GFLOP/s and {copied / 1e9:.0f} GB/s, measured here just now'
+    return Rates(flops, copied, words)
 
 
 def least_seconds(call, device, seconds=0.1):
@@ -165,15 +166,17 @@ def forward_flops(c, T):
     return 2 * weights_of(c).blocks + 2 * c.L * T * c.H * c.e
 
 
-def update_flops(cfg, student, teacher, work):
+def update_flops(plan):
     """Operations of one rank's update. The backward takes two forwards, and a recomputed block a third."""
+    work = plan.work
     T = work.prompt + work.new
-    forwards = 4 if cfg['checkpointing'] else 3
-    flops = work.answers * T * (forwards * forward_flops(student, T) + forward_flops(teacher, T))
+    forwards = 4 if plan.cfg['checkpointing'] else 3
+    per_token = forwards * forward_flops(plan.student, T) + forward_flops(plan.teacher, T)
+    flops = work.answers * T * per_token
 
     # Under the heads: both models' logits, and the gradients of the student's states and head.
-    if ever_positive(cfg['opd_weight']):
-        flops += work.answers * work.new * 2 * work.vocab * (3 * student.d + teacher.d)
+    if plan.output:
+        flops += work.answers * work.new * 2 * work.vocab * (3 * plan.student.d + plan.teacher.d)
     return flops
 
 
@@ -191,30 +194,31 @@ def sampling_seconds(c, s, answers, prompt, new, rate):
     return new * max(flops / rate.flops, read / rate.bytes)
 
 
-def time_lines(cfg, student, teacher, work, env, is_here):
+def time_lines(plan, is_here):
     """The least time of a step and of the run, and the counts that it comes from."""
-    rate = rates(env, is_here)
-    s = 2 if env.dtype == torch.bfloat16 else 4
-    flops = update_flops(cfg, student, teacher, work)
-    _, read = decode_counts(student, s, work.answers, work.prompt, work.new)
-    sampling = sampling_seconds(student, s, work.answers, work.prompt, work.new, rate)
+    rate = rates(plan.env, is_here)
+    student = plan.student
+    work = plan.work
+    steps = plan.cfg['steps']
+    flops = update_flops(plan)
+    _, read = decode_counts(student, plan.s, work.answers, work.prompt, work.new)
+    sampling = sampling_seconds(student, plan.s, work.answers, work.prompt, work.new, rate)
     step = sampling + flops / rate.flops
 
     # Evaluations: both models before the first step, the student every so often and after the last one.
     count = 0
     evaluation = 0.0
     if work.eval_answers:
-        every = cfg['eval_every'] or cfg['steps']
-        count = 2 + -(-cfg['steps'] // every)
+        count = 2 + -(-steps // (plan.cfg['eval_every'] or steps))
         rounds = work.eval_total / work.eval_answers
-        evaluation = rounds * sampling_seconds(student, s, work.eval_answers, work.eval_prompt,
+        evaluation = rounds * sampling_seconds(student, plan.s, work.eval_answers, work.eval_prompt,
                                                work.eval_new, rate)
-    total = cfg['steps'] * step + count * evaluation
+    total = steps * step + count * evaluation
     return [f'a step, of one rank: {amount(read, "B")} read per decoded token of {work.answers} answers, '
             f'{amount(flops, "FLOP")} in the update',
             f'time, a rough estimate of the least for answers of full length, {rate.words}: '
-            f'{seconds(step)} a step ({seconds(sampling)} of it sampling), {seconds(evaluation)} an evaluation, '
-            f'{seconds(total)} for {cfg["steps"]} steps and {count} evaluations']
+            f'{seconds(step)} a step ({seconds(sampling)} of it sampling), {seconds(evaluation)} an '
+            f'evaluation, {seconds(total)} for {steps} steps and {count} evaluations']
 
 
 def amount(number, unit):

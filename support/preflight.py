@@ -13,7 +13,7 @@ does not do: run any part of a step; memory and time are counted (support/memory
 from formats.huggingface import read_config
 from formats.tokenizer import check_ids, disagreement, same_vocabulary, shared_size, stop_set
 from losses import DISTANCES, layer_pairs, layer_set
-from support.memory import GiB, bridge_phases, peak, phases, work_of
+from support.memory import GiB, Plan, bridge_phases, peak, phases, work_of
 from support.optimizer import ever_positive, weight_at
 from support.plan import (
     check_folder,
@@ -63,8 +63,8 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
                         'raise it')
     longest = check_lengths(cfg, student, teacher, train, held_out)
 
-    lines += cost_lines(cfg, student, teacher, layer_map, env,
-                        work_of(cfg, env.world, train, held_out, shared_size(tok_s, tok_t)))
+    work = work_of(cfg, env.world, train, held_out, shared_size(tok_s, tok_t))
+    lines += cost_lines(Plan(cfg, student, teacher, layer_map, work, env))
     if cfg['dry_run']:
         pairs = list(layer_map) if all(l == t for l, t in layer_map.items()) else layer_map
         lines.append(f"plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers "
@@ -180,36 +180,38 @@ def check_lengths(cfg, student, teacher, train, held_out):
     return longest
 
 
-def cost_lines(cfg, student, teacher, layer_map, env, work):
+def cost_lines(plan):
     """Memory in one line; in a dry run memory by phase, disk and time as well."""
-    estimate = phases(cfg, student, teacher, layer_map, work, env)
-    is_here = not cfg['ranks']
-    lines = summary_lines(student, teacher, estimate, env, is_here)
-    if cfg['dry_run']:
+    estimate = phases(plan)
+    is_here = not plan.cfg['ranks']
+    lines = summary_lines(plan, estimate, is_here)
+    if plan.cfg['dry_run']:
         lines += memory_lines(estimate)
-        lines += host_lines(cfg, student, env)
-        lines += disk_lines(cfg, student, env.dtype.itemsize, is_here)
-        lines += time_lines(cfg, student, teacher, work, env, is_here)
+        lines += host_lines(plan)
+        lines += disk_lines(plan, is_here)
+        lines += time_lines(plan, is_here)
     return lines
 
 
-def summary_lines(student, teacher, estimate, env, is_here):
+def summary_lines(plan, estimate, is_here):
     """Sizes and the largest phase in one line, and a note where it does not fit."""
     largest = peak(estimate)
-    need = sum(estimate[largest].values())
-    return [f'student {student.count() / 1e6:.2f}M weights, teacher {teacher.count() / 1e6:.2f}M; memory per '
-            f'rank, estimated: {need / GiB:.2f} GiB ({largest}){of_free(env, is_here)}',
-            *memory_notes(estimate, env, is_here)]
+    need = sum(estimate[largest].values()) / GiB
+    return [f'student {plan.student.count() / 1e6:.2f}M weights, teacher {plan.teacher.count() / 1e6:.2f}M; '
+            f'memory per rank, estimated: {need:.2f} GiB ({largest}){of_free(plan.env, is_here)}',
+            *memory_notes(estimate, plan.env, is_here)]
 
 
-def preflight_bridge(cfg, env, student, teacher, layer_map, problems, vocab):
-    """bridge.py's memory, by phase in a dry run, and whether its folder can be made."""
+def preflight_bridge(cfg, env, shapes, layer_map, problems, vocab):
+    """bridge.py's memory, by phase in a dry run, and whether its folder can be made. shapes: both
+    ModelConfig."""
+    # The student answers one problem per slot.
     env = planned(cfg, env)
-    is_here = not cfg['ranks']
-    new = cfg | {'prompts_per_step': min(cfg['bridge_prompts'], cfg['eval_rows'] * env.world), 'n': 1}
-    work = work_of(new, env.world, problems, [], vocab)
-    estimate = bridge_phases(cfg, student, teacher, layer_map, work, env)
-    lines = summary_lines(student, teacher, estimate, env, is_here)
+    slots = min(cfg['bridge_prompts'], cfg['eval_rows'] * env.world)
+    work = work_of(cfg | {'prompts_per_step': slots, 'n': 1}, env.world, problems, [], vocab)
+    plan = Plan(cfg, *shapes, layer_map, work, env)
+    estimate = bridge_phases(plan)
+    lines = summary_lines(plan, estimate, not cfg['ranks'])
     if cfg['dry_run']:
         check_folder(cfg['bridge'])
         lines += memory_lines(estimate)

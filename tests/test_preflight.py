@@ -1,5 +1,8 @@
-"""What is checked before the first step: one vocabulary with extra tokens, the layers, the prompts."""
+"""What is checked before the first step: one vocabulary with extra tokens, the layers, the prompts; what a dry run
+prints and refuses."""
 import json
+import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,14 +11,19 @@ import torch
 from conftest import argv
 from tokenizers import Tokenizer as HFTokenizer
 
+import bridge
 from configs import load_config
 from distill import main
-from formats.huggingface import load_model, read_config, save_model
+from formats.huggingface import hf_config, load_model, read_config, save_model
 from formats.tokenizer import load_tokenizer
-from model import Model
+from model import PRESETS, Model
+from studies import toy
+from support import plan
 from support.files import write_json
 from support.preflight import as_ranges, check_lengths, check_pair, check_prompts, layer_lines
 from support.runtime import UserError
+
+needs_proc = pytest.mark.skipif(not os.path.isdir('/proc'), reason='no /proc here')
 
 
 def with_extra_token(source, folder, word='<extra>'):
@@ -150,3 +158,85 @@ def test_every_run_prints_the_pairs_of_layers(toy_dir, tmp_path, capsys):
                           toy_teacher_steps=1)))
     out = capsys.readouterr().out
     assert 'layers, student -> teacher: 1 -> 1, 2 -> 3, 3 -> 5' in out and 'a pruned student may want layer_map=' in out
+
+
+# ---- dry runs -----------------------------------------------------------------------------------
+
+def paper_folder(folder):
+    """A folder of the paper's 1.5B shape with a tokenizer and without weights, and a problem."""
+    folder.mkdir()
+    write_json(folder / 'config.json', hf_config(PRESETS['r1_1p5b']))
+    toy.write_tokenizer(folder)
+    (folder / 'p.jsonl').write_text('{"question": "1+2", "answer": "3"}')
+    return [f'student={folder}', f'teacher={folder}', f'data={folder / "p.jsonl"}', f'eval_data={folder / "p.jsonl"}']
+
+
+def test_a_dry_run_for_eight_gpus_on_a_machine_without_one(tmp_path, capsys):
+    """The estimate was for the ranks that the dry run had been started with, so a laptop could not ask."""
+    arguments = paper_folder(tmp_path / 'm')
+    main(load_config(['configs/r1_1p5b.py', *arguments, f'out_dir={tmp_path / "r"}', '--dry-run', 'ranks=8', 'dtype=bfloat16']))
+    out = capsys.readouterr().out
+
+    # By hand: 1,777,088,000 weights, of which V d = 233,373,696 are a head that Eq. (6) never reaches.
+    weights = 1_777_088_000
+    head = 151_936 * 1536
+    assert f'{4 * weights / 8 / 2**30:8.2f}  student weights, float32' in out
+    assert f'{8 * (weights - head) / 8 / 2**30:8.2f}  AdamW, float32' in out
+    assert f'{2 * weights / 2**30:8.2f}  teacher weights' in out
+    assert f'4 checkpoints of {(2 * weights + 4 * weights + 8 * (weights - head)) / 1e9:.2f} GB' in out
+    assert "of an H100's data sheet" in out and 'over 8 rank(s)' in out and 'free' not in out
+    assert out.count('<- the peak') == 1 and 'host memory while saving' in out
+    assert os.listdir(tmp_path) == ['m']
+
+
+def test_ranks_belong_to_a_dry_run(tmp_path):
+    """torchrun decides how many ranks a run has; a key that said otherwise would be ignored."""
+    with pytest.raises(UserError, match='ranks=8: belongs to --dry-run'):
+        load_config(['configs/toy.py', 'ranks=8'])
+    arguments = paper_folder(tmp_path / 'm')
+    with pytest.raises(UserError, match='prompts_per_step=8 is fewer than the 16 ranks'):
+        main(load_config(['configs/r1_1p5b.py', *arguments, '--dry-run', 'ranks=16']))
+
+
+@pytest.mark.parametrize('key, message', [
+    ('toy_width=9', 'toy_width=9 does not divide into 4 heads'),
+    ('toy_heads=5', 'toy_width=96 does not divide into 5 heads'),
+    pytest.param('toy_dir=/proc/x', '/proc/x.* cannot be made', marks=needs_proc),
+])
+@pytest.mark.parametrize('script, config', [(main, 'toy'), (bridge.main, 'toy_bridge'), (toy.main, 'toy')])
+def test_a_dry_run_refuses_a_toy_that_cannot_be_made(script, config, key, message, tmp_path):
+    """It said "a run makes the toy first", and the run then refused."""
+    arguments = [f'configs/{config}.py', f'toy_dir={tmp_path / "toys"}', key, '--dry-run']
+    with pytest.raises(UserError, match=message):
+        script(load_config(arguments))
+    assert os.listdir(tmp_path) == []
+
+
+@needs_proc
+def test_a_dry_run_refuses_a_folder_that_cannot_be_made(toy_dir, tmp_path):
+    """Who is root may write everywhere, says the system, but not into /proc."""
+    with pytest.raises(UserError, match='/proc/run: cannot be made, /proc'):
+        main(load_config([*argv(toy_dir, '/proc/run'), '--dry-run']))
+
+
+def test_too_little_memory_and_disk_are_notes(toy_dir, tmp_path, capsys, monkeypatch):
+    """Both are known before the first step."""
+    monkeypatch.setattr(plan, 'free_memory', lambda device: 1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    main(load_config([*argv(toy_dir, tmp_path / 'r'), '--dry-run']))
+    out = capsys.readouterr().out
+    assert 'note: the run needs' in out and 'note: that is more than is free there' in out
+
+
+def test_a_dry_run_of_the_bridge_samples_nothing(toy_dir, tmp_path, capsys):
+    """It was ignored: the student answered every prompt."""
+    tiny = argv(toy_dir, tmp_path / 'r')[1:]
+    bridge.main(load_config(['configs/toy_bridge.py', *tiny, 'toy_teacher_layers=0', 'toy_teacher_width=0',
+                             'toy_teacher_tokens=same', f'bridge={tmp_path / "b"}', '--dry-run']))
+    out = capsys.readouterr().out
+    assert 'collect' in out and 'judge' in out and 'pairs of layers' in out and os.listdir(tmp_path) == []
+
+
+def test_durations_and_amounts_are_in_units_that_read_well():
+    assert [plan.seconds(x) for x in (0.123, 45.2, 600, 20000)] == ['0.12 s', '45 s', '10 min', '5.6 h']
+    assert [plan.amount(x, 'B') for x in (12, 3.5e6, 1.54e12)] == ['12 B', '3.5 MB', '1.54 TB']
