@@ -31,7 +31,9 @@ from torch.distributed.tensor import DTensor
 from support.files import digest, read_json, remove, whole, write_json
 from support.jsonl import append_row
 from support.run_folder import log_rows, rewrite_log, write_config
-from support.runtime import UserError, all_gather, barrier, print0
+from support.runtime import UserError, all_gather, barrier, print0, ranks
+
+FILE_BYTES = 2**28              # of a file of the resume state, on each rank
 
 # ---- save ---------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ def save(run, step, student, opt, write_model, keep):
             (temporary / 'resume').mkdir(parents=True)
         temporary = Path(all_gather(str(temporary))[0])
         transfer(dcp.save, state, temporary, storage_writer=HuggingFaceStorageWriter(
-            str(temporary / 'resume'), save_distributed=True))
+            str(temporary / 'resume'), file_numbers(state), save_distributed=True))
         weights = whole_weights(student, run.rank)
         if run.rank == 0:
             write_model(temporary / 'model', weights)
@@ -91,6 +93,22 @@ def tensors(student, opt):
         for key, tensor in {'weight': p, **opt.state.get(p, {})}.items():
             state[f'{key}.{name}'] = tensor.detach()
     return state
+
+
+def file_numbers(state):
+    """{name: number of its file, from 1}. A file is put together in memory before it is written, so that
+    several of about FILE_BYTES on each rank need less memory than one."""
+    numbers = {}
+    number = 1
+    size = 0                                 # bytes of a rank in the last file
+    for name, tensor in state.items():
+        share = tensor.nbytes / ranks()
+        if size and size + share > FILE_BYTES:
+            number += 1
+            size = 0
+        numbers[name] = number
+        size += share
+    return numbers
 
 
 def require_finite(run, step, state):

@@ -29,6 +29,8 @@ import torch
 from support.optimizer import ever_positive
 
 GiB = 2**30
+FILE_BYTES = 2**28              # of a file of the resume state (checkpoints.FILE_BYTES)
+SHARD_BYTES = 5 * 10**9         # of a file of a model's folder (huggingface.save_model)
 ROOM = 1024                     # tokens that a new cache has beyond the longest prompt (rollout.ROOM)
 PREFILL = 32768                 # prompt tokens that are read at once (rollout.stream)
 
@@ -277,13 +279,21 @@ def bridge_rank(plan):
 
 
 def saving(plan):
-    """Host memory of a rank while a checkpoint is written, beside what a CPU run holds -> {what: bytes}.
+    """Host memory of rank 0 while a checkpoint is written, beside what a CPU run holds -> {what: bytes}.
 
-    The rank's share of the resume state comes from the device, is turned into the bytes of a file, and these
-    are copied once before they are written.
+    First the resume state, a file at a time: it comes from the device, is turned into bytes, and these are
+    copied once before they are written. Then the model, whose tensors come one by one and wait until their
+    file is full; a tensor that lies on the CPU in the dtype of its file is not copied.
     """
     copies = 3 if plan.cuda else 2
-    return {'resume state, as bytes and a copy of them': copies * resume_bytes(plan) / plan.W}
+    weights = weights_of(plan.student)
+    share = resume_bytes(plan) / plan.W
+    file = min(share, max(FILE_BYTES, 4 * weights.embed / plan.W))
+    resume_state = {'files of the resume state, as bytes and a copy': copies * file}
+    model = {}
+    if plan.cuda or plan.sharded:
+        model = {"files of the model's folder": min(plan.s * weights.total, 2 * SHARD_BYTES)}
+    return max(resume_state, model, key=lambda parts: sum(parts.values()))
 
 
 def resume_bytes(plan):

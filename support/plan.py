@@ -98,14 +98,13 @@ def host_lines(plan):
     if not plan.cuda:
         return []
     need = sum(saving(plan).values()) / GiB
-    return [f'host memory while saving: {need:.1f} GiB a rank, {need * plan.W:.1f} GiB where one machine has '
-            f'all {plan.W}']
+    return [f'host memory of rank 0 while saving: {need:.1f} GiB']
 
 
 def disk_lines(plan, is_here):
     """Disk for the checkpoints: those that stay, the best one, and the one that is being written."""
     size = checkpoint_bytes(plan)
-    count = plan.cfg.get('keep', 2) + 2
+    count = plan.cfg['keep'] + 2
     lines = [f'disk: up to {count} checkpoints of {size / 1e9:.2f} GB, {count * size / 1e9:.1f} GB']
     if is_here:
         above = check_folder(plan.cfg['out_dir'])

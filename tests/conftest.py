@@ -154,6 +154,7 @@ def entries(folder):
 
 def resume_state(out):
     """{'weight.NAME': tensor, 'exp_avg.NAME': ...} of a run's newest checkpoint, which one rank wrote."""
-    shards = list(((out / 'last').resolve().parent / 'resume').iterdir())
-    assert len(shards) == 1
-    return load_file(shards[0])
+    state = {}
+    for file in ((out / 'last').resolve().parent / 'resume').iterdir():
+        state |= load_file(file)
+    return state

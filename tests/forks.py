@@ -89,7 +89,7 @@ def job_of(kind, place, shared=None, **more):
     it reads, toys and (unless it writes that) bridge; default: `place` too."""
     script, keys = KINDS[kind]
     shared = shared or place
-    keys = TOY | dict(steps=STEPS, save_every=SAVE_EVERY, prompts_per_step=4) | keys
+    keys = TOY | dict(steps=STEPS, save_every=SAVE_EVERY, prompts_per_step=4, date='2026-01-31') | keys
     if 'bridge' in keys:
         keys['bridge'] = (place if script == 'bridge' else shared) / 'bridge'
     if script == 'eval_math':

@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import entries
+from safetensors.torch import load_file
 
+from support import checkpoints as checkpoints_module
 from support.checkpoints import resume, save
 from support.files import read_json, write_json, write_safetensors
 from support.run_folder import begin, log_rows
@@ -262,3 +264,17 @@ def test_the_model_gets_every_weight_once(tmp_path):
     run.log({'step': 0})
     save(run, 0, model, opt, partial(write, names=seen), 1)
     assert seen == ['weight', 'bias']
+
+
+def test_the_resume_state_in_several_files(tmp_path, monkeypatch):
+    """A file is put together in memory, so a large state goes into several. Each tensor lies in one of them, and all come
+    back."""
+    monkeypatch.setattr(checkpoints_module, 'FILE_BYTES', 30)
+    _, model, opt = saved_run(tmp_path, 2)
+    files = sorted((tmp_path / 'ckpt-000002/resume').iterdir())
+    names = [name for file in files for name in load_file(file)]
+    assert len(files) > 2 and len(names) == len(set(names)) == 5
+    _, other, other_opt = resumed(tmp_path)
+    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
+    for key, moment in opt.state[model.weight].items():
+        assert torch.equal(moment, other_opt.state[other.weight][key])
