@@ -10,12 +10,14 @@ from conftest import step_sums, tiny_model
 
 import rollout
 from configs import default
+from formats.huggingface import save_model
 from model import Model, ModelConfig, rotary
 from output_losses import make_objective
 from rollout import Rollout, sample
 from step import position_mask, position_weights
 from studies import peaks
 from studies.measure import Bytes
+from support import checkpoints, memory
 from support.memory import (
     PREFILL,
     ROOM,
@@ -198,3 +200,10 @@ def test_a_run_takes_about_what_is_estimated():
     keys = dict(max_new_tokens=60, prompts_per_step=8, max_prompt_tokens=100)
     estimate, need = peaks.compared(c, 1, keys, dict(os.environ) | peaks.FIXED)
     assert 0.6 < estimate['step'] / need['step'] < 1.4
+
+
+def test_the_sizes_of_files_are_those_that_are_written():
+    """They are written down twice, because importing the code that saves would load half of the project."""
+    assert memory.FILE_BYTES == checkpoints.FILE_BYTES
+    assert memory.SHARD_BYTES == inspect.signature(save_model).parameters['shard_bytes'].default
+    assert memory.ROOM == rollout.ROOM

@@ -185,7 +185,7 @@ def test_a_dry_run_for_eight_gpus_on_a_machine_without_one(tmp_path, capsys):
     assert f'{2 * weights / 2**30:8.2f}  teacher weights' in out
     assert f'4 checkpoints of {(2 * weights + 4 * weights + 8 * (weights - head)) / 1e9:.2f} GB' in out
     assert "of an H100's data sheet" in out and 'over 8 rank(s)' in out and 'free' not in out
-    assert out.count('<- the peak') == 1 and 'host memory while saving' in out
+    assert out.count('<- the peak') == 1 and 'host memory of rank 0 while saving' in out
     assert os.listdir(tmp_path) == ['m']
 
 
