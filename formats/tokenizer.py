@@ -19,11 +19,12 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
-from formats.fields import STOP, TOKENIZER, VOCABULARY, checked, short
 from formats.huggingface import files_along, member, snapshot
+from formats.tables import ANOTHER_MODEL, STOP, TOKENIZER, VOCABULARY
+from support.fields import check_fields
 from support.files import read_json
 from support.limited import LimitedChild, Limits
-from support.runtime import UserError
+from support.runtime import UserError, shown
 
 # Conversations are rendered in pieces of so many, or of so many characters. This is what a piece may take.
 PIECE = 100
@@ -58,7 +59,7 @@ def refused(file, what):
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:           # the library raises bare Exception, and a panic of Rust is none
-        raise UserError(f'{file}: {what} ({short(str(error))}); fetch it again') from None
+        raise UserError(f'{file}: {what} ({shown(str(error))}); fetch it again') from None
 
 
 class JsonVocabulary:
@@ -206,7 +207,8 @@ class Tokenizer:
         file = member(folder, 'chat_template.jinja')
         if file.exists():
             text = file.read_bytes().decode(errors='replace')
-            self.template = checked({'chat_template': text}, TOKENIZER, file)['chat_template']
+            fields = check_fields({'chat_template': text}, TOKENIZER, file, ANOTHER_MODEL)
+            self.template = fields['chat_template']
         if isinstance(self.template, list):
             named = {entry['name']: entry['template'] for entry in self.template}
             self.template = named.get('default')
@@ -337,7 +339,8 @@ def in_pieces(conversations):
 def read_fields(folder, name, table):
     """The fields of a table, out of a file of a model folder; of a file that is not there, the defaults."""
     file = member(folder, name)
-    return checked(read_json(file) if file.exists() else {}, table, file)
+    contents = read_json(file) if file.exists() else {}
+    return check_fields(contents, table, file, ANOTHER_MODEL)
 
 
 def day(date):
@@ -349,7 +352,7 @@ def day(date):
     except (ValueError, TypeError):
         fine = False
     if not fine:
-        raise UserError(f'date={short(date)}: not a day; write it like 2026-01-31')
+        raise UserError(f'date={shown(date)}: not a day; write it like 2026-01-31')
     return date
 
 

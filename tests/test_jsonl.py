@@ -96,7 +96,7 @@ def test_a_line_in_another_encoding_is_damage(tmp_path):
 NAN, INF = float('nan'), float('inf')
 TABLE = {'number': Field(int, 0, 7), 'share': Field(float, 0, 1), 'word': Field(str, 1, 5), 'on': Field(bool),
          'ids': Field(list, 1, 3, items=Field(int, 0, 9)), 'map': Field(dict, items=Field(float)), 'maybe': Field(str, null=True),
-         'rows': Field(list, items=Field(list, items=Field(bool))), 'left': Field(int, needed=False)}
+         'rows': Field(list, items=Field(list, items=Field(bool))), 'left': Field(int, default=-1)}
 FINE = {'number': 0, 'share': 0.5, 'word': 'abc', 'on': True, 'ids': [0, 9], 'map': {'a': 1, 'b': -2.5}, 'maybe': None, 'rows': [[True], []]}
 
 
@@ -114,11 +114,11 @@ def test_values_that_a_table_allows():
     *[('word', value, 'wants a text of length from 1 to 5') for value in ('', 'abcdef', b'abc', 5, None, ['a'])],
     *[('on', value, 'wants true or false') for value in (0, 1, 'true', None)],
     *[('ids', value, 'wants a list of length from 1 to 3') for value in ([], [1] * 4, {}, 'abc', None, (1, 2))],
-    *[('ids', [0, value], 'ids, entry 2 is') for value in (-1, 10, True, 1.0, '1', None, [1])],
+    *[('ids', [0, value], 'each entry a whole number from 0 to 9') for value in (-1, 10, True, 1.0, '1', None, [1])],
     *[('map', value, 'wants an object') for value in ([], 'x', None)],
-    *[('map', {'a': 1, 'b': value}, 'map, entry 2 is') for value in (NAN, INF, True, 'x', None)],
-    ('maybe', 5, 'wants a text or null'), ('rows', [[True], [1]], 'rows, entry 2, entry 1 is 1; wants true or false'),
-    ('left', 'x', 'left is'), ('left', None, 'left is None; wants a whole number')])
+    *[('map', {'a': 1, 'b': value}, 'wants an object, each entry a finite number') for value in (NAN, INF, True, 'x', None)],
+    ('maybe', 5, 'maybe = 5; wants a text, or null'), ('rows', [[True], [1]], 'rows = [[True], [1]]; wants a list, each entry a list, each entry true or false'),
+    ('left', 'x', "left = 'x'; wants"), ('left', None, 'left = None; wants a whole number')])
 def test_values_that_a_table_refuses(name, value, says):
     """True is no number, and NaN lies in no range. The line says where, what and what to do, and is short."""
     with pytest.raises(UserError) as error:
