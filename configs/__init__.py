@@ -1,9 +1,9 @@
 """
 argv -> one checked dict:  script.py configs/toy.py lr=1e-3 --steps=50 --dry-run
 
-A config file is ordinary Python that ends with a dict called `config`, made from configs/default.py. Keys are
-checked once, when they are read: unknown names, wrong types and values out of range (support/config_values.py)
-are one-line errors, so that the code that uses the config need not check it again.
+A config file is ordinary Python that ends with a dict called `config`, made from configs/default.py.
+Keys are checked once, when they are read: unknown names, wrong types and values out of range
+(support/config_values.py) are one-line errors, so that the code that uses them need not check again.
 """
 import ast
 import difflib

@@ -17,7 +17,7 @@ import bridge
 import distill
 import eval_math
 from bridge import main
-from bridge_parts import report, saved
+from bridge_parts import collection, report, saved
 from bridge_parts.closed_form import (
     LayerBridge,
     Moments,
@@ -277,14 +277,14 @@ def test_every_flipped_bit_of_a_collection_is_found(made, toy_dir, tmp_path):
     order = [row['problem'] for row in read_rows(made / 'rollouts.jsonl', crc=True)[1:]]
     file = tmp_path / 'rollouts.jsonl'
     file.write_bytes(good)
-    assert len(saved.read_answers(file, head, order, [2], 21, 20)[0]) == 30
+    assert len(collection.read_answers(file, head, order, [2], 21, 20)[0]) == 30
     generator = torch.Generator().manual_seed(0)
     for place in torch.randint(len(good) - 1, (200,), generator=generator).tolist():
         flipped = bytearray(good)
         flipped[place] ^= 1 << place % 8
         file.write_bytes(flipped)
         with pytest.raises(UserError, match=r'rollouts.jsonl:\d+: damaged; delete the file to sample anew'):
-            saved.read_answers(file, head, order, [2], 21, 20)
+            collection.read_answers(file, head, order, [2], 21, 20)
 
 
 def test_a_collection_that_goes_on_the_next_day_asks_as_on_the_first(made, toy_dir, tmp_path, monkeypatch):
@@ -403,7 +403,7 @@ def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkey
         lines.write(json.dumps(row) + '\n')
         lines.flush()
     file.write_text(text[:-9])
-    monkeypatch.setattr(bridge, 'append_row', full_disk)
+    monkeypatch.setattr(collection, 'append_row', full_disk)
     with pytest.raises(OSError, match='No space'):
         main(load_config(args(toy_dir, out)))
     assert file.read_text() == text[:-9]
@@ -556,7 +556,7 @@ def test_only_positions_with_a_teacher_state_are_read(monkeypatch):
     be paired with the last state of the row above."""
     student, teacher = tiny_model(0), tiny_model(1, L=4, d=24, V=50)
     problems = [SimpleNamespace(ids=[1, 2, 3], question=''), SimpleNamespace(ids=[4, 5], question='')]
-    answers = [saved.Answer(1, [6, 7, 8, 9], True), saved.Answer(0, [10, 11], False), saved.Answer(1, [12], True)]
+    answers = [collection.Answer(1, [6, 7, 8, 9], True), collection.Answer(0, [10, 11], False), collection.Answer(1, [12], True)]
     cfg = dict(token_budget=1000, positions='last_k', last_k=3, first_k=9, last_frac=1.0, first_frac=1.0,
                pair='floor', teacher_ids='text')
     tok = SimpleNamespace(chat=lambda question: [])
