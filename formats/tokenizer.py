@@ -256,10 +256,10 @@ class Tokenizer:
         begins to speak. Without a template: the contents, one on each line."""
         return self.render_all([messages])[0]
 
-    def render_all(self, conversations, places=None):
+    def render_all(self, conversations, origins=None):
         """`render` for a list of conversations, of which many fit into one request to the child process.
 
-        places: where each conversation comes from, such as 'file, row 7', for errors.
+        origins: where each conversation comes from, such as 'file, row 7', for errors.
         """
         conversations = [as_messages(conversation) for conversation in conversations]
         if not self.template:
@@ -275,8 +275,8 @@ class Tokenizer:
                        'crash': 'ended its process'}[problem]
                 raise UserError(f'{self.name}: its chat template {why}; choose another model')
             if 'failed' in answer:
-                place = f"{places[len(texts) + answer['failed']]}: " if places else ''
-                raise UserError(f"{place}{self.name}: its chat template {answer['message']}")
+                origin = f"{origins[len(texts) + answer['failed']]}: " if origins else ''
+                raise UserError(f"{origin}{self.name}: its chat template {answer['message']}")
             texts += answer['texts']
         return texts
 
@@ -288,9 +288,9 @@ class Tokenizer:
         """Messages -> prompt ids. Special tokens in the rendered text become their ids."""
         return self.encode(self.render(messages))
 
-    def chat_all(self, conversations, places=None):
-        """`chat` for a list of conversations. places: see `render_all`."""
-        return [self.encode(text) for text in self.render_all(conversations, places)]
+    def chat_all(self, conversations, origins=None):
+        """`chat` for a list of conversations. origins: see `render_all`."""
+        return [self.encode(text) for text in self.render_all(conversations, origins)]
 
     @cached_property
     def pieces(self):

@@ -124,19 +124,24 @@ class LimitedChild:
         if self.process is None:
             self.start(limits)
         deadline = time.monotonic() + limits.wall_seconds
+        line = b''
+        late = True
         try:
-            line, late = b'', True
             if self.send(json.dumps(request).encode() + b'\n', deadline):
                 line, late = self.reply(deadline)
-        except BrokenPipeError:
-            line, late = b'', False
+        except BrokenPipeError:              # the child has ended before it read the request
+            late = False
+
+        # An answer. A child that holds much memory is replaced.
         if line:
             answer, worn = json.loads(line)
             if worn:
                 self.stop()
             return answer, None
+
+        # No answer: the time is over, or the child has ended. The kernel ends one that used up its seconds.
         if not late:
-            late = self.process.wait() == -signal.SIGXCPU           # the kernel's limit came first
+            late = self.process.wait() == -signal.SIGXCPU
         self.stop()
         return None, 'timeout' if late else 'crash'
 

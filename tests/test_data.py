@@ -498,6 +498,15 @@ def test_problems_are_rendered_in_pieces_of_any_size(folder, monkeypatch):
     assert found[1] == found[2] == found[7] == found[1000] and len(found[1][1]) == 17
 
 
+def test_reading_goes_on_after_a_piece_of_long_prompts(folder, monkeypatch):
+    """If all prompts of the first piece were too long, the rest of the file was not read, and the set was called empty."""
+    monkeypatch.setattr(problem_sets, 'PIECE', 2)
+    (folder / 'p.txt').write_text('long ' * 50 + '\n' + 'longer ' * 50 + '\n' + 'short\n' + 'tiny\n')
+    for first in (0, 1, 2):
+        problems = load_problems(folder / 'p.txt', load_tokenizer(folder), first=first, longest=20)
+        assert [problem.question for problem in problems] == ['short', 'tiny'][:first or 2]
+
+
 def test_the_row_that_a_template_refuses_is_named(folder):
     (folder / 'chat_template.jinja').write_text("{% if 'bad' in messages[0].content %}{{ raise_exception('not that one') }}{% endif %}x")
     (folder / 'p.txt').write_text('a\n' * 3 + ''.join(f'fine {i}\n' for i in range(300)) + 'bad\n')
