@@ -373,7 +373,8 @@ def align(exact, device):
 # ---- all of it -------------------------------------------------------------------------------
 
 def load_text(cfg, env):
-    """Check the keys and read everything but the weights -> (Pair without models, Collection)."""
+    """Read and check everything but the weights, and show the plan -> (Pair without models, Collection)."""
+    # The shapes of both models, and their tokenizers.
     toks = []
     shapes = []
     for side in ('student', 'teacher'):
@@ -382,9 +383,12 @@ def load_text(cfg, env):
         check_ids(side, shape.V, tok)
         toks.append(tok)
         shapes.append(shape)
+
+    # The problems: do their answers fit into the student's context, and the work into the memory? Of what is
+    # longer than the teacher's context `Pair.read` takes care.
     layer_map = match_layers(cfg, *(shape.L for shape in shapes))
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
-    check_lengths(cfg, shapes[0], shapes[0], problems, [])       # of the teacher's, `read` takes care
+    check_lengths(cfg, shapes[0], shapes[0], problems, [])
     preflight_bridge(cfg, env, *shapes, layer_map, problems, shared_size(*toks))
     collection = open_collection(cfg, problems, *toks)
 
@@ -409,20 +413,19 @@ def main(cfg):
     if toy.ends_dry_run(cfg):
         return
 
-    # Everything that can be refused is, before the slow part. Prompts may hold the date: a collection
-    # that goes on the next day asks as it asked on the first.
+    # What can be refused is refused before the slow part. Prompts may hold the date: a collection that goes
+    # on the next day asks as it asked on the first.
     cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
     cfg = cfg | {'date': day_of_start(cfg['date'], first_date(cfg['bridge']))}
     pair, collection = load_text(cfg, env)
     if cfg['dry_run']:
         return
-    models = []
-    for side in ('student', 'teacher'):
-        model = load_model(cfg[side], env.dtype, env.device)
-        models.append(model.requires_grad_(False))
-    pair.student, pair.teacher = models
+
+    # The weights come before the folder, so that a refused command leaves nothing behind.
+    pair.student = load_model(cfg['student'], env.dtype, env.device).requires_grad_(False)
+    pair.teacher = load_model(cfg['teacher'], env.dtype, env.device).requires_grad_(False)
     with owned(cfg['bridge'], env.rank):
-        # Another process may have gone on collecting until a moment ago.
+        # The file is read again, because another process may have written until a moment ago.
         collection = open_collection(cfg, pair.problems, pair.tok_s, pair.tok_t)
         make_bridge(pair, collection, cfg, env)
 
