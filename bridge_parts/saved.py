@@ -26,7 +26,8 @@ SAVED_ROWS = 256                # rows of P_t and P_s that are always saved, whe
 PARTS = ('mean', 'P_t', 'P_s', 'b_s')
 OURS = ('rollouts.jsonl', 'bridge.safetensors', 'bridge.json', 'bridge.png')
 
-# What the metadata of bridge.safetensors may hold; what a bridge is tied to is compared, not looked at.
+# What the metadata of bridge.safetensors may hold. The rest of the fingerprint is not in this table, because
+# it is compared with what a run expects.
 two_numbers = Field(list, 2, 2, items=Field(int, 1))
 MADE = {'d': two_numbers, 'L': two_numbers, 'phi': Field(dict, 1, items=Field(int, 1)),
         'rank': Field(int, 1), 'ranks': Field(int, 1)}

@@ -32,11 +32,13 @@ def load_config(argv=None):
         print((ROOT / 'configs/default.py').read_text().split('\n)\n')[0] + '\n)', flush=True)
         raise SystemExit(0)
 
-    # The config file comes first, wherever it stands: the keys of the command line count more.
+    # The config file is read first, wherever it stands among the arguments.
     files = [arg for arg in argv if '=' not in arg and not arg.startswith('-')]
     if len(files) > 1:
         raise UserError(f'{files[1]}: a second config file, after {files[0]}; give one, then key=value')
     cfg = check(read_config_file(files[0]), files[0]) if files else dict(default)
+
+    # Then the command line: key=value, or the name of a switch.
     for arg in argv:
         if arg not in files:
             key, equals, text = arg.removeprefix('--').partition('=')
@@ -53,6 +55,7 @@ def load_config(argv=None):
 
 def read_config_file(name):
     """Run a config file -> its `config` dict."""
+    # It is found from the current folder, or from the project's.
     path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
         known = [file.stem for file in (ROOT / 'configs').glob('[a-z]*.py')]

@@ -76,7 +76,8 @@ def snapshot(path_or_repo, weights=False, dataset=False):
 
 def member(folder, name):
     """A file of a model folder, which may be missing -> its path. A link to a file outside is a UserError: it
-    could show us, or make us publish, a file of this computer. So is what is no file, or is far too large.
+    could show us, or make us publish, a file of this computer. Something that is not a regular file, and a
+    file that is far too large, are a UserError too.
 
     The hub's cache is made of links, models--owner--name/snapshots/revision/file -> ../../blobs/sha256, so
     for a folder in it everything in models--owner--name is inside.

@@ -94,8 +94,7 @@ INDEX = {'weight_map': Field(dict)}
 # text, or one of several that have names.
 content = Field(dict, fields={'content': Field(str, high=1000)})
 token = Field(str, high=1000, other=content, null=True, default=None)
-template = Field(str, high=200_000)
-named_template = Field(dict, fields={'name': Field(str, high=1000), 'template': template})
+named_template = Field(dict, fields={'name': Field(str, high=1000), 'template': Field(str, high=200_000)})
 named_templates = Field(list, high=1000, items=named_template)
 TOKENIZER = {
     'bos_token':     token,

@@ -269,7 +269,7 @@ class Tokenizer:
             request = [self.template, self.date, self.marks | self.variables, piece]
             answer, problem = template_child.ask(request, TEMPLATE_LIMITS)
 
-            # The template is somebody else's program. One that takes too long takes the child with it.
+            # The template is somebody else's program: it can take too long, or end the child process.
             if problem is not None:
                 why = {'timeout': f'took more than {TEMPLATE_LIMITS.cpu_seconds} s',
                        'crash': 'ended its process'}[problem]

@@ -43,7 +43,9 @@ class Field:
         """May the field hold this value?"""
         if value is None and self.null:
             return True
-        return self.fits_kind(value) or self.other is not None and self.other.fits(value)
+        if self.other is not None and self.other.fits(value):
+            return True
+        return self.fits_kind(value)
 
     def fits_kind(self, value):
         """Is the value of the field's type, in its range, and so are the values in it?"""
@@ -53,12 +55,15 @@ class Field:
         if self.kind is bool:
             return True
 
-        # NaN lies in no range. Infinity, which JSON does not have, and larger integers are no numbers either.
+        # The range. NaN lies in none. A float is not infinite, and an integer in its place is not larger than
+        # every float.
         size = value if self.kind in (int, float) else len(value)
         if not self.low <= size <= self.high:
             return False
-        if self.kind is float:
-            return abs(value) <= sys.float_info.max
+        if self.kind is float and abs(value) > sys.float_info.max:
+            return False
+
+        # What a text says, and what lists and objects hold.
         if self.words and value not in self.words:
             return False
         if self.fields:
@@ -70,9 +75,10 @@ class Field:
 
     def fits_all(self, entries):
         """Do all entries fit?"""
-        # Answers have millions of token ids, so whole numbers are compared all at once.
-        if self.kind is int and set(map(type, entries)) == {int}:
-            return self.low <= min(entries) and max(entries) <= self.high
+        # Answers have millions of token ids, so whole numbers are looked at all at once.
+        all_whole = self.kind is int and set(map(type, entries)) == {int}
+        if all_whole and self.low <= min(entries) and max(entries) <= self.high:
+            return True
         return all(map(self.fits, entries))
 
     def wanted(self):

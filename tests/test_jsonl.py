@@ -8,7 +8,7 @@ import pytest
 
 from support.fields import Field, check_fields
 from support.jsonl import append_row, read_rows
-from support.runtime import ROOT, UserError
+from support.runtime import ROOT, UserError, shown
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -125,6 +125,28 @@ def test_values_that_a_table_refuses(name, value, says):
         check_fields(FINE | {name: value}, TABLE, 'a.json', 'fetch it')
     line = str(error.value)
     assert line.startswith(f'a.json: {name}') and says in line and line.endswith('; fetch it') and len(line) < 150
+
+
+def test_words_alternatives_tables_in_tables_and_defaults():
+    """A list of ids where one id is usual, a token that is a text or an object: one table has a line for each. What the
+    table does not name is not handed on."""
+    ids = Field(list, high=3, items=Field(int, 0, 9))
+    table = {'kind': Field(str, words=('a', 'b'), default='b'), 'stop': Field(int, 0, 9, other=ids, null=True, default=None),
+             'token': Field(str, high=4, other=Field(dict, fields={'content': Field(str, high=4)}))}
+    assert check_fields({'token': 'x', 'more': NAN}, table, 'a') == {'kind': 'b', 'stop': None, 'token': 'x'}
+    for fine in ({'kind': 'a'}, {'stop': 9}, {'stop': []}, {'stop': [0, 9, 9]}, {'stop': None}, {'token': {'content': 'abcd', 'lstrip': 1}}):
+        given = {'token': 'x'} | fine
+        assert check_fields(given, table, 'a') == {'kind': 'b', 'stop': None} | given
+    for name, values, wants in (('kind', ('c', '', 1, None, ['a']), 'one of a, b'),
+                                ('stop', (10, True, [10], [True], [1] * 4, '1', {}),
+                                 'a whole number from 0 to 9, or a list of length up to 3, each entry a whole number from 0 to 9, or null'),
+                                ('token', ('abcde', {}, {'content': 5}, {'content': 'abcde'}, {'content': None}, ['x'], None),
+                                 'a text of length up to 4, or an object with content')):
+        for value in values:
+            with pytest.raises(UserError) as error:
+                check_fields({'token': 'x', name: value}, table, 'a')
+            assert str(error.value) == f'a: {name} = {shown(value)}; wants {wants}; fetch or make it again'
+    assert not Field(float).fits(10**400) and not Field(float).fits(-INF) and Field(float).fits(-10**300) and Field(int).fits(10**400)
 
 
 def test_what_is_no_object_or_lacks_a_field_is_refused():
