@@ -12,6 +12,7 @@ two models; the fingerprint has their names and shapes.
 Letters: K rows, d width (d_s student, d_t teacher), r rank.
 """
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,11 @@ MADE = {'d': two_numbers, 'L': two_numbers, 'phi': Field(dict, 1, items=Field(in
 def check_folder(folder, out_dir):
     """A folder that holds other files and no bridge, or that is the folder of a run, is a UserError."""
     folder = Path(folder)
-    if folder.resolve() == Path(out_dir).resolve():
+    if os.path.realpath(folder) == os.path.realpath(out_dir):
         raise UserError(f'{folder}: is out_dir as well, the folder of the run; choose another bridge=')
-    if not folder.exists():
+
+    # A link that leads nowhere, or to itself, is no folder either.
+    if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise UserError(f'{folder}: not a folder; choose another bridge=')

@@ -331,7 +331,10 @@ def test_only_a_folder_of_a_bridge_is_written_to(toy_dir, made, tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / 'notes/rollouts.txt').write_text('mine')
     (tmp_path / 'file').write_text('')
-    for folder, says in (('notes', "holds 'rollouts.txt' and no bridge"), ('file', 'not a folder'), ('run', 'is out_dir as well')):
+    (tmp_path / 'loop').symlink_to('loop')
+    (tmp_path / 'broken').symlink_to('nothing')
+    for folder, says in (('notes', "holds 'rollouts.txt' and no bridge"), ('file', 'not a folder'), ('run', 'is out_dir as well'),
+                         ('loop', 'not a folder'), ('broken', 'not a folder')):
         with pytest.raises(UserError, match=says):
             main(load_config(args(toy_dir, tmp_path / folder, out_dir=tmp_path / 'notes/../run')))
     assert os.listdir(tmp_path / 'notes') == ['rollouts.txt'] and os.listdir(tmp_path / 'run') == []
