@@ -52,18 +52,18 @@ from bridge_parts.closed_form import (
     principal_directions,
     ridge,
 )
+from bridge_parts.collection import Answer, first_date, open_collection
 from bridge_parts.report import COSINES, report, table
 from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
-from formats.problems import load_problems, prompt_order
-from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
+from formats.problems import load_problems
+from formats.tokenizer import check_ids, load_tokenizer, shared_size
 from rollout import Rollout, sample
 from step import micro_batches, position_mask
 from studies import toy
 from studies.figures import bridges
-from support.files import digest, owned, whole
-from support.jsonl import append_row
+from support.files import owned
 from support.preflight import check_lengths, match_layers, preflight_bridge
 from support.runtime import UserError, all_gather, all_reduce, barrier, day_of_start, print0, run, start
 
@@ -74,54 +74,21 @@ CKA_ROWS = 1024                 # about so many of their positions
 
 # ---- 1. collect ------------------------------------------------------------------------------
 
-@dataclass
-class Collection:
-    """What is asked of the student, and what an earlier run has collected."""
-    file: Path                  # rollouts.jsonl
-    head: dict                  # its first row: how the answers were sampled
-    order: list                 # numbers of the problems, in the order in which they are asked
-    draw: dict                  # how tokens are drawn: seed, temperature, ...
-    stop: list                  # token ids that end an answer
-    vocab: int                  # ids below it are written
-    answers: list               # [Answer] that are there
-    is_whole: bool              # does the file end in a whole line?
-
-
-def open_collection(cfg, problems, tok_s, tok_t):
-    """Look at rollouts.jsonl, and write nothing -> Collection. Answers that were sampled with other
-    settings, or that are damaged, are a UserError."""
-    file = Path(cfg['bridge']) / 'rollouts.jsonl'
-    total = min(cfg['bridge_prompts'], len(problems))
-    order = prompt_order(len(problems), total, 1, cfg['seed'])
-    stop = stop_set(tok_s, tok_t)
-    vocab = shared_size(tok_s, tok_t)
-
-    # The first line says how the answers were sampled. Another first line is an error.
-    draw = {key: cfg[key] for key in ('seed', 'temperature', 'top_k', 'top_p', 'max_new_tokens')}
-    settings = {key: cfg[key] for key in ('student', 'data', 'max_prompt_tokens')}
-    head = {'made by': digest(draw | settings | {'stop': stop, 'n': total}), 'date': cfg['date']}
-    answers, is_whole = saved.read_answers(file, head, order, stop, vocab, cfg['max_new_tokens'])
-    return Collection(file, head, order, draw, stop, vocab, answers, is_whole)
-
-
 def collect(student, problems, collection, cfg, env):
     """The student's answers to `bridge_prompts` problems -> [Answer], the same on every process.
 
     Answers are appended to rollouts.jsonl as they come; what is there is not sampled again.
     """
-    order = collection.order
-    answers = collection.answers
-
-    # Every process has read the file before one of them writes it. A line that was cut off goes.
+    # Every process has read the file before one of them writes it.
     barrier()
-    if env.rank == 0 and not collection.is_whole:
-        with whole(collection.file) as temporary, temporary.open('w') as lines:
-            for row in [collection.head, *(answer._asdict() for answer in answers)]:
-                append_row(lines, row, crc=True)
+    if env.rank == 0:
+        collection.make_whole()
 
     # The random numbers of an answer are a function of (seed, step, slot) alone, so an interrupted
     # run goes on with the same ones. Step -2 is neither training's (1, 2, ...) nor evaluation's (-1). Each
     # process samples every world-th slot of a batch.
+    order = collection.order
+    answers = collection.answers
     total = len(order)
     batch = max(1, cfg['eval_rows']) * env.world
     no_bar = env.rank > 0 or None                    # None: shown on a terminal only
@@ -136,7 +103,7 @@ def collect(student, problems, collection, cfg, env):
                           vocab=collection.vocab, **collection.draw)
             columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
             for slot, ids, stopped in columns:
-                sampled[slot] = saved.Answer(order[slot], ids, stopped)
+                sampled[slot] = Answer(order[slot], ids, stopped)
 
         # Everybody gets everybody's answers, in the order of the slots.
         for part in all_gather(sampled):
@@ -144,9 +111,7 @@ def collect(student, problems, collection, cfg, env):
         new = [sampled[slot] for slot in slots]
         answers += new
         if env.rank == 0:
-            with collection.file.open('a') as lines:
-                for answer in new:
-                    append_row(lines, answer._asdict(), crc=True)
+            collection.append(new)
         bar.update(len(new))
     bar.close()
     return answers
@@ -408,7 +373,8 @@ def align(exact, device):
 # ---- all of it -------------------------------------------------------------------------------
 
 def load_text(cfg, env):
-    """Check the keys and read everything but the weights -> (Pair without models, Collection)."""
+    """Read and check everything but the weights, and show the plan -> (Pair without models, Collection)."""
+    # The shapes of both models, and their tokenizers.
     toks = []
     shapes = []
     for side in ('student', 'teacher'):
@@ -417,9 +383,12 @@ def load_text(cfg, env):
         check_ids(side, shape.V, tok)
         toks.append(tok)
         shapes.append(shape)
+
+    # The problems: do their answers fit into the student's context, and the work into the memory? Of what is
+    # longer than the teacher's context `Pair.read` takes care.
     layer_map = match_layers(cfg, *(shape.L for shape in shapes))
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
-    check_lengths(cfg, shapes[0], shapes[0], problems, [])       # of the teacher's, `read` takes care
+    check_lengths(cfg, shapes[0], shapes[0], problems, [])
     preflight_bridge(cfg, env, shapes, layer_map, problems, shared_size(*toks))
     collection = open_collection(cfg, problems, *toks)
 
@@ -430,7 +399,8 @@ def load_text(cfg, env):
         raise UserError(f'{total} answers, {held_out} of them held out, for {env.world} rank(s); raise '
                         'bridge_prompts')
     print0(f'plan: {total} answers of up to {cfg["max_new_tokens"]} tokens, {len(collection.answers)} of '
-           f'them there, {held_out} held out; student layer -> teacher layer: {layer_map}')
+           f'them there, {held_out} held out; student layer -> teacher layer: {layer_map}; '
+           f'{cfg["ranks"] or env.world} rank(s)')
     return Pair(None, None, *toks, problems, layer_map, cfg, env, held_out=held_out), collection
 
 
@@ -443,20 +413,19 @@ def main(cfg):
     if toy.ends_dry_run(cfg):
         return
 
-    # Everything that can be refused is, before the slow part. Prompts may hold the date: a collection
-    # that goes on the next day asks as it asked on the first.
+    # What can be refused is refused before the slow part. Prompts may hold the date: a collection that goes
+    # on the next day asks as it asked on the first.
     cfg = toy.prepare(cfg, env)                      # fills in the toy's paths
-    cfg = cfg | {'date': day_of_start(cfg['date'], saved.first_date(cfg['bridge']))}
+    cfg = cfg | {'date': day_of_start(cfg['date'], first_date(cfg['bridge']))}
     pair, collection = load_text(cfg, env)
     if cfg['dry_run']:
         return
-    models = []
-    for side in ('student', 'teacher'):
-        model = load_model(cfg[side], env.dtype, env.device)
-        models.append(model.requires_grad_(False))
-    pair.student, pair.teacher = models
+
+    # The weights come before the folder, so that a refused command leaves nothing behind.
+    pair.student = load_model(cfg['student'], env.dtype, env.device).requires_grad_(False)
+    pair.teacher = load_model(cfg['teacher'], env.dtype, env.device).requires_grad_(False)
     with owned(cfg['bridge'], env.rank):
-        # Another process may have gone on collecting until a moment ago.
+        # The file is read again, because another process may have written until a moment ago.
         collection = open_collection(cfg, pair.problems, pair.tok_s, pair.tok_t)
         make_bridge(pair, collection, cfg, env)
 

@@ -51,8 +51,8 @@ from rollout import stream
 from studies import toy
 from support.files import owned, write_json
 from support.jsonl import append_row
-from support.runtime import UserError, all_gather, barrier, day_of_start, print0, run, start
-from support.samples import check_samples, read_samples, samples_folder, write_samples
+from support.runtime import UserError, all_gather, barrier, day_of_start, print0, run, shown, start
+from support.samples import check_samples, first_date, read_samples, samples_folder, write_samples
 
 __all__ = ['grade', 'evaluate', 'load_eval_sets', 'check_answers']
 
@@ -123,11 +123,10 @@ def check_answers(problems):
     if not rejected:
         return []
 
-    # repr: an answer is downloaded text, and its control characters must not reach the terminal.
-    # Two examples are enough to see what kind of answer it is; a long one is cut.
-    shown = [repr(answer if len(answer) <= 60 else answer[:60] + '...') for answer in rejected[:2]]
+    # Two examples are enough to see what kind of answer it is.
+    examples = ' and '.join(shown(answer) for answer in rejected[:2])
     return [f'{len(rejected)} of {len(known)} known answers do not grade equal to themselves, such as '
-            + ' and '.join(shown)]
+            f'{examples}']
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -463,6 +462,31 @@ def prepare(cfg, env, date):
     return Evaluation(cfg, date, tokenizer, stop, vocab, sets, numbered, total, longest, folder)
 
 
+def longest_sequence(cfg, numbered):
+    """Tokens of the longest prompt and answer together; UserError if the model cannot read so many."""
+    new_tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
+    longest = max(len(problem.ids) for _, problem in numbered.values()) + new_tokens
+    context = read_config(cfg['student']).context
+    if longest > context:
+        raise UserError(f"{cfg['student']}: reads {context} tokens, but the longest prompt and "
+                        f'{new_tokens} new tokens make {longest}; lower max_new_tokens')
+    return longest
+
+
+def open_evaluation(cfg, env):
+    """The problems, and the answers that earlier runs of this command have left -> (Evaluation, samples).
+
+    Prompts may hold the date: an evaluation that goes on the next day asks as it asked on the first.
+    """
+    evaluation = prepare(cfg, env, day_of_start(cfg['date']))
+    samples = read_samples(evaluation.folder)
+    first_day = day_of_start(first_date(samples), evaluation.date)
+    if first_day != evaluation.date:
+        evaluation = prepare(cfg, env, first_day)
+    check_samples(evaluation.folder, samples, evaluation.numbered, evaluation.tokenizer, cfg)
+    return evaluation, samples
+
+
 def main(cfg, regrade=False):
     env = start(cfg['device'], cfg['dtype'])
     for key, short in (('student', 'model'), ('eval_data', 'data')):
@@ -472,16 +496,9 @@ def main(cfg, regrade=False):
         return
     cfg = toy.prepare(cfg, env)
 
-    # The problems, and the answers that earlier runs of this command have left. Prompts may hold the date:
-    # an evaluation that goes on the next day asks as it asked on the first.
-    evaluation = prepare(cfg, env, day_of_start(cfg['date']))
-    samples = read_samples(evaluation.folder)
-    first_day = day_of_start(*(row['date'] for row in samples.values()), evaluation.date)
-    if first_day != evaluation.date:
-        evaluation = prepare(cfg, env, first_day)
-    check_samples(evaluation.folder, samples, evaluation.numbered, evaluation.tokenizer, cfg)
-
-    # An answer that the grader cannot read is told now, not after hours of sampling.
+    # What is asked, and what is there. An answer that the grader cannot read is told now, not after hours of
+    # sampling.
+    evaluation, samples = open_evaluation(cfg, env)
     for name, problems in evaluation.sets.items():
         for line in check_answers(problems):
             print0(f'  {name}: {line}')
@@ -505,8 +522,8 @@ def main(cfg, regrade=False):
 def run_in_folder(evaluation, model, env, regrade):
     """Sample what is missing or, without a model, nothing; grade again if asked; score. This process and its
     ranks own the folder."""
-    # Rank 0 merges the ranks' parts into one file, once everybody has read them. They are read again, because
-    # another process may have gone on until a moment ago.
+    # The answers are read again, because another process may have written until a moment ago. Once all ranks
+    # have read them, rank 0 merges the ranks' parts into one file.
     samples = read_samples(evaluation.folder)
     barrier()
     if env.rank == 0:
@@ -528,17 +545,6 @@ def run_in_folder(evaluation, model, env, regrade):
     if env.rank == 0:
         report(evaluation, samples)
     barrier()
-
-
-def longest_sequence(cfg, numbered):
-    """Tokens of the longest prompt and answer together; UserError if the model cannot read so many."""
-    new_tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
-    longest = max(len(problem.ids) for _, problem in numbered.values()) + new_tokens
-    context = read_config(cfg['student']).context
-    if longest > context:
-        raise UserError(f"{cfg['student']}: reads {context} tokens, but the longest prompt and "
-                        f'{new_tokens} new tokens make {longest}; lower max_new_tokens')
-    return longest
 
 
 def sample_rest(evaluation, model, env, samples):

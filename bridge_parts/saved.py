@@ -1,9 +1,5 @@
 """
-A bridge's folder on disk: bridge.py writes it, distill.py reads the bridge. No fitting code is needed to
-read one.
-
-rollouts.jsonl holds the student's answers: a first row that says how they were sampled, and a row for
-each answer in the order in which the problems are asked. Every row bears a checksum.
+A bridge on disk: bridge.py writes it, distill.py reads it. No fitting code is needed to read one.
 
 bridge.safetensors holds mean, P_t, P_s and b_s of every matched student layer in float32, and in
 its metadata a fingerprint: which models and tokenizers it was made for, and how. Using it for
@@ -16,46 +12,36 @@ two models; the fingerprint has their names and shapes.
 Letters: K rows, d width (d_s student, d_t teacher), r rank.
 """
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from support.fields import Field, check_fields
 from support.files import digest, open_safetensors, whole, write_json, write_safetensors
-from support.jsonl import read_rows
 from support.runtime import UserError, shown
 
 SAVED_ROWS = 256                # rows of P_t and P_s that are always saved, where there are as many
 PARTS = ('mean', 'P_t', 'P_s', 'b_s')
 OURS = ('rollouts.jsonl', 'bridge.safetensors', 'bridge.json', 'bridge.png')
 
-# What the first row of rollouts.jsonl may hold.
-HEAD = {'made by': Field(str, 1, 100), 'date': Field(str, 10, 10)}
-
-# What the metadata of bridge.safetensors may hold; what a bridge is tied to is compared, not looked at.
+# What the metadata of bridge.safetensors may hold. The rest of the fingerprint is not in this table, because
+# it is compared with what a run expects.
 two_numbers = Field(list, 2, 2, items=Field(int, 1))
 MADE = {'d': two_numbers, 'L': two_numbers, 'phi': Field(dict, 1, items=Field(int, 1)),
         'rank': Field(int, 1), 'ranks': Field(int, 1)}
 
 
-# ---- the folder, and the answers in it --------------------------------------------------------
-
-class Answer(NamedTuple):
-    """A row of rollouts.jsonl."""
-    problem: int                # its number in the training problems
-    ids: list                   # what the student sampled, the stop token included
-    stopped: bool               # True: ended by a stop token; False: cut at max_new_tokens
-
-
 def check_folder(folder, out_dir):
     """A folder that holds other files and no bridge, or that is the folder of a run, is a UserError."""
     folder = Path(folder)
-    if folder.resolve() == Path(out_dir).resolve():
+    if os.path.realpath(folder) == os.path.realpath(out_dir):
         raise UserError(f'{folder}: is out_dir as well, the folder of the run; choose another bridge=')
-    if not folder.exists():
+
+    # A link that leads nowhere, or to itself, is no folder either.
+    if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise UserError(f'{folder}: not a folder; choose another bridge=')
@@ -63,45 +49,6 @@ def check_folder(folder, out_dir):
     if names and not set(names) & set(OURS):
         raise UserError(f'{folder}: holds {shown(names[0])} and no bridge; choose another bridge=')
 
-
-def first_date(folder):
-    """The date in the first row of rollouts.jsonl; '' if there is none."""
-    rows = read_rows(Path(folder) / 'rollouts.jsonl', crc=True, advice='delete the file to sample anew')
-    if not rows:
-        return ''
-    check_fields(rows[0], HEAD, f'{folder}/rollouts.jsonl: the first row', 'delete the file to sample anew')
-    return rows[0]['date']
-
-
-def read_answers(file, head, order, stop, vocab, max_new_tokens):
-    """What an earlier run collected -> ([Answer], does the file end in a whole line?).
-
-    head: the first row that is expected. order: the problems that are asked, in this order. stop: ids of
-    which one ends an answer that did not reach max_new_tokens. All ids are below vocab.
-    """
-    advice = 'delete the file to sample anew'
-    rows = read_rows(file, crc=True, advice=advice)
-    if not rows:
-        return [], False
-    if rows[0] != head:
-        raise UserError(f'{file}: sampled with other settings; choose another bridge=, or delete '
-                        'it')
-
-    # Each row must be the answer to the next problem of this seed's order.
-    table = {'problem': Field(int, 0), 'stopped': Field(bool),
-             'ids': Field(list, 1, max_new_tokens, items=Field(int, 0, vocab - 1))}
-    answers = []
-    for number, row in enumerate(rows[1:], 2):
-        check_fields(row, table, f'{file}: line {number}', advice)
-        answer = Answer(row['problem'], row['ids'], row['stopped'])
-        ends_well = answer.ids[-1] in stop if answer.stopped else len(answer.ids) == max_new_tokens
-        if not ends_well or [answer.problem] != order[len(answers):len(answers) + 1]:
-            raise UserError(f'{file}: line {number} is not the answer that belongs there; {advice}')
-        answers.append(answer)
-    return answers, file.read_bytes().endswith(b'\n')
-
-
-# ---- the bridge -------------------------------------------------------------------------------
 
 @dataclass
 class Bridge:

@@ -1,31 +1,22 @@
 """
 argv -> one checked dict:  script.py configs/toy.py lr=1e-3 --steps=50 --dry-run
 
-A config file is ordinary Python that ends with a dict called `config`, made from
-configs/default.py. Keys are checked here, once: unknown names, wrong types and values out of range
-are one-line errors, so that nothing downstream looks at the config with suspicion.
+A config file is ordinary Python that ends with a dict called `config`, made from configs/default.py.
+Keys are checked once, when they are read: unknown names, wrong types and values out of range
+(support/config_values.py) are one-line errors, so that the code that uses them need not check again.
 """
 import ast
 import difflib
-import re
 import runpy
 import sys
 from pathlib import Path
 
 from configs.default import checks, free, later
 from configs.default import config as default
-from support import fields
-from support.fields import Field
+from support.config_values import check_value
 from support.runtime import ROOT, UserError, cut, shown
 
 __all__ = ['load_config', 'checks', 'default', 'free', 'later']
-
-# What a list may hold, and what is said of another one: layer numbers, or the knots of a schedule.
-LAYERS = Field(list, 1, 1000, items=Field(int, 1, 1000))
-KNOTS = Field(list, 1, 1000, items=Field(list, 2, 2, items=Field(float, 0, 1e6)))
-LISTS = {str: 'give a list of layer numbers from 1, such as [1,2]',
-         float: 'give knots [[share of the run, weight], ...] with ascending shares from 0 to 1, such as '
-                '[[0,1],[0.5,0]]'}
 
 
 def load_config(argv=None):
@@ -40,17 +31,21 @@ def load_config(argv=None):
         print('usage: script.py [configs/x.py] [key=value ...]\n')
         print((ROOT / 'configs/default.py').read_text().split('\n)\n')[0] + '\n)', flush=True)
         raise SystemExit(0)
-    files = [a for a in argv if '=' not in a and not a.startswith('-')]
+
+    # The config file is read first, wherever it stands among the arguments.
+    files = [arg for arg in argv if '=' not in arg and not arg.startswith('-')]
     if len(files) > 1:
         raise UserError(f'{files[1]}: a second config file, after {files[0]}; give one, then key=value')
     cfg = check(read_config_file(files[0]), files[0]) if files else dict(default)
+
+    # Then the command line: key=value, or the name of a switch.
     for arg in argv:
         if arg not in files:
-            key, eq, text = arg.removeprefix('--').partition('=')
-            key = key if eq else key.replace('-', '_')
-            if not eq and not (key in default and isinstance(default[key], bool)):
+            key, equals, text = arg.removeprefix('--').partition('=')
+            key = key if equals else key.replace('-', '_')
+            if not equals and not (key in default and isinstance(default[key], bool)):
                 raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; see --help')
-            cfg[key] = parse(key, text) if eq else True
+            cfg[key] = parse(key, text) if equals else True
     cfg = check(cfg, 'command line')
     if cfg['ranks'] and not cfg['dry_run']:
         raise UserError(f'ranks={cfg["ranks"]}: belongs to --dry-run; torchrun starts ranks')
@@ -59,19 +54,22 @@ def load_config(argv=None):
 
 def read_config_file(name):
     """Run a config file -> its `config` dict."""
-    path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    # It is found from the current folder, or from the project's.
+    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
-        known = [p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')]
+        known = [file.stem for file in (ROOT / 'configs').glob('[a-z]*.py')]
         near = difflib.get_close_matches(Path(name).stem, known, 1)
         raise UserError(f'{name}: no such config file' +
                         (f'; did you mean configs/{near[0]}.py?' if near else f'; try {", ".join(known)}'))
+
+    # The file is the user's own Python. It can say `from configs.default import config` wherever it lies.
     if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))        # so that it can say `from configs.default import config`
+        sys.path.insert(0, str(ROOT))
     try:
         cfg = runpy.run_path(str(path)).get('config')
-    except (Exception, SystemExit) as e:     # the file is the user's own Python: say where it broke
-        what = cut(' '.join(str(e).split()), 150)
-        raise UserError(f'{name}: {type(e).__name__}: {what}; mend the config file') from None
+    except (Exception, SystemExit) as error:
+        what = cut(' '.join(str(error).split()), 150)
+        raise UserError(f'{name}: {type(error).__name__}: {what}; mend the config file') from None
     if not isinstance(cfg, dict):
         raise UserError(f'{name}: no dict called `config` in it; see configs/toy.py')
     return dict(cfg)
@@ -95,37 +93,5 @@ def check(cfg, where):
             near = difflib.get_close_matches(str(key)[:60], default, 1)
             hint = f'did you mean {near[0]!r}?' if near else 'see --help for all keys'
             raise UserError(f'{where}: unknown key {shown(key)}; {hint}')
-        checked[key] = check_value(key, value, where)
+        checked[key] = check_value(key, value, default[key], checks.get(key), where)
     return checked
-
-
-def check_value(key, value, where):
-    """The value of a key, a float where the default is one; else UserError. where: the file it is in."""
-    like, rule = default[key], checks.get(key)
-    told = f'{where}: {key}={shown(value)}'
-    if isinstance(like, float) and type(value) is int:
-        value = float(max(-1e300, min(value, 1e300)))        # larger ones would overflow; no range holds them
-
-    # Lists: of layer numbers, or the knots of a schedule.
-    if isinstance(value, list) and list in (rule or ()):
-        is_schedule = isinstance(like, float)
-        fields.check_value(value, KNOTS if is_schedule else LAYERS, f'{where}: {key}', LISTS[type(like)])
-        shares = [share for share, _ in value] if is_schedule else []
-        if shares != sorted(shares) or max(shares, default=0) > 1:
-            raise UserError(f'{told}; {LISTS[float]}')
-        return value
-
-    # One type, and one range or a few words.
-    if type(value) is not type(like):
-        raise UserError(f'{told} is {type(value).__name__}, but {key} is {type(like).__name__} '
-                        f'(default {like!r})')
-    if isinstance(value, (int, float)) and rule and not rule[0] <= value <= rule[1]:
-        raise UserError(f'{told} is out of range; choose {rule[0]:g} to {rule[1]:g}')
-    if key in ('temperature', 'eval_temperature') and 0 < value < 1e-3:
-        raise UserError(f'{told}: logits divided by it overflow; choose 0 (greedy), or 1e-3 and more')
-    if isinstance(value, str) and rule and value not in rule:
-        words = ', '.join(repr(w) if isinstance(w, str) else 'a list of numbers' for w in rule)
-        raise UserError(f'{told}; choose one of {words}')
-    if isinstance(value, str) and re.search('[\0\ud800-\udfff]', value):
-        raise UserError(f'{told}: no text in UTF-8; remove the characters that are shown as escapes')
-    return value

@@ -6,7 +6,7 @@ Simpler than usual: no table of architectures. Reading is one function for confi
 name what the decoder does not compute, and one map from our parameter names to theirs. A folder written
 here loads in `transformers` and vLLM as it is.
 
-A folder comes from somebody else: what its JSON files may hold is in fields.py, and a link in it leads to no
+A folder comes from somebody else: what its JSON files may hold is in tables.py, and a link in it leads to no
 file outside (`member`). What it does not do: unpickle anything, or run code that comes with a model folder.
 
     model = load_model('Qwen/Qwen3-4B', torch.bfloat16, 'cuda')
@@ -20,10 +20,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from formats.fields import CONFIG, FAMILY_DEFAULTS, INDEX, ROPE, ROPE_SCALING, checked, short, word
+from formats.tables import (
+    ANOTHER_MODEL,
+    CONFIG,
+    FAMILY_DEFAULTS,
+    INDEX,
+    MODEL_TYPE,
+    ROPE,
+    ROPE_SCALING,
+    ROPE_TYPE,
+)
 from model import Model, ModelConfig
+from support.fields import check_fields
 from support.files import open_safetensors, read_json, whole, write_json, write_safetensors
-from support.runtime import UserError
+from support.runtime import UserError, shown
 
 CLASS_NAMES = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}
 LARGEST_TEXT = 2**28            # bytes of a file without weights; the largest published tokenizers have 2**25
@@ -42,11 +52,11 @@ def snapshot(path_or_repo, weights=False, dataset=False):
         return Path(path_or_repo)
     hub = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', path_or_repo)
     if not hub:
-        raise UserError(f'{short(path_or_repo)}: no such folder, and not a hub id (owner/name)')
+        raise UserError(f'{shown(path_or_repo)}: no such folder, and not a hub id (owner/name)')
     first = path_or_repo.split('/')[0]
     if first.startswith('.') or first == 'out' or os.path.isdir(first) or hub[1].endswith(DATA_ENDINGS):
-        raise UserError(f'{short(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
-                        f'not asked (for a hub id, start where no folder {short(first)} is)')
+        raise UserError(f'{shown(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
+                        f'not asked (for a hub id, start where no folder {shown(first)} is)')
 
     patterns = ['*.json', '*.jinja', '*.txt', '*.tiktoken']
     if weights:
@@ -66,7 +76,8 @@ def snapshot(path_or_repo, weights=False, dataset=False):
 
 def member(folder, name):
     """A file of a model folder, which may be missing -> its path. A link to a file outside is a UserError: it
-    could show us, or make us publish, a file of this computer. So is what is no file, or is far too large.
+    could show us, or make us publish, a file of this computer. Something that is not a regular file, and a
+    file that is far too large, are a UserError too.
 
     The hub's cache is made of links, models--owner--name/snapshots/revision/file -> ../../blobs/sha256, so
     for a folder in it everything in models--owner--name is inside.
@@ -98,11 +109,11 @@ def parse_config(hf, file):
     way that this decoder does not know, is a UserError that names the key."""
     def expect(fine, key, what):
         if not fine:
-            raise UserError(f'{file}: {key} = {short(hf.get(key))}, {what}')
+            raise UserError(f'{file}: {key} = {shown(hf.get(key))}, {what}')
 
     # Each field by itself. A missing one has the default that transformers gives it in this family.
-    family = checked(hf, {'model_type': CONFIG['model_type']}, file)['model_type']
-    fields = checked(hf, CONFIG, file, FAMILY_DEFAULTS[family])
+    family = check_fields(hf, MODEL_TYPE, file, ANOTHER_MODEL)['model_type']
+    fields = check_fields(FAMILY_DEFAULTS[family] | hf, CONFIG, file, ANOTHER_MODEL)
     d = fields['hidden_size']
     H = fields['num_attention_heads']
     G = fields['num_key_value_heads'] or H
@@ -150,7 +161,7 @@ def parse_rope(hf, fields, family, e, file):
             given[key] = hf[key]
     for key in ('rope_scaling', 'rope_parameters'):
         given |= fields[key] or {}
-    settings = checked(given, ROPE, file)
+    settings = check_fields(given, ROPE, file, ANOTHER_MODEL)
     theta = float(settings['rope_theta'])
     partial = settings['partial_rotary_factor'] if family == 'phi3' else 1.0             # others ignore it
 
@@ -162,14 +173,14 @@ def parse_rope(hf, fields, family, e, file):
 
     # Each kind of scaling has numbers of its own; nothing else is kept of what the file says.
     kind = given.get('rope_type') or given.get('type', 'default')
-    checked({'rope_type': kind}, {'rope_type': (word(*ROPE_SCALING), 'default')}, file)
+    check_fields({'rope_type': kind}, ROPE_TYPE, file, ANOTHER_MODEL)
     scaling = {}
-    for key, value in checked(given, ROPE_SCALING[kind], file).items():
+    for key, value in check_fields(given, ROPE_SCALING[kind], file, ANOTHER_MODEL).items():
         if value is not None:
             scaling[key] = value
     for key in ('long_factor', 'short_factor'):
         if len(scaling.get(key, [0] * pairs)) != pairs:
-            raise UserError(f'{file}: {key} = {short(scaling[key])}, not the {pairs} numbers that {pairs} '
+            raise UserError(f'{file}: {key} = {shown(scaling[key])}, not the {pairs} numbers that {pairs} '
                             'rotated pairs need; fetch it again')
     if kind == 'llama3' and scaling['low_freq_factor'] >= scaling['high_freq_factor']:
         raise UserError(f"{file}: low_freq_factor = {scaling['low_freq_factor']}, not below high_freq_factor "
@@ -336,15 +347,15 @@ def tensor_files(folder):
         return dict.fromkeys(open_safetensors(only).keys(), only)
 
     # The index is somebody else's: it may name files of this folder only, and only tensors that they hold.
-    weight_map = checked(read_json(index), INDEX, index)['weight_map']
+    weight_map = check_fields(read_json(index), INDEX, index, ANOTHER_MODEL)['weight_map']
     tensors_of = {}
     for hf_name, name in weight_map.items():
         if type(name) is not str or Path(name).name != name or not os.path.isfile(folder / name):
-            raise UserError(f'{index}: names {short(name)}, which is not there; fetch the model again')
+            raise UserError(f'{index}: names {shown(name)}, which is not there; fetch the model again')
         if name not in tensors_of:
             tensors_of[name] = set(open_safetensors(member(folder, name)).keys())
         if hf_name not in tensors_of[name]:
-            raise UserError(f'{index}: {short(hf_name)} is not in {name}; fetch the model again')
+            raise UserError(f'{index}: {shown(hf_name)} is not in {name}; fetch the model again')
     if not weight_map:
         raise UserError(f'{index}: no tensor in its weight_map; fetch the model again')
     return {hf_name: folder / name for hf_name, name in weight_map.items()}
@@ -355,7 +366,6 @@ def tensor_files(folder):
 # Files that travel with the weights, so that the folder is a model that others can use.
 ALONG = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
          'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', '*.tiktoken')
-
 
 
 def files_along(folder):

@@ -209,24 +209,26 @@ def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='
     problems = []
     seen = set()
     counts = {'rows': 0, 'long': 0}
-    questions = new_questions(rows_of_files(problem_files(source, split)), seen, counts)
-    while True:
-        # Read as many as are still missing, and no further, and render them in one request.
-        count = min(first - len(problems), PIECE) if first else PIECE
-        piece = list(islice(questions, count))
+    rows = rows_of_files(problem_files(source, split))
+    questions = new_questions(rows, suffix, seen, counts)
+    while not first or len(problems) < first:
+        # Read as many questions as are still missing, and no further.
+        missing = first - len(problems) if first else PIECE
+        piece = list(islice(questions, min(missing, PIECE)))
         if not piece:
             break
-        asked = [question + suffix if isinstance(question, str) else question for _, question, _ in piece]
-        prompts = tokenizer.chat_all(asked, [where for where, _, _ in piece])
-        for (where, _, answer), question, ids in zip(piece, asked, prompts, strict=True):
+
+        # Their prompts are rendered together, because each request to the renderer takes time.
+        origins = [where for where, _, _ in piece]
+        prompts = tokenizer.chat_all([question for _, question, _ in piece], origins)
+        for (where, question, answer), ids in zip(piece, prompts, strict=True):
             if not ids:
                 raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
             if longest and len(ids) > longest:
                 counts['long'] += 1
             else:
                 problems.append(Problem(question, answer, ids))
-        if len(problems) == first:
-            break
+
     repeated = counts['rows'] - len(seen)
     if repeated or counts['long']:
         print0(f"  {source}: {counts['rows']} rows, {repeated} of them repeated, {counts['long']} prompts "
@@ -236,15 +238,17 @@ def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='
     return problems
 
 
-def new_questions(rows, seen, counts):
+def new_questions(rows, suffix, seen, counts):
     """(where, question, answer) of the rows whose question is not in `seen`, one by one. Public sets repeat
-    questions (DAPO-Math-17k a hundred times each): the first counts."""
+    questions (DAPO-Math-17k a hundred times each): the first counts. suffix: added to texts."""
     for where, row in rows:
         question, answer = question_and_answer(row, where)
         counts['rows'] += 1
         key = json.dumps(question)
         if key not in seen:
             seen.add(key)
+            if isinstance(question, str):
+                question += suffix
             yield where, question, answer
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
-from formats.fields import STOP, TOKENIZER, VOCABULARY, checked, short
 from formats.huggingface import files_along, member, snapshot
+from formats.tables import ANOTHER_MODEL, STOP, TOKENIZER, VOCABULARY
+from support.fields import check_fields
 from support.files import read_json
 from support.limited import LimitedChild, Limits
-from support.runtime import UserError
+from support.runtime import UserError, shown
 
 # Conversations are rendered in pieces of so many, or of so many characters. This is what a piece may take.
 PIECE = 100
@@ -58,7 +59,7 @@ def refused(file, what):
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:           # the library raises bare Exception, and a panic of Rust is none
-        raise UserError(f'{file}: {what} ({short(str(error))}); fetch it again') from None
+        raise UserError(f'{file}: {what} ({shown(str(error))}); fetch it again') from None
 
 
 class JsonVocabulary:
@@ -206,7 +207,8 @@ class Tokenizer:
         file = member(folder, 'chat_template.jinja')
         if file.exists():
             text = file.read_bytes().decode(errors='replace')
-            self.template = checked({'chat_template': text}, TOKENIZER, file)['chat_template']
+            fields = check_fields({'chat_template': text}, TOKENIZER, file, ANOTHER_MODEL)
+            self.template = fields['chat_template']
         if isinstance(self.template, list):
             named = {entry['name']: entry['template'] for entry in self.template}
             self.template = named.get('default')
@@ -254,10 +256,10 @@ class Tokenizer:
         begins to speak. Without a template: the contents, one on each line."""
         return self.render_all([messages])[0]
 
-    def render_all(self, conversations, places=None):
+    def render_all(self, conversations, origins=None):
         """`render` for a list of conversations, of which many fit into one request to the child process.
 
-        places: where each conversation comes from, such as 'file, row 7', for errors.
+        origins: where each conversation comes from, such as 'file, row 7', for errors.
         """
         conversations = [as_messages(conversation) for conversation in conversations]
         if not self.template:
@@ -267,14 +269,14 @@ class Tokenizer:
             request = [self.template, self.date, self.marks | self.variables, piece]
             answer, problem = template_child.ask(request, TEMPLATE_LIMITS)
 
-            # The template is somebody else's program. One that takes too long takes the child with it.
+            # The template is somebody else's program: it can take too long, or end the child process.
             if problem is not None:
                 why = {'timeout': f'took more than {TEMPLATE_LIMITS.cpu_seconds} s',
                        'crash': 'ended its process'}[problem]
                 raise UserError(f'{self.name}: its chat template {why}; choose another model')
             if 'failed' in answer:
-                place = f"{places[len(texts) + answer['failed']]}: " if places else ''
-                raise UserError(f"{place}{self.name}: its chat template {answer['message']}")
+                origin = f"{origins[len(texts) + answer['failed']]}: " if origins else ''
+                raise UserError(f"{origin}{self.name}: its chat template {answer['message']}")
             texts += answer['texts']
         return texts
 
@@ -286,9 +288,9 @@ class Tokenizer:
         """Messages -> prompt ids. Special tokens in the rendered text become their ids."""
         return self.encode(self.render(messages))
 
-    def chat_all(self, conversations, places=None):
-        """`chat` for a list of conversations. places: see `render_all`."""
-        return [self.encode(text) for text in self.render_all(conversations, places)]
+    def chat_all(self, conversations, origins=None):
+        """`chat` for a list of conversations. origins: see `render_all`."""
+        return [self.encode(text) for text in self.render_all(conversations, origins)]
 
     @cached_property
     def pieces(self):
@@ -337,7 +339,8 @@ def in_pieces(conversations):
 def read_fields(folder, name, table):
     """The fields of a table, out of a file of a model folder; of a file that is not there, the defaults."""
     file = member(folder, name)
-    return checked(read_json(file) if file.exists() else {}, table, file)
+    contents = read_json(file) if file.exists() else {}
+    return check_fields(contents, table, file, ANOTHER_MODEL)
 
 
 def day(date):
@@ -349,7 +352,7 @@ def day(date):
     except (ValueError, TypeError):
         fine = False
     if not fine:
-        raise UserError(f'date={short(date)}: not a day; write it like 2026-01-31')
+        raise UserError(f'date={shown(date)}: not a day; write it like 2026-01-31')
     return date
 
 

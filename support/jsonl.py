@@ -43,12 +43,14 @@ def read_rows(path, crc=False, advice='delete the line to make it anew'):
         for number, line in enumerate(file, 1):
             if not line.endswith(b'\n'):
                 break                        # the last line was cut off as it was written
+
+            # KeyError: a row without a checksum. TypeError, AttributeError: a row that is no dict.
             try:
                 row = json.loads(line.decode())
                 if crc and row.pop('crc') != checksum(row):
                     raise ValueError
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{path}:{number}: damaged; {advice}') from None      # or no dict with a crc
+                raise UserError(f'{path}:{number}: damaged; {advice}') from None
             rows.append(row)
     return rows
 

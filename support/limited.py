@@ -21,9 +21,9 @@ This file has both sides. The parent makes a LimitedChild and asks it:
 The child runs `python -P support/limited.py FILE CPU_SECONDS MEMORY_BYTES`. FILE has a function `prepare`,
 which imports what is needed while there are no limits yet, and returns the function that answers a request.
 
-The protocol: one line of JSON for each request, and one line back, [answer, worn]. `worn` says that the
-child holds much memory, so that a new one should take over. The first line that comes back is null, or it
-says what went wrong. The child ends when its pipe is closed, because its parent ended.
+The protocol: one line of JSON for each request, and one line back, [answer, is_large]. `is_large` says that
+the child holds much memory, so that a new one should replace it. The first line that comes back is null, or
+it says what went wrong. The child ends when its pipe is closed, because its parent ended.
 
 Simpler than a pool of workers: one child, one request at a time. It imports nothing but the standard
 library, so that the child starts fast and a parent that only grades needs no torch.
@@ -124,19 +124,24 @@ class LimitedChild:
         if self.process is None:
             self.start(limits)
         deadline = time.monotonic() + limits.wall_seconds
+        line = b''
+        late = True
         try:
-            line, late = b'', True
             if self.send(json.dumps(request).encode() + b'\n', deadline):
                 line, late = self.reply(deadline)
-        except BrokenPipeError:
-            line, late = b'', False
+        except BrokenPipeError:              # the child has ended before it read the request
+            late = False
+
+        # An answer. A child that holds much memory is replaced.
         if line:
-            answer, worn = json.loads(line)
-            if worn:
+            answer, is_large = json.loads(line)
+            if is_large:
                 self.stop()
             return answer, None
+
+        # No answer: the time is over, or the child has ended. The kernel ends one that used up its seconds.
         if not late:
-            late = self.process.wait() == -signal.SIGXCPU           # the kernel's limit came first
+            late = self.process.wait() == -signal.SIGXCPU
         self.stop()
         return None, 'timeout' if late else 'crash'
 

@@ -215,8 +215,6 @@ def preflight_bridge(cfg, env, shapes, layer_map, problems, vocab):
     if cfg['dry_run']:
         check_folder(cfg['bridge'])
         lines += memory_lines(estimate)
-        lines.append(f"plan: {min(cfg['bridge_prompts'], len(problems))} answers over {env.world} rank(s); "
-                     f'{len(layer_map)} pairs of layers')
     print0('\n'.join(f'  {line}' for line in lines))
 
 

@@ -4,9 +4,9 @@ The answers of an evaluation on disk. eval_math.py samples and grades them; here
     samples.jsonl       one answer per line, in order
     samples-0.jsonl     answers that rank 0 has appended since, until they are merged into samples.jsonl
 
-Every row bears a checksum and is held against what the command asks for. A row of another evaluation that
-was copied here would otherwise count as an answer that is there. Simpler than a database: all rows are read
-at once. It does not compare texts with their token ids, or grade.
+Every row bears a checksum and is compared with what the command asks for. A row of another evaluation that
+was copied into the folder would otherwise count as one of its answers. Simpler than a database: all rows are
+read at once. It does not compare texts with their token ids, and it does not grade.
 """
 from pathlib import Path
 
@@ -72,20 +72,26 @@ def read_samples(folder):
     return samples
 
 
+def first_date(samples):
+    """The date in the first row; '' if there is none."""
+    return next((row['date'] for row in samples.values()), '')
+
+
 def check_samples(folder, samples, numbered, tokenizer, cfg):
     """A row that is not an answer to what a command asks is a UserError. numbered: {key: (i, Problem)}."""
-    # What the rows should say, as texts.
+    # What a row of each problem must say.
     asked = {}
-    for key, (_, problem) in numbered.items():
-        asked[key] = {'prompt': tokenizer.decode(problem.ids), 'answer': problem.answer, 'seed': cfg['seed']}
+    for problem_key, (_, problem) in numbered.items():
+        prompt = tokenizer.decode(problem.ids)
+        asked[problem_key] = {'prompt': prompt, 'answer': problem.answer, 'seed': cfg['seed']}
 
     for (name, number, sample), row in samples.items():
-        told = f'{folder}: its samples hold set {shown(name)}, problem {number}, sample {sample}'
+        where = f'{folder}: its samples hold set {shown(name)}, problem {number}, sample {sample}'
         if (name, number) not in asked or sample >= cfg['eval_n']:
-            raise UserError(f'{told}, which this command does not ask for; delete the folder')
+            raise UserError(f'{where}, which this command does not ask for; delete the folder')
         for key, expected in asked[name, number].items():
             if row[key] != expected:
-                raise UserError(f'{told}, whose {key} {shown(row[key], 40)} is not {shown(expected, 40)}; '
+                raise UserError(f'{where}, whose {key} {shown(row[key], 40)} is not {shown(expected, 40)}; '
                                 'delete the folder')
 
 

@@ -17,7 +17,7 @@ import bridge
 import distill
 import eval_math
 from bridge import main
-from bridge_parts import report, saved
+from bridge_parts import collection, report, saved
 from bridge_parts.closed_form import (
     LayerBridge,
     Moments,
@@ -243,15 +243,15 @@ FOREIGN = {      # what is done to the rows after the first -> what is said of i
     'a problem that there is not': (lambda rows: [rows[0] | {'problem': 10**9}, *rows[1:]], 'line 2 is not the answer'),
     'without stopped': (lambda rows: [{k: rows[0][k] for k in ('problem', 'ids')}, *rows[1:]], 'line 2: stopped is missing; wants true or false'),
     'an id beyond the vocabulary': (lambda rows: [rows[0] | {'ids': [10**9, *rows[0]['ids'][1:]]}, *rows[1:]],
-                                    'line 2: ids, entry 1 is 1000000000; wants a whole number from 0 to 20'),
-    'an id below 0': (lambda rows: [rows[0] | {'ids': [-1, *rows[0]['ids'][1:]]}, *rows[1:]], 'entry 1 is -1'),
-    'true is no id': (lambda rows: [rows[0] | {'ids': [True, *rows[0]['ids'][1:]]}, *rows[1:]], 'entry 1 is True'),
-    'an id with a fraction': (lambda rows: [rows[0] | {'ids': [1.0, *rows[0]['ids'][1:]]}, *rows[1:]], 'entry 1 is 1.0'),
-    'no ids': (lambda rows: [rows[0] | {'ids': []}, *rows[1:]], r'ids is \[\]; wants a list of length from 1 to 20'),
+                                    r'line 2: ids = \[1000000000, .*, each entry a whole number from 0 to 20'),
+    'an id below 0': (lambda rows: [rows[0] | {'ids': [-1, *rows[0]['ids'][1:]]}, *rows[1:]], r'ids = \[-1, '),
+    'true is no id': (lambda rows: [rows[0] | {'ids': [True, *rows[0]['ids'][1:]]}, *rows[1:]], r'ids = \[True, '),
+    'an id with a fraction': (lambda rows: [rows[0] | {'ids': [1.0, *rows[0]['ids'][1:]]}, *rows[1:]], r'ids = \[1.0, '),
+    'no ids': (lambda rows: [rows[0] | {'ids': []}, *rows[1:]], r'ids = \[\]; wants a list of length from 1 to 20'),
     'ids beyond the limit': (lambda rows: [rows[0] | {'ids': [4] * 21, 'stopped': False}, *rows[1:]], 'wants a list of length from 1 to 20'),
     'cut before the limit': (lambda rows: [rows[0] | {'ids': [4, 4], 'stopped': False}, *rows[1:]], 'line 2 is not the answer'),
     'stopped at no stop token': (lambda rows: [rows[0] | {'ids': [4, 4], 'stopped': True}, *rows[1:]], 'line 2 is not the answer'),
-    'null': (lambda rows: [rows[0] | {'stopped': None}, *rows[1:]], 'stopped is None; wants true or false'),
+    'null': (lambda rows: [rows[0] | {'stopped': None}, *rows[1:]], 'stopped = None; wants true or false'),
     'nothing': (lambda rows: [{}, *rows[1:]], 'line 2: problem is missing'),
 }
 
@@ -277,14 +277,14 @@ def test_every_flipped_bit_of_a_collection_is_found(made, toy_dir, tmp_path):
     order = [row['problem'] for row in read_rows(made / 'rollouts.jsonl', crc=True)[1:]]
     file = tmp_path / 'rollouts.jsonl'
     file.write_bytes(good)
-    assert len(saved.read_answers(file, head, order, [2], 21, 20)[0]) == 30
+    assert len(collection.read_answers(file, head, order, [2], 21, 20)[0]) == 30
     generator = torch.Generator().manual_seed(0)
     for place in torch.randint(len(good) - 1, (200,), generator=generator).tolist():
         flipped = bytearray(good)
         flipped[place] ^= 1 << place % 8
         file.write_bytes(flipped)
         with pytest.raises(UserError, match=r'rollouts.jsonl:\d+: damaged; delete the file to sample anew'):
-            saved.read_answers(file, head, order, [2], 21, 20)
+            collection.read_answers(file, head, order, [2], 21, 20)
 
 
 def test_a_collection_that_goes_on_the_next_day_asks_as_on_the_first(made, toy_dir, tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_a_collection_that_goes_on_the_next_day_asks_as_on_the_first(made, toy_d
     assert told[2:] == ['2021-01-01'] * 2
     main(load_config([*args(toy_dir, tmp_path / 'c'), 'date=2021-01-01', '--dry-run']))
     write_rows(tmp_path / 'b/rollouts.jsonl', [head | {'date': 20200229}, *rows[:9]])
-    with pytest.raises(UserError, match='the first row: date is 20200229; wants a text of length from 10 to 10'):
+    with pytest.raises(UserError, match='the first row: date = 20200229; wants a text of length 10'):
         main(load_config(args(toy_dir, tmp_path / 'b')))
 
 
@@ -331,7 +331,10 @@ def test_only_a_folder_of_a_bridge_is_written_to(toy_dir, made, tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / 'notes/rollouts.txt').write_text('mine')
     (tmp_path / 'file').write_text('')
-    for folder, says in (('notes', "holds 'rollouts.txt' and no bridge"), ('file', 'not a folder'), ('run', 'is out_dir as well')):
+    (tmp_path / 'loop').symlink_to('loop')
+    (tmp_path / 'broken').symlink_to('nothing')
+    for folder, says in (('notes', "holds 'rollouts.txt' and no bridge"), ('file', 'not a folder'), ('run', 'is out_dir as well'),
+                         ('loop', 'not a folder'), ('broken', 'not a folder')):
         with pytest.raises(UserError, match=says):
             main(load_config(args(toy_dir, tmp_path / folder, out_dir=tmp_path / 'notes/../run')))
     assert os.listdir(tmp_path / 'notes') == ['rollouts.txt'] and os.listdir(tmp_path / 'run') == []
@@ -403,7 +406,7 @@ def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkey
         lines.write(json.dumps(row) + '\n')
         lines.flush()
     file.write_text(text[:-9])
-    monkeypatch.setattr(bridge, 'append_row', full_disk)
+    monkeypatch.setattr(collection, 'append_row', full_disk)
     with pytest.raises(OSError, match='No space'):
         main(load_config(args(toy_dir, out)))
     assert file.read_text() == text[:-9]
@@ -556,7 +559,7 @@ def test_only_positions_with_a_teacher_state_are_read(monkeypatch):
     be paired with the last state of the row above."""
     student, teacher = tiny_model(0), tiny_model(1, L=4, d=24, V=50)
     problems = [SimpleNamespace(ids=[1, 2, 3], question=''), SimpleNamespace(ids=[4, 5], question='')]
-    answers = [saved.Answer(1, [6, 7, 8, 9], True), saved.Answer(0, [10, 11], False), saved.Answer(1, [12], True)]
+    answers = [collection.Answer(1, [6, 7, 8, 9], True), collection.Answer(0, [10, 11], False), collection.Answer(1, [12], True)]
     cfg = dict(token_budget=1000, positions='last_k', last_k=3, first_k=9, last_frac=1.0, first_frac=1.0,
                pair='floor', teacher_ids='text')
     tok = SimpleNamespace(chat=lambda question: [])

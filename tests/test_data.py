@@ -8,7 +8,6 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from formats import problems as problem_sets
-from formats.fields import short
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import (
     byte_alphabet,
@@ -20,7 +19,7 @@ from formats.tokenizer import (
 )
 from grading.grader import grade
 from support.files import write_json
-from support.runtime import UserError
+from support.runtime import UserError, shown
 
 TEXTS = ['3+7=0;\\boxed{0}', 'naïve café', '数学 ∑x²', '🙂👩‍👩‍👧', 'a\n\t b  ', '\u0000\u202e']
 
@@ -53,7 +52,7 @@ def test_stop_ids_of_another_kind_are_refused(folder, ids, name):
     write_json(folder / name, {'eos_token_id': ids})
     with pytest.raises(UserError, match='eos_token_id = ') as error:
         load_tokenizer(folder)
-    assert name in str(error.value) and short(ids) in str(error.value)
+    assert name in str(error.value) and shown(ids) in str(error.value)
 
 
 def test_stop_ids_beyond_the_tokenizer(folder):
@@ -84,7 +83,7 @@ for _ in range(50):
     ('bos_token', 'x' * 100_000), ('chat_template', 7), ('chat_template', {'default': 'x'}), ('chat_template', ['x']),
     ('chat_template', [{'name': 'default'}]), ('chat_template', [{'name': 1, 'template': 'x'}]), ('chat_template', 'x' * 10**6),
     ('chat_template', [{'name': 'a', 'template': 'b'}] * 2000), ('eos_token', DEEP),
-], ids=lambda value: short(value)[:30])
+], ids=lambda value: shown(value)[:30])
 def test_fields_of_tokenizer_config(folder, key, value):
     """A template that was a number went to jinja2, a token that was a list to a dict: tracebacks, or one of 100,000
     characters in a line."""
@@ -103,7 +102,7 @@ def test_files_of_a_tokenizer_that_are_no_json_objects(folder):
             (folder / name).unlink()
     write_json(folder / 'tokenizer_config.json', {'eos_token': '<eos>'})
     (folder / 'chat_template.jinja').write_text('x' * 10**6)
-    with pytest.raises(UserError, match='chat_template.jinja: chat_template = .*at most 200000 characters'):
+    with pytest.raises(UserError, match='chat_template.jinja: chat_template = .*of length up to 200000'):
         load_tokenizer(folder)
 
 
@@ -497,6 +496,15 @@ def test_problems_are_rendered_in_pieces_of_any_size(folder, monkeypatch):
         with pytest.raises(UserError, match=':61: no question'):
             load_problems(folder / 'p.jsonl', tok)
     assert found[1] == found[2] == found[7] == found[1000] and len(found[1][1]) == 17
+
+
+def test_reading_goes_on_after_a_piece_of_long_prompts(folder, monkeypatch):
+    """If all prompts of the first piece were too long, the rest of the file was not read, and the set was called empty."""
+    monkeypatch.setattr(problem_sets, 'PIECE', 2)
+    (folder / 'p.txt').write_text('long ' * 50 + '\n' + 'longer ' * 50 + '\n' + 'short\n' + 'tiny\n')
+    for first in (0, 1, 2):
+        problems = load_problems(folder / 'p.txt', load_tokenizer(folder), first=first, longest=20)
+        assert [problem.question for problem in problems] == ['short', 'tiny'][:first or 2]
 
 
 def test_the_row_that_a_template_refuses_is_named(folder):

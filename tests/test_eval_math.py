@@ -332,12 +332,12 @@ FOREIGN = {      # what is done to the rows of an evaluation -> what is said of 
     'of another prompt': (lambda rows: [rows[0] | {'prompt': rows[20]['prompt']}, *rows[1:]], 'whose prompt .* is not'),
     'of another answer': (lambda rows: [rows[0] | {'answer': '77'}, *rows[1:]], "whose answer '77' is not"),
     'of fewer ids than its length': (lambda rows: [rows[0] | {'ids': rows[0]['ids'][:-1]}, *rows[1:]], r'samples.jsonl:1: length \d+ with \d+ ids'),
-    'without ids': (lambda rows: [rows[0] | {'ids': []}, *rows[1:]], r'samples.jsonl:1: ids is \[\]; wants a list of length from 1'),
-    'a word among its ids': (lambda rows: [rows[0] | {'ids': [*rows[0]['ids'][1:], 'x']}, *rows[1:]], r"ids, entry \d+ is 'x'; wants a whole number"),
-    'true is no number': (lambda rows: [rows[0] | {'problem': False}, *rows[1:]], 'problem is False; wants a whole number from 0'),
-    'a number is not true': (lambda rows: [rows[0] | {'correct': 1}, *rows[1:]], 'correct is 1; wants true or false'),
+    'without ids': (lambda rows: [rows[0] | {'ids': []}, *rows[1:]], r'samples.jsonl:1: ids = \[\]; wants a list of length from 1'),
+    'a word among its ids': (lambda rows: [rows[0] | {'ids': [*rows[0]['ids'][1:], 'x']}, *rows[1:]], r"ids = \[.*, 'x'\]; wants a list of length from 1, each entry a whole number from 0"),
+    'true is no number': (lambda rows: [rows[0] | {'problem': False}, *rows[1:]], 'problem = False; wants a whole number from 0'),
+    'a number is not true': (lambda rows: [rows[0] | {'correct': 1}, *rows[1:]], 'correct = 1; wants true or false'),
     'no text': (lambda rows: [{k: v for k, v in rows[0].items() if k != 'text'}, *rows[1:]], 'samples.jsonl:1: text is missing'),
-    'an endless text': (lambda rows: [rows[0] | {'extracted': ['x' * 10**6]}, *rows[1:]], r"extracted is \['xxx.*; wants a text or null"),
+    'an endless text': (lambda rows: [rows[0] | {'extracted': ['x' * 10**6]}, *rows[1:]], r"extracted = \['xxx.*; wants a text, or null"),
 }
 
 

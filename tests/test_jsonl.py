@@ -8,7 +8,7 @@ import pytest
 
 from support.fields import Field, check_fields
 from support.jsonl import append_row, read_rows
-from support.runtime import ROOT, UserError
+from support.runtime import ROOT, UserError, shown
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -96,7 +96,7 @@ def test_a_line_in_another_encoding_is_damage(tmp_path):
 NAN, INF = float('nan'), float('inf')
 TABLE = {'number': Field(int, 0, 7), 'share': Field(float, 0, 1), 'word': Field(str, 1, 5), 'on': Field(bool),
          'ids': Field(list, 1, 3, items=Field(int, 0, 9)), 'map': Field(dict, items=Field(float)), 'maybe': Field(str, null=True),
-         'rows': Field(list, items=Field(list, items=Field(bool))), 'left': Field(int, needed=False)}
+         'rows': Field(list, items=Field(list, items=Field(bool))), 'left': Field(int, default=-1)}
 FINE = {'number': 0, 'share': 0.5, 'word': 'abc', 'on': True, 'ids': [0, 9], 'map': {'a': 1, 'b': -2.5}, 'maybe': None, 'rows': [[True], []]}
 
 
@@ -114,17 +114,39 @@ def test_values_that_a_table_allows():
     *[('word', value, 'wants a text of length from 1 to 5') for value in ('', 'abcdef', b'abc', 5, None, ['a'])],
     *[('on', value, 'wants true or false') for value in (0, 1, 'true', None)],
     *[('ids', value, 'wants a list of length from 1 to 3') for value in ([], [1] * 4, {}, 'abc', None, (1, 2))],
-    *[('ids', [0, value], 'ids, entry 2 is') for value in (-1, 10, True, 1.0, '1', None, [1])],
+    *[('ids', [0, value], 'each entry a whole number from 0 to 9') for value in (-1, 10, True, 1.0, '1', None, [1])],
     *[('map', value, 'wants an object') for value in ([], 'x', None)],
-    *[('map', {'a': 1, 'b': value}, 'map, entry 2 is') for value in (NAN, INF, True, 'x', None)],
-    ('maybe', 5, 'wants a text or null'), ('rows', [[True], [1]], 'rows, entry 2, entry 1 is 1; wants true or false'),
-    ('left', 'x', 'left is'), ('left', None, 'left is None; wants a whole number')])
+    *[('map', {'a': 1, 'b': value}, 'wants an object, each entry a finite number') for value in (NAN, INF, True, 'x', None)],
+    ('maybe', 5, 'maybe = 5; wants a text, or null'), ('rows', [[True], [1]], 'rows = [[True], [1]]; wants a list, each entry a list, each entry true or false'),
+    ('left', 'x', "left = 'x'; wants"), ('left', None, 'left = None; wants a whole number')])
 def test_values_that_a_table_refuses(name, value, says):
     """True is no number, and NaN lies in no range. The line says where, what and what to do, and is short."""
     with pytest.raises(UserError) as error:
         check_fields(FINE | {name: value}, TABLE, 'a.json', 'fetch it')
     line = str(error.value)
     assert line.startswith(f'a.json: {name}') and says in line and line.endswith('; fetch it') and len(line) < 150
+
+
+def test_words_alternatives_tables_in_tables_and_defaults():
+    """A list of ids where one id is usual, a token that is a text or an object: one table has a line for each. What the
+    table does not name is not handed on."""
+    ids = Field(list, high=3, items=Field(int, 0, 9))
+    table = {'kind': Field(str, words=('a', 'b'), default='b'), 'stop': Field(int, 0, 9, other=ids, null=True, default=None),
+             'token': Field(str, high=4, other=Field(dict, fields={'content': Field(str, high=4)}))}
+    assert check_fields({'token': 'x', 'more': NAN}, table, 'a') == {'kind': 'b', 'stop': None, 'token': 'x'}
+    for fine in ({'kind': 'a'}, {'stop': 9}, {'stop': []}, {'stop': [0, 9, 9]}, {'stop': None}, {'token': {'content': 'abcd', 'lstrip': 1}}):
+        given = {'token': 'x'} | fine
+        assert check_fields(given, table, 'a') == {'kind': 'b', 'stop': None} | given
+    for name, values, wants in (('kind', ('c', '', 1, None, ['a']), 'one of a, b'),
+                                ('stop', (10, True, [10], [True], [1] * 4, '1', {}),
+                                 'a whole number from 0 to 9, or a list of length up to 3, each entry a whole number from 0 to 9, or null'),
+                                ('token', ('abcde', {}, {'content': 5}, {'content': 'abcde'}, {'content': None}, ['x'], None),
+                                 'a text of length up to 4, or an object with content')):
+        for value in values:
+            with pytest.raises(UserError) as error:
+                check_fields({'token': 'x', name: value}, table, 'a')
+            assert str(error.value) == f'a: {name} = {shown(value)}; wants {wants}; fetch or make it again'
+    assert not Field(float).fits(10**400) and not Field(float).fits(-INF) and Field(float).fits(-10**300) and Field(int).fits(10**400)
 
 
 def test_what_is_no_object_or_lacks_a_field_is_refused():

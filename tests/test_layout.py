@@ -25,7 +25,7 @@ MAY_IMPORT = {
     'kernels': {'kernels'},
     'support': {'support', 'formats', 'losses', 'cross_tokenizer'},
     'formats': {'formats', 'support', 'model'},
-    'bridge_parts': {'bridge_parts', 'support'},
+    'bridge_parts': {'bridge_parts', 'formats', 'support'},
     'cross_tokenizer': {'formats', 'support', 'losses', 'output_losses'},
     'grading': {'grading', 'support'},
     'losses.py': {'kernels'},

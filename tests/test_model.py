@@ -17,7 +17,6 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from formats import huggingface
-from formats.fields import short
 from formats.huggingface import (
     hf_config,
     hf_tensors,
@@ -32,7 +31,7 @@ from formats.tokenizer import load_tokenizer
 from model import ACTIVATIONS, PRESETS, Cache, Linear, Model, ModelConfig, frequencies, init_weights
 from rollout import naive, sample
 from support.files import read_json, write_json
-from support.runtime import ROOT, UserError
+from support.runtime import ROOT, UserError, shown
 
 transformers = pytest.importorskip('transformers')
 
@@ -476,14 +475,14 @@ def tensors(change):
 @pytest.mark.parametrize('spoil, says', [
     (lambda f: (f / 'config.json').unlink(), 'config.json: no such file'),
     (lambda f: (f / 'config.json').write_text('{'), 'not valid JSON'),
-    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'vocab_size = None'),
+    (lambda f: (f / 'config.json').write_text('{"model_type": "qwen3"}'), 'vocab_size is missing'),
     (lambda f: (f / 'config.json').write_text('[]'), 'holds a list, not a dict'),
     (lambda f: edit(f, hidden_size='20'), "hidden_size = '20'"),
     (lambda f: edit(f, num_hidden_layers=0), 'num_hidden_layers = 0'),
     (lambda f: edit(f, num_key_value_heads=3), 'which 4 query heads cannot share evenly'),
     (lambda f: edit(f, model_type='mamba'), "model_type = 'mamba'"),
     (lambda f: edit(f, use_sliding_window=True, sliding_window=16), 'sliding_window = 16'),
-    (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0] * 3}), 'long_factor = None'),
+    (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0] * 3}), 'long_factor is missing'),
     (lambda f: edit(f, attention_bias=True), 'attention_bias'),
     (lambda f: edit(f, rope_scaling='x'), "rope_scaling = 'x'"),
     (lambda f: edit(f, rope_theta='x'), "rope_theta = 'x'"),
@@ -546,7 +545,7 @@ FIELDS += [(key, value) for key in ('rope_scaling', 'rope_parameters') for value
 FIELDS += [('hidden_size', 21), ('num_attention_heads', 7), ('head_dim', 5), ('head_dim', 1)]
 
 
-@pytest.mark.parametrize('key, value', FIELDS, ids=lambda value: short(value)[:25])
+@pytest.mark.parametrize('key, value', FIELDS, ids=lambda value: shown(value)[:25])
 def test_every_field_of_config_json_has_a_type_and_a_range(tmp_path, key, value):
     """true as a number, strings as booleans, NaN, sizes that would hang: each is one line that names file, field and value,
     at once. The fields are those of a Llama without head_dim, where the width must divide into the heads."""
@@ -560,7 +559,7 @@ def test_every_field_of_config_json_has_a_type_and_a_range(tmp_path, key, value)
     assert time.perf_counter() - began < 1
     line = str(error.value)
     assert line.startswith('config.json: ') and (key in line or 'cannot share evenly' in line or 'rotated in pairs' in line) and '\n' not in line and len(line) < 300, line
-    assert value is None or short(value) in line or 'cannot share evenly' in line or 'rotated in pairs' in line
+    assert value is None or shown(value) in line or 'cannot share evenly' in line or 'rotated in pairs' in line
 
 
 LINEAR = dict(rope_type='linear', factor=2.0)
@@ -579,7 +578,7 @@ SCALINGS += [({'rope_type': value}, 'rope_type') for value in ('yarn', 7, True, 
 
 
 @pytest.mark.parametrize('spelling', ['rope_scaling', 'rope_parameters'])
-@pytest.mark.parametrize('scaling, key', SCALINGS, ids=lambda value: short(value)[-25:])
+@pytest.mark.parametrize('scaling, key', SCALINGS, ids=lambda value: shown(value)[-25:])
 def test_every_number_of_a_rotary_scaling_has_a_range(scaling, key, spelling):
     """A factor of 0 and equal bounds of Llama 3 divided by zero; an original context of 1 has a logarithm of 0."""
     hf = hf_config(ModelConfig('llama', V=37, L=3, d=24, H=4, G=2, e=6, ff=28))
@@ -637,7 +636,7 @@ def test_weights_of_floating_point_dtypes_are_read(dtype, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['/etc/passwd', '../m2/model.safetensors', 'a/../model.safetensors', './model.safetensors', '', '.', '..', 7, None,
-                                  ['model.safetensors'], {}, True, 'none.safetensors', 'x' * 100_000, 'sub', 'm\x00'], ids=lambda name: short(name)[:20])
+                                  ['model.safetensors'], {}, True, 'none.safetensors', 'x' * 100_000, 'sub', 'm\x00'], ids=lambda name: shown(name)[:20])
 def test_an_index_names_files_of_its_folder_only(name, tmp_path):
     """Another folder's weights were loaded through `../`, and through absolute paths."""
     for folder in ('m', 'm2'):
