@@ -16,6 +16,7 @@ two models; the fingerprint has their names and shapes.
 Letters: K rows, d width (d_s student, d_t teacher), r rank.
 """
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Answer(NamedTuple):
 def check_folder(folder, out_dir):
     """A folder that holds other files and no bridge, or that is the folder of a run, is a UserError."""
     folder = Path(folder)
-    if folder.resolve() == Path(out_dir).resolve():
+    if os.path.realpath(folder) == os.path.realpath(out_dir):        # of a link to itself too
         raise UserError(f'{folder}: is out_dir as well, the folder of the run; choose another bridge=')
     if not folder.exists():
         return

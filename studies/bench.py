@@ -553,9 +553,15 @@ def sized(args, env):
     return args
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose errors are one line, as those of the other scripts are."""
+    def error(self, message):
+        raise UserError(f'{message}; see --help')
+
+
 def arguments():
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('what', choices=[*TABLES, 'bridge', 'pair', 'all'])
     p.add_argument('--model', choices=PRESETS, help='shape')
     p.add_argument('--rows', type=int, help='loss, head: supervised rows; update, rollout, step: answers; '

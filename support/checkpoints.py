@@ -260,10 +260,15 @@ def mend_link(out, name, target):
     path = out / name
     if path.is_symlink() and os.readlink(path) == f'{target.name}/model':
         return
-    if path.exists() and not path.is_symlink() and not is_copy(path, out):
-        raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
+    check_link(path)
     link(out, name, target)
     print0(f'  note: {path} now points to {target.name}')
+
+
+def check_link(path):
+    """UserError if what has the name of a link belongs to somebody else, so that it must not be replaced."""
+    if path.exists() and not path.is_symlink() and not is_copy(path, path.parent):
+        raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
 
 
 def is_copy(path, out):

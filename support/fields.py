@@ -12,6 +12,7 @@ Simpler than a schema language: types, ranges and lengths. Fields that a table d
 at. What fields have to do with each other is the caller's business.
 """
 import math
+import sys
 from dataclasses import dataclass
 
 from support.runtime import UserError, shown
@@ -85,8 +86,9 @@ def fits(value, field):
         return True
     size = value if field.kind in (int, float) else len(value)
 
-    # NaN lies in no range, not even in that of all numbers; nor does infinity, which JSON does not have.
-    return field.low <= size <= field.high and size not in (math.inf, -math.inf)
+    # NaN lies in no range, not even in that of all numbers. Infinity, which JSON does not have, and whole
+    # numbers of hundreds of digits are larger than any float.
+    return field.low <= size <= field.high and abs(size) <= sys.float_info.max
 
 
 def fast_fits(entries, field):
