@@ -212,7 +212,7 @@ def is_made(cfg):
 
 
 def check_recipe(cfg):
-    """UserError if the folder cannot be made: a shape that is none, or a place where nothing can be written."""
+    """UserError if the toy cannot be made: no network has this shape, or nothing can be written there."""
     tok = SimpleNamespace(size=PRESETS['toy'].V)
     for side in ('student', 'teacher'):
         shape(cfg, tok, side)

@@ -241,6 +241,7 @@ def resume(run, student, opt, later):
     if run.best:
         targets['best'] = folder_of(run.out, run.best['step'])
     if run.rank == 0:
+        check_links(run.out)
         for name, target in targets.items():
             mend_link(run.out, name, target)
     barrier()
@@ -256,19 +257,20 @@ def first_row(file):
 
 
 def mend_link(out, name, target):
-    """Let out/`name` point to a checkpoint. If it is a folder, it must hold what a checkpoint here holds."""
+    """Let out/`name` point to a checkpoint. What may stand in its place is said by check_links."""
     path = out / name
     if path.is_symlink() and os.readlink(path) == f'{target.name}/model':
         return
-    check_link(path)
     link(out, name, target)
     print0(f'  note: {path} now points to {target.name}')
 
 
-def check_link(path):
-    """UserError if what has the name of a link belongs to somebody else, so that it must not be replaced."""
-    if path.exists() and not path.is_symlink() and not is_copy(path, path.parent):
-        raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
+def check_links(out):
+    """UserError if something else has the name of one of the links: it belongs to the user, and must not be
+    replaced. A script looks before it writes anything, and `resume` looks again."""
+    for path in (out / 'last', out / 'best'):
+        if path.exists() and not path.is_symlink() and not is_copy(path, out):
+            raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
 
 
 def is_copy(path, out):

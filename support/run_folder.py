@@ -25,9 +25,18 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.fields import Field, check_fields
 from support.files import read_json, whole, write_json
 from support.jsonl import append_row, read_rows
 from support.runtime import UserError, all_gather
+
+# What the rows of log.jsonl may hold, as far as they are read again: by name, and by how a name begins.
+MEASURED = Field(float, 0, 1e9)                          # a score, a length or seconds
+COSINE = Field(float, -1.01, 1.01, needed=False)         # rounding may add a little to 1
+FIRST_ROW = {'student': Field(dict, items=MEASURED), 'teacher': Field(dict, items=MEASURED)}
+ROW = {'elapsed': MEASURED, 'rep/cos': COSINE,
+       'rep/cos_layer': Field(list, 1, 1000, items=COSINE, needed=False)}
+MEASURED_NAMES = ('avg@', 'best@', 'len', 'time/')
 
 CHANGED = 'changed'             # key in a row of the log: what has been different since this step
 
@@ -162,11 +171,14 @@ def rewrite_log(run, rows):
 
 
 def log_rows(file):
-    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError: steps are
-    numbered 0, 1, 2, ..."""
+    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError, and so is
+    a value that cannot be drawn: steps are numbered 0, 1, 2, ..."""
     rows = read_rows(file)
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or row.get('step') != number:
             found = json.dumps(row.get('step') if isinstance(row, dict) else row)
             raise UserError(f'{file}:{number + 1}: step {found[:40]} where step {number} belongs')
+        measured = {name: MEASURED for name in row if name.startswith(MEASURED_NAMES)}
+        table = ROW | measured | (FIRST_ROW if number == 0 else {})
+        check_fields(row, table, f'{file}:{number + 1}', 'restore the file, or run distill.py again')
     return rows
