@@ -18,6 +18,7 @@ from rollout import sample
 from step import position_mask, position_weights
 from studies import toy
 from support.optimizer import adamw, learning_rate
+from support.preflight import check_objective
 from support.runtime import UserError, run, start
 
 
@@ -25,10 +26,14 @@ def main(cfg):
     for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0)):
         if cfg[key] != value:
             raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
+    check_objective(cfg)
     cfg = toy.prepare(cfg, start('cpu'))     # makes two models and their problems, once
     tokenizer = load_tokenizer(cfg['student'])
     student = load_model(cfg['student'])
     teacher = load_model(cfg['teacher'])
+    if teacher.config.d != student.config.d or teacher.config.L < student.config.L:
+        raise UserError(f"{cfg['teacher']}: minimal.py wants a teacher of the student's width, and of no fewer "
+                        'layers; use distill.py')
     student.head.requires_grad_(False)       # Eq. (6) never reaches it
     problems = load_problems(cfg['data'], tokenizer)
     layers = list(range(1, student.config.L + 1))

@@ -8,7 +8,6 @@ are one-line errors, so that nothing downstream looks at the config with suspici
 import ast
 import difflib
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from configs.default import checks, free, later
 from configs.default import config as default
 from support import fields
 from support.fields import Field
-from support.runtime import ROOT, UserError, cut, shown
+from support.runtime import ROOT, UserError, cut, run_file, shown
 
 __all__ = ['load_config', 'checks', 'default', 'free', 'later']
 
@@ -68,11 +67,7 @@ def read_config_file(name):
                         (f'; did you mean configs/{near[0]}.py?' if near else f'; try {", ".join(known)}'))
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))        # so that it can say `from configs.default import config`
-    try:
-        cfg = runpy.run_path(str(path)).get('config')
-    except (Exception, SystemExit) as e:     # the file is the user's own Python: say where it broke
-        what = cut(' '.join(str(e).split()), 150)
-        raise UserError(f'{name}: {type(e).__name__}: {what}; mend the config file') from None
+    cfg = run_file(path, name, 'config file').get('config')
     if not isinstance(cfg, dict):
         raise UserError(f'{name}: no dict called `config` in it; see configs/toy.py')
     return dict(cfg)

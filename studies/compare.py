@@ -19,7 +19,6 @@ Runs that other code has made are not made again: a line under the table says wh
 """
 import os
 import re
-import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -36,7 +35,7 @@ from support.fields import Field, check_fields
 from support.files import whole
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
 from support.run_folder import MEASURED
-from support.runtime import ROOT, UserError, cut, print0, run, shown
+from support.runtime import ROOT, UserError, print0, run, run_file, shown
 
 # What a study's variables may hold. Names are those of methods, of bridges, and of panels.
 COMMANDS = Field(dict, items=Field(list, items=Field(str)))
@@ -92,21 +91,12 @@ def read_study(name):
     """A study's path, or its name in configs/ -> (file, its variables)."""
     for file in (Path(name), ROOT / 'configs' / f'{name}.py'):
         if file.is_file():
-            plan = run_study_file(file)
+            plan = run_file(file, name, 'study')
             if {'seeds', 'runs'} <= plan.keys():
                 check_study(file, plan)
                 return file, plan
             break
     raise UserError(f'{name}: not a Python file with seeds and runs; see configs/toy_comparison.py')
-
-
-def run_study_file(file):
-    """Run a study -> its variables. It is the user's own Python: an error says where it broke."""
-    try:
-        return runpy.run_path(str(file))
-    except (Exception, SystemExit) as error:
-        what = ' '.join(str(error).split())
-        raise UserError(f'{file}: {type(error).__name__}: {cut(what, 150)}; mend the study') from None
 
 
 def check_study(file, plan):

@@ -46,8 +46,9 @@ def read_log(folder):
         raise UserError(f'{file}: no steps in it; run distill.py first')
 
     # What is drawn together must be there together.
-    if any(name not in rows[0]['teacher'] for name in accuracy_metrics(rows)):
-        raise UserError(f'{file}:1: the teacher lacks scores that the student has; run distill.py again')
+    before = [rows[0].get(side, {}) for side in ('student', 'teacher')]
+    if not {'student', 'teacher'} <= rows[0].keys() or before[0].keys() != before[1].keys():
+        raise UserError(f'{file}:1: wants the same scores of student and teacher; run distill.py again')
     layers = {len(row.get('rep/cos_layer', [])) for row in rows if 'rep/cos' in row}
     if len(layers) > 1 or 0 in layers:
         raise UserError(f'{file}: rows have cosines of {sorted(layers)} layers; run distill.py again')

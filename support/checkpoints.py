@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from support.files import digest, read_json, remove, whole, write_json
 from support.jsonl import append_row
+from support.provenance import read_starts
 from support.run_folder import log_rows, rewrite_log
 from support.runtime import UserError, all_gather, barrier, print0
 
@@ -241,7 +242,7 @@ def resume(run, student, opt, later):
     if run.best:
         targets['best'] = folder_of(run.out, run.best['step'])
     if run.rank == 0:
-        check_links(run.out)
+        check_resumable(run.out)
         for name, target in targets.items():
             mend_link(run.out, name, target)
     barrier()
@@ -257,7 +258,7 @@ def first_row(file):
 
 
 def mend_link(out, name, target):
-    """Let out/`name` point to a checkpoint. What may stand in its place is said by check_links."""
+    """Let out/`name` point to a checkpoint. What may stand in its place is said by check_resumable."""
     path = out / name
     if path.is_symlink() and os.readlink(path) == f'{target.name}/model':
         return
@@ -265,9 +266,11 @@ def mend_link(out, name, target):
     print0(f'  note: {path} now points to {target.name}')
 
 
-def check_links(out):
-    """UserError if something else has the name of one of the links: it belongs to the user, and must not be
-    replaced. A script looks before it writes anything, and `resume` looks again."""
+def check_resumable(out):
+    """UserError if a run cannot go on in this folder: starts.jsonl is damaged, or something else has the name
+    of one of the links. That belongs to the user, and must not be replaced. A script looks before it writes
+    anything, and `resume` looks again."""
+    read_starts(out)
     for path in (out / 'last', out / 'best'):
         if path.exists() and not path.is_symlink() and not is_copy(path, out):
             raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
