@@ -57,7 +57,7 @@ from step import (
     position_weights,
 )
 from studies import figures, toy
-from support.checkpoints import resume, save
+from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
@@ -447,6 +447,7 @@ def main(cfg):
         print0(f"{out}: finished at step {results['steps']}; raise steps= to go on, or give another out_dir=")
         print0('\n'.join(show(results)))
         return
+    check_resumable(out)
     if toy.ends_dry_run(cfg):
         return
 

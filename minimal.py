@@ -10,7 +10,7 @@ watch the loss. Keys of other objectives, layers and positions are refused, beca
 import torch
 
 from configs import load_config
-from formats.huggingface import load_model
+from formats.huggingface import load_model, read_config
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from losses import oprd_loss
@@ -18,15 +18,29 @@ from rollout import sample
 from step import position_mask, position_weights
 from studies import toy
 from support.optimizer import adamw, learning_rate
+from support.preflight import check_objective
 from support.runtime import UserError, run, start
 
 
-def main(cfg):
-    for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0),
-                       ('dry_run', False)):
+def prepare(cfg):
+    """The config with the paths of the toy's models and problems, which are made here once. What this file
+    does not know is a UserError."""
+    known = {'layers': 'all', 'positions': 'all', 'oprd_weight': 1.0, 'opd_weight': 0.0, 'dry_run': False}
+    for key, value in known.items():
         if cfg[key] != value:
             raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
-    cfg = toy.prepare(cfg, start('cpu'))     # makes two models and their problems, once
+    check_objective(cfg)
+    cfg = toy.prepare(cfg, start('cpu'))
+    student = read_config(cfg['student'])
+    teacher = read_config(cfg['teacher'])
+    if teacher.d != student.d or teacher.L < student.L:
+        raise UserError(f"{cfg['teacher']}: minimal.py wants a teacher of the student's width, and of no "
+                        'fewer layers; use distill.py')
+    return cfg
+
+
+def main(cfg):
+    cfg = prepare(cfg)
     tokenizer = load_tokenizer(cfg['student'])
     student = load_model(cfg['student'])
     teacher = load_model(cfg['teacher'])

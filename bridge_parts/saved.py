@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from support.fields import Field, check_fields
-from support.files import digest, open_safetensors, whole, write_json, write_safetensors
+from support.files import digest, existing_above, open_safetensors, whole, write_json, write_safetensors
 from support.runtime import UserError, shown
 
 SAVED_ROWS = 256                # rows of P_t and P_s that are always saved, where there are as many
@@ -39,12 +39,9 @@ def check_folder(folder, out_dir):
     folder = Path(folder)
     if os.path.realpath(folder) == os.path.realpath(out_dir):
         raise UserError(f'{folder}: is out_dir as well, the folder of the run; choose another bridge=')
-
-    # A link that leads nowhere, or to itself, is no folder either.
-    if not os.path.lexists(folder):
+    existing_above(folder)
+    if not folder.exists():
         return
-    if not folder.is_dir():
-        raise UserError(f'{folder}: not a folder; choose another bridge=')
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith('.'))
     if names and not set(names) & set(OURS):
         raise UserError(f'{folder}: holds {shown(names[0])} and no bridge; choose another bridge=')

@@ -7,14 +7,13 @@ Keys are checked once, when they are read: unknown names, wrong types and values
 """
 import ast
 import difflib
-import runpy
 import sys
 from pathlib import Path
 
 from configs.default import checks, free, later
 from configs.default import config as default
 from support.config_values import check_value
-from support.runtime import ROOT, UserError, cut, shown
+from support.runtime import ROOT, UserError, cut, run_file, shown
 
 __all__ = ['load_config', 'checks', 'default', 'free', 'later']
 
@@ -65,11 +64,7 @@ def read_config_file(name):
     # The file is the user's own Python. It can say `from configs.default import config` wherever it lies.
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    try:
-        cfg = runpy.run_path(str(path)).get('config')
-    except (Exception, SystemExit) as error:
-        what = cut(' '.join(str(error).split()), 150)
-        raise UserError(f'{name}: {type(error).__name__}: {what}; mend the config file') from None
+    cfg = run_file(path, name, 'config file').get('config')
     if not isinstance(cfg, dict):
         raise UserError(f'{name}: no dict called `config` in it; see configs/toy.py')
     return dict(cfg)

@@ -54,7 +54,7 @@ def snapshot(path_or_repo, weights=False, dataset=False):
     if not hub:
         raise UserError(f'{shown(path_or_repo)}: no such folder, and not a hub id (owner/name)')
     first = path_or_repo.split('/')[0]
-    if first.startswith('.') or first == 'out' or os.path.isdir(first) or hub[1].endswith(DATA_ENDINGS):
+    if first.startswith('.') or first == 'out' or os.path.lexists(first) or hub[1].endswith(DATA_ENDINGS):
         raise UserError(f'{shown(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
                         f'not asked (for a hub id, start where no folder {shown(first)} is)')
 
@@ -172,7 +172,9 @@ def parse_rope(hf, fields, family, e, file):
                         'choose another model')
 
     # Each kind of scaling has numbers of its own; nothing else is kept of what the file says.
-    kind = given.get('rope_type') or given.get('type', 'default')
+    kind = given.get('rope_type')
+    if kind is None:
+        kind = given.get('type', 'default')
     check_fields({'rope_type': kind}, ROPE_TYPE, file, ANOTHER_MODEL)
     scaling = {}
     for key, value in check_fields(given, ROPE_SCALING[kind], file, ANOTHER_MODEL).items():

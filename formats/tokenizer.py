@@ -221,7 +221,7 @@ class Tokenizer:
         embedding, which is often rounded up, is left out: nothing can ever write it. An id beyond both is
         another model's.
         """
-        found = {self.words.get(self.marks.get('eos_token', '').encode())}
+        found = {self.words.get(self.marks.get('eos_token', '').encode(errors='surrogatepass'))}
         rows = VOCABULARY
         for name in ('config.json', 'generation_config.json'):
             fields = read_fields(folder, name, STOP)

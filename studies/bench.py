@@ -43,6 +43,7 @@ from unittest import mock
 import torch
 
 import kernels
+from configs import checks
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import pair_text
 from formats.huggingface import hf_config, hf_tensors
@@ -57,7 +58,7 @@ from step import Objective, accumulate, cut_rollout, position_mask, position_wei
 from studies.measure import MB, Case, counted, machine, measure
 from support.optimizer import adamw
 from support.provenance import versions
-from support.runtime import ROOT, UserError, gathered, run, shard, start
+from support.runtime import ROOT, UserError, gathered, run, shard, shown, start
 
 # ---- models of a shape -----------------------------------------------------------------------------
 
@@ -519,7 +520,11 @@ def main(args):
         got = (pairing if args.what == 'pair' else fits)(args, env)
         print(json.dumps({'what': args.what, 'machine': machine(env)} | got | versions(env)))
     elif args.case:
-        print(json.dumps(line_of(args, env, args.case, TABLES[args.what](args, env)[args.case])))
+        cases = TABLES[args.what](args, env)
+        if args.case not in cases:
+            raise UserError(f'--case {shown(args.case)}: no line of this table; choose one of '
+                            f'{", ".join(cases)}')
+        print(json.dumps(line_of(args, env, args.case, cases[args.case])))
     else:
         tabulate(args, env, TABLES[args.what])
 
@@ -553,9 +558,15 @@ def sized(args, env):
     return args
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose errors are one line, as those of the other scripts are."""
+    def error(self, message):
+        raise UserError(f'{message}; see --help')
+
+
 def arguments():
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('what', choices=[*TABLES, 'bridge', 'pair', 'all'])
     p.add_argument('--model', choices=PRESETS, help='shape')
     p.add_argument('--rows', type=int, help='loss, head: supervised rows; update, rollout, step: answers; '
@@ -571,8 +582,8 @@ def arguments():
     p.add_argument('--tokenizers', nargs=2, metavar=('STUDENT', 'TEACHER'), help='pair: folders or hub ids')
     p.add_argument('--data', help='pair: a problem set')
     p.add_argument('--keys', nargs='*', default=[], help='bridge: key=value of the config')
-    p.add_argument('--device', default='auto')
-    p.add_argument('--dtype', default='auto')
+    p.add_argument('--device', choices=checks['device'], default='auto')
+    p.add_argument('--dtype', choices=checks['dtype'], default='auto')
     p.add_argument('--case', help='measure one line only')
     return p.parse_args()
 

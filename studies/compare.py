@@ -19,10 +19,10 @@ Runs that other code has made are not made again: a line under the table says wh
 """
 import os
 import re
-import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -31,9 +31,19 @@ from tqdm import tqdm
 
 from configs import load_config
 from studies.figures import accuracy, finish, read_log, require_comparable
+from support.fields import Field, check_fields
 from support.files import whole
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
-from support.runtime import ROOT, UserError, run
+from support.run_folder import MEASURED
+from support.runtime import ROOT, UserError, print0, run, run_file, shown
+
+# What a study's variables may hold. Names are those of methods, of bridges, and of panels.
+COMMANDS = Field(dict, items=Field(list, items=Field(str)))
+STUDY = {'seeds': Field(list, 1, items=Field(int)), 'runs': replace(COMMANDS, low=1),
+         'bridges': replace(COMMANDS, needed=False),
+         'panels': Field(dict, items=Field(list, 1, items=Field(str)), needed=False)}
+PHASES = ('teacher', 'student', 'update')    # of a step, after its rollout
+LONGEST_NAME = 100              # a name is part of a folder's name
 
 # ---- many processes ------------------------------------------------------------------------------
 
@@ -41,7 +51,7 @@ def launch(script, jobs):
     """Run a script with each {folder: command line}, one process a core with one thread each. A finished
     folder costs seconds. The first failure is a UserError, once the other runs have ended."""
     failures = []
-    with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run') as bar:
+    with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run', disable=None) as bar:
         waiting = {pool.submit(run_script, script, arguments): folder for folder, arguments in jobs.items()}
         try:
             for job in as_completed(waiting):
@@ -81,11 +91,29 @@ def read_study(name):
     """A study's path, or its name in configs/ -> (file, its variables)."""
     for file in (Path(name), ROOT / 'configs' / f'{name}.py'):
         if file.is_file():
-            plan = runpy.run_path(str(file))
+            plan = run_file(file, name, 'study')
             if {'seeds', 'runs'} <= plan.keys():
+                check_study(file, plan)
                 return file, plan
             break
     raise UserError(f'{name}: not a Python file with seeds and runs; see configs/toy_comparison.py')
+
+
+def check_study(file, plan):
+    """UserError if a study's variables are not what the header of this file says."""
+    check_fields(plan, STUDY, file, 'see configs/toy_comparison.py')
+    if len(set(plan['seeds'])) < len(plan['seeds']):
+        raise UserError(f'{file}: seeds={shown(plan["seeds"])}: one of them is there twice; delete it')
+    for variable in ('runs', 'bridges', 'panels'):
+        for name in plan.get(variable, {}):
+            if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+                raise UserError(f'{file}: {variable}: {shown(name)} is no name; give a text of 1 to '
+                                f'{LONGEST_NAME} characters')
+    for title, names in plan.get('panels', {}).items():
+        unknown = [name for name in names if name not in plan['runs']]
+        if unknown:
+            raise UserError(f'{file}: panel {shown(title)}: {shown(unknown[0])} is none of the runs; give '
+                            'names of runs')
 
 
 def slug(name):
@@ -107,22 +135,39 @@ def command_lines(plan, out):
         for name, arguments in plan['runs'].items():
             folder = out / f'{slug(name)}-s{seed}'
             folders[name, seed] = folder
-            filled = [argument.format(**stage1) for argument in arguments]
-            run_jobs[folder] = [*filled, f'seed={seed}', f'out_dir={folder}']
+            run_jobs[folder] = [*filled_in(arguments, stage1), f'seed={seed}', f'out_dir={folder}']
     if len(run_jobs) < len(folders):
         raise UserError(f'{out.name}: two names or seeds share a folder; make them differ in letters or '
                         'digits')
     return bridge_jobs, run_jobs, folders
 
 
+def filled_in(arguments, stage1):
+    """Arguments with the folder of a bridge for each {name of a bridge}."""
+    filled = []
+    for argument in arguments:
+        for name, folder in stage1.items():
+            argument = argument.replace(f'{{{name}}}', str(folder))
+        if '{' in argument or '}' in argument:
+            raise UserError(f'{shown(argument)}: braces are for the name of a bridge, one of '
+                            f'{", ".join(stage1) or "none"}; mend the study')
+        filled.append(argument)
+    return filled
+
+
+def checked_config(folder, arguments):
+    """The config of a command line; an error names the run's folder."""
+    try:
+        return load_config(arguments)
+    except UserError as error:
+        raise UserError(f'{folder}: {error}') from None
+
+
 def require_one_table(run_jobs, folders, seeds):
     """Before hours of work: can these runs be put in one table and figure?"""
     configs = {}
     for folder, arguments in run_jobs.items():
-        try:
-            configs[folder] = load_config(arguments)
-        except UserError as error:
-            raise UserError(f'{folder}: {error}') from None
+        configs[folder] = checked_config(folder, arguments)
         if not configs[folder]['eval_data']:
             raise UserError(f'{folder}: a run without evaluation cannot be put in a table; set eval_data=')
 
@@ -137,8 +182,10 @@ def compare(study):
     file, plan = read_study(study)
     out = Path('out') / file.stem
     bridge_jobs, run_jobs, folders = command_lines(plan, out)
+    for folder, arguments in bridge_jobs.items():
+        checked_config(folder, arguments)
     require_one_table(run_jobs, folders, plan['seeds'])
-    print(f'{file.stem}: {len(run_jobs)} runs in {out}')
+    print0(f'{file.stem}: {len(run_jobs)} runs in {out}')
 
     # A bridge that is there is not made again: bridge.py, unlike distill.py, would begin anew.
     launch('bridge.py', {folder: arguments for folder, arguments in bridge_jobs.items()
@@ -147,15 +194,15 @@ def compare(study):
 
     logs = {}                                # {method: [rows of each seed]}
     for name in plan['runs']:
-        logs[name] = [read_log(folders[name, seed]) for seed in plan['seeds']]
+        logs[name] = [read_finished_log(folders[name, seed]) for seed in plan['seeds']]
     lines = comparison_table(logs) + notes_under_table(folders, plan['seeds'])
     with whole(out / 'table.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n')
-    print('\n'.join(lines))
+    print0('\n'.join(lines))
     panels = plan.get('panels', {file.stem: list(plan['runs'])})
     if panels:
         comparison_figure(logs, panels, out / 'curves.png')
-    print(f'{out}: table.md' + (', curves.png' if panels else ''))
+    print0(f'{out}: table.md' + (', curves.png' if panels else ''))
 
 
 # ---- table and figure ----------------------------------------------------------------------------
@@ -166,6 +213,31 @@ def span(values):
     return mean if len(values) == 1 else f'{mean} ({min(values):.1f}-{max(values):.1f})'
 
 
+def table_metrics(first_row):
+    """The row of step 0 -> names of the metrics that the table shows: Avg@n, Best@n, length. Of several sets
+    their means."""
+    names = [name for name in first_row['student'] if '/' not in name]
+    return [name for start in ('avg@', 'best@', 'len') for name in names if name.startswith(start)]
+
+
+def read_finished_log(folder):
+    """The rows of a finished run's log, with everything that the table shows."""
+    rows = read_log(folder)
+    file = f'{folder}/log.jsonl'
+    advice = f'delete {folder} to run it again'
+    metrics = table_metrics(rows[0])
+    if len(metrics) != 3:
+        raise UserError(f'{file}: scores of {", ".join(metrics) or "nothing"}; {advice}')
+    scores = dict.fromkeys(metrics, MEASURED)
+    for side in ('student', 'teacher'):
+        check_fields(rows[0][side], scores, f'{file}: {side}', advice)
+    check_fields(rows[-1], scores, f'{file}: the last row', advice)
+    seconds = {f'time/{phase}': MEASURED for phase in PHASES}
+    for number, row in enumerate(rows[1:], 2):
+        check_fields(row, seconds, f'{file}:{number}', advice)
+    return rows
+
+
 def comparison_table(logs):
     """{method: [rows of each seed]} -> markdown lines.
 
@@ -173,9 +245,7 @@ def comparison_table(logs):
     student, update). Of several sets the table has the mean.
     """
     first_method = next(iter(logs.values()))
-    before = first_method[0][0]['student']
-    best_of, = (metric for metric in before if metric.startswith('best@') and '/' not in metric)
-    average = accuracy(first_method[0])[1]
+    average, best_of, _ = table_metrics(first_method[0][0])
     columns = ['method', average.title(), best_of.title(), 'length', 'steps', 'seconds', 'ms a step', 'seeds']
     lines = [f"| {' | '.join(columns)} |", '|---' * len(columns) + '|']
 
@@ -224,7 +294,7 @@ def step_times(seeds):
     for rows in seeds:
         totals.append(sum(value for row in rows for key, value in row.items() if key.startswith('time/')))
         for row in rows[1:]:
-            updates.append(sum(row[f'time/{phase}'] for phase in ('teacher', 'student', 'update')))
+            updates.append(sum(row[f'time/{phase}'] for phase in PHASES))
     return fmean(totals), 1000 * median(updates)
 
 

@@ -13,6 +13,7 @@ Simpler than usual: it reads log.jsonl, config.json and bridge.json, and no trac
 start from different students, or that are evaluated differently, are refused: in one panel their curves
 would look comparable and are not. Many runs with a table and seeds: studies/compare.py.
 """
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -21,13 +22,17 @@ from configs import default
 from support.fields import Field, check_fields
 from support.files import read_json, whole
 from support.provenance import mixed_code
-from support.run_folder import log_rows
-from support.runtime import UserError, run, shown
+from support.run_folder import COSINE, log_rows
+from support.runtime import UserError, print0, printable, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
 BRIDGE_LINES = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs',
                 'mean_only': 'mean alone'}
-NUMBERS = Field(dict, 1, items=Field(float))             # {rank: cosine}
+NUMBERS = Field(dict, 1, items=COSINE)                   # {rank: cosine}
+LARGEST = 10**6                 # more than any rank or layer
+BRIDGE = {'rank': Field(int, 1, LARGEST), 'used': Field(int, 1, LARGEST),
+          'layers': Field(dict, 1, items=Field(dict))}
+CONFIG = {'config': Field(dict)}                         # config.json
 MOST_MARKERS = 40               # with more points than these, a line is drawn without markers
 
 
@@ -36,8 +41,17 @@ MOST_MARKERS = 40               # with more points than these, a line is drawn w
 def read_log(folder):
     """The rows of a run's log.jsonl: step 0 and at least one more."""
     rows = log_rows(Path(folder) / 'log.jsonl')
+    file = f'{folder}/log.jsonl'
     if len(rows) < 2:
-        raise UserError(f'{folder}/log.jsonl: no steps in it; run distill.py first')
+        raise UserError(f'{file}: no steps in it; run distill.py first')
+
+    # What is drawn together must be there together.
+    before = [rows[0].get(side, {}) for side in ('student', 'teacher')]
+    if not {'student', 'teacher'} <= rows[0].keys() or before[0].keys() != before[1].keys():
+        raise UserError(f'{file}:1: wants the same scores of student and teacher; run distill.py again')
+    layers = {len(row.get('rep/cos_layer', [])) for row in rows if 'rep/cos' in row}
+    if len(layers) > 1 or 0 in layers:
+        raise UserError(f'{file}: rows have cosines of {sorted(layers)} layers; run distill.py again')
     return rows
 
 
@@ -47,14 +61,13 @@ def read_bridge(folder):
     file = Path(folder) / 'bridge.json'
     made = read_json(file)
     advice = 'rerun bridge.py'
-    check_fields(made, {'rank': Field(int, 1), 'used': Field(int, 1),
-                        'layers': Field(dict, 1, items=Field(dict))}, file, advice)
+    check_fields(made, BRIDGE, file, advice)
     ranks = None
     for layer, values in made['layers'].items():
         check_fields(values, dict.fromkeys(BRIDGE_LINES, NUMBERS), f'{file}: layer {shown(layer)}', advice)
         for key in BRIDGE_LINES:
             ranks = ranks or list(values[key])
-            whole_numbers = all(name.isdecimal() for name in (layer, *ranks))
+            whole_numbers = all(re.fullmatch('[1-9][0-9]{0,5}', name) for name in (layer, *ranks))
             if not whole_numbers or list(values[key]) != ranks or str(made['used']) not in ranks:
                 raise UserError(f'{file}: layer {shown(layer)}: {key} has other ranks; {advice}')
     return made
@@ -95,7 +108,7 @@ def require_comparable(configs):
             # A run of an earlier version may lack a key; it then had the default's effect.
             values = [config.get(key, default[key]) for config in (first, other)]
             if values[0] != values[1]:
-                differences.append(f'{key}={values[0]!r} and {values[1]!r}')
+                differences.append(f'{key}={shown(values[0])} and {shown(values[1])}')
         if differences:
             raise UserError(f'{runs[0]} and {run_name} cannot be compared: {", ".join(differences)}; '
                             'put them in separate figures')
@@ -119,7 +132,13 @@ def evaluation_keys(first, other):
 
 def read_configs(folders):
     """{folder: the config that its run was started with}."""
-    return {str(folder): read_json(Path(folder) / 'config.json').get('config', {}) for folder in folders}
+    configs = {}
+    for folder in folders:
+        file = Path(folder) / 'config.json'
+        stored = read_json(file)
+        check_fields(stored, CONFIG, file, 'it does not describe a run; give a run folder of distill.py')
+        configs[str(folder)] = stored['config']
+    return configs
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -225,11 +244,17 @@ def bridges(folders, file):
 def finish(figure, axes, file):
     """Grid, legends, and the file, written completely or not at all."""
     from matplotlib import pyplot as plt
+    from matplotlib.text import Text
     for panel in axes:
         panel.grid(alpha=0.25)
         panel.spines[['top', 'right']].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=8)
+
+    # Names of folders and of metrics are drawn as they are: '$' begins no formula.
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
+        text.set_parse_math(False)
     with whole(file) as temporary:
         figure.savefig(temporary, dpi=130, format='png')
     plt.close(figure)
@@ -249,8 +274,8 @@ def main(folders):
         file = Path(folders[0]) / 'curve.png'
         curve(folders, file)
         for note in mixed_code(folders):
-            print(f'note: {note}')
-    print(file)
+            print0(f'note: {note}')
+    print0(file)
 
 
 if __name__ == '__main__':

@@ -211,15 +211,20 @@ def is_made(cfg):
     return not wanted(cfg) or is_whole(folder_of(cfg), cfg)
 
 
-def ends_dry_run(cfg):
-    """In a dry run, are there models to make first, so that nothing more can be said? The shapes, the
-    problems' number and the folder are checked as a run would check them."""
-    if not cfg['dry_run'] or is_made(cfg):
-        return False
+def check_recipe(cfg):
+    """UserError if the toy cannot be made: no network has this shape, or nothing can be written there."""
     tok = SimpleNamespace(size=PRESETS['toy'].V)
     for side in ('student', 'teacher'):
         shape(cfg, tok, side)
     check_folder(folder_of(cfg))
+
+
+def ends_dry_run(cfg):
+    """In a dry run, are there models to make first, so that nothing more can be said? The shapes and the
+    folder are checked as a run checks them."""
+    if not cfg['dry_run'] or is_made(cfg):
+        return False
+    check_recipe(cfg)
     print0(f'  dry run: a run makes {folder_of(cfg)} first (about two minutes)')
     return True
 
@@ -296,6 +301,7 @@ def prepare(cfg, env):
         return cfg
     folder = folder_of(cfg)
     if env.rank == 0 and not is_whole(folder, cfg):
+        check_recipe(cfg)                                # before a file is made for the lock
         with locked(folder.with_name(f'.{folder.name}.lock')):
             if not is_whole(folder, cfg):                # another run may have made it in the meantime
                 make(folder, cfg, env.device)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from support.files import digest, read_json, remove, whole, write_json
 from support.jsonl import append_row
+from support.provenance import read_starts
 from support.run_folder import log_rows, rewrite_log, write_config
 from support.runtime import UserError, all_gather, barrier, print0, ranks
 
@@ -257,8 +258,7 @@ def resume(run, student, opt, later):
     links = {'last': folder}
     if run.best:
         links['best'] = folder_of(run.out, run.best['step'])
-    for name in links:
-        check_link(run.out, name)
+    check_resumable(run.out)
     barrier()                                # no rank looks any more
 
     # Nothing was refused; what is written says what goes on from now.
@@ -285,13 +285,6 @@ def first_row(file):
         return []
 
 
-def check_link(out, name):
-    """UserError if out/`name` is neither a link nor what a copy made of one: it would be replaced."""
-    path = out / name
-    if path.exists() and not path.is_symlink() and not is_copy(path, out):
-        raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
-
-
 def mend_link(out, name, target):
     """Let out/`name` point to a checkpoint, and say so if it did not."""
     path = out / name
@@ -300,11 +293,22 @@ def mend_link(out, name, target):
         print0(f'  note: {path} now points to {target.name}')
 
 
+def check_resumable(out):
+    """UserError if a run cannot go on in this folder: starts.jsonl is damaged, or something else has the name
+    of one of the links. That belongs to the user, and must not be replaced. A script looks before it writes
+    anything, and `resume` looks again."""
+    read_starts(out)
+    for path in (out / 'last', out / 'best'):
+        if path.exists() and not path.is_symlink() and not is_copy(path, out):
+            raise UserError(f'{path}: not a link, and not a copy of a model of this run; move it away')
+
+
 def is_copy(path, out):
     """Is it what a copy makes of a link? A folder whose files are those of the model in one of the
     checkpoints here, or, where links are not known, a text file that names one."""
     if path.is_file():
-        return bool(re.fullmatch(rb'ckpt-\d{6,12}/model', path.read_bytes()[:40].strip()))
+        with path.open('rb') as file:
+            return bool(re.fullmatch(rb'ckpt-\d{6,12}/model', file.read(40).strip()))
     found = {}
     for file in path.rglob('*'):
         if not file.is_dir():

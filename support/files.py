@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 
 from support.runtime import UserError, barrier, print0
 
+LONGEST_NAME = 255              # bytes of a file's name, on the usual disks
+
 # ---- one file or folder, atomically -----------------------------------------------------------
 
 
@@ -65,6 +67,21 @@ def whole(path):
     finally:
         remove(tmp)
         remove(old)
+
+
+def existing_above(folder):
+    """The nearest to a folder that exists, among it and the folders above it -> Path. A UserError if the
+    folder cannot be made there. Nothing is written, so a command that is refused leaves nothing behind."""
+    folder = Path(folder)
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise UserError(f'{folder}: cannot be made, a name has more than {LONGEST_NAME} bytes; choose '
+                        'another folder')
+
+    # A link that leads nowhere, or to itself, exists and is no folder.
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f'{folder}: cannot be made, {above} is not a folder of yours; choose another folder')
+    return above
 
 
 @contextmanager

@@ -18,10 +18,10 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from support.files import existing_above
 from support.memory import GiB, checkpoint_bytes, peak, saving, weights_of
 from support.runtime import UserError
 
@@ -40,8 +40,7 @@ def planned(cfg, env):
 
 def check_folder(folder):
     """A folder that a run could not make is a UserError: a temporary one is made beside it and removed."""
-    folder = Path(folder).absolute()
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    above = existing_above(folder)
     try:
         os.rmdir(tempfile.mkdtemp(prefix='.dry-run-', dir=above))
     except OSError as error:

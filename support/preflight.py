@@ -130,8 +130,17 @@ def check_objective(cfg, same=True):
         raise UserError("opd='byte' needs a teacher that reads the text; set teacher_ids=text")
 
     # A step without any loss would be a rollout for nothing. For constant weights one look is enough.
+    # Between two neighbouring knots of the two schedules, and before the first and after the last one, both
+    # weights are straight lines, and no weight is negative. A straight line that is 0 inside an interval and
+    # negative nowhere in it is 0 in all of it. So if any step inside an interval has no loss, the first one
+    # in it has none: it is enough to look at the first step, and at the steps at and next to each knot. A
+    # knot at share x lies near step x * steps + 1, and rounding moves it by less than a step.
     schedules = [cfg[key] for key in ('oprd_weight', 'opd_weight') if isinstance(cfg[key], list)]
-    for step in range(1, cfg['steps'] + 1 if schedules else 2):
+    looked = {1}
+    for share in {share for knots in schedules for share, _ in knots}:
+        near = int(share * cfg['steps']) + 1
+        looked |= {near - 1, near, near + 1}
+    for step in sorted(step for step in looked if 1 <= step <= cfg['steps']):
         weights = [weight_at(step, cfg['steps'], cfg[key]) for key in ('oprd_weight', 'opd_weight')]
         if not any(weights):
             raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there; raise one')

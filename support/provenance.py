@@ -166,9 +166,9 @@ def read_starts(out):
     for row in rows:
         if not isinstance(row, dict) or type(row.get('step')) is not int:
             raise damage
-        for key in ('versions', 'sources', 'eval_data'):
-            if not isinstance(row.get(key), dict):
-                raise damage
+        tables = [row.get(key) for key in ('versions', 'sources', 'eval_data')] + [row.get('config', {})]
+        if not all(isinstance(table, dict) for table in tables):
+            raise damage
     return rows
 
 
@@ -202,15 +202,17 @@ def lasting_starts(rows):
 def note_start(run_folder, record):
     """Compare this start with the one before, print what has changed, and add its row. Rank 0 alone calls
     it. A UserError if the run would be another one."""
+    record = record | {'config': run_folder.config}
     for line in check_start(run_folder.out, record, run_folder.step):
         print0(f'  note: {line}')
-    append_start(run_folder.out, record | {'config': run_folder.config}, run_folder.step)
+    append_start(run_folder.out, record, run_folder.step)
 
 
 def check_start(out, record, step):
     """Compare a start that goes on after this step with the start that made the step -> lines to print.
 
     Other training problems, another student, teacher or bridge is a UserError: the run would be another one.
+    So are other held-out problems that the config did not ask for: their scores would stand in one curve.
     """
     rows = read_starts(out)
     if not rows and step > 0:
@@ -226,20 +228,31 @@ def check_start(out, record, step):
     for key, what in ANOTHER_RUN.items():
         if key in before and before[key] != record[key]:
             other.append(what)
+    if changed_sets(before, record) and evaluation_keys(before) == evaluation_keys(record):
+        other.append('the held-out problems')
     if other:
         raise UserError(f'{out}: changed since this run was started: {" and ".join(other)}; give the same '
                         'again (of a hub: owner/name@revision), or another out_dir=')
     return [f'changed since step {step} was made: {line}' for line in differences(before, record)]
 
 
+def changed_sets(before, now):
+    """Two records -> names of held-out sets that differ. A set that is in one of them alone was asked for, or
+    not, by the config."""
+    both = before['eval_data'].keys() & now['eval_data'].keys()
+    return sorted(name for name in both if before['eval_data'][name] != now['eval_data'][name])
+
+
+def evaluation_keys(record):
+    """The keys of a record's config that say what is evaluated, and how."""
+    return {key: value for key, value in record.get('config', {}).items() if key.startswith('eval_')}
+
+
 def differences(before, now):
     """Two records -> what differs and may well be meant: held-out problems, code, versions. A line for
     each."""
     lines = []
-
-    # A set that is in one of them alone was asked for, or not, by the config.
-    both = before['eval_data'].keys() & now['eval_data'].keys()
-    sets = sorted(name for name in both if before['eval_data'][name] != now['eval_data'][name])
+    sets = changed_sets(before, now)
     if sets:
         lines.append(f'the held-out problems of {shortened(sets)}')
 

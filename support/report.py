@@ -92,7 +92,10 @@ def read_results(out):
     results = read_json(file)
     rows = log_rows(out / 'log.jsonl')
     steps = results.get('steps')
-    if type(steps) is not int or not 0 < steps < len(rows) or results != summary(rows[:steps + 1]):
+    is_step = type(steps) is int and 0 < steps < len(rows)
+    if is_step:
+        is_step = {'student', 'teacher'} <= rows[0].keys() and 'elapsed' in rows[steps]
+    if not is_step or results != summary(rows[:steps + 1]):
         raise UserError(f'{file}: does not agree with log.jsonl; delete it, and the same command makes both '
                         'from the last checkpoint')
     return results

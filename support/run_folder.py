@@ -19,15 +19,22 @@ only checkpoints that bear it are ever deleted. It does not merge the logs of tw
 """
 import fcntl
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.files import read_json, whole, write_json
+from support.fields import Field, check_fields
+from support.files import existing_above, read_json, whole, write_json
 from support.jsonl import append_row, read_rows
 from support.runtime import UserError, all_gather
+
+# What the rows of log.jsonl may hold, as far as they are read again: by name, and by how a name begins.
+MEASURED = Field(float, 0, 1e9)              # a score, a length or seconds
+COSINE = Field(float, -1.01, 1.01)           # rounding may add a little to 1
+ROW = {'student': Field(dict, items=MEASURED), 'teacher': Field(dict, items=MEASURED), 'elapsed': MEASURED,
+       'rep/cos': COSINE, 'rep/cos_layer': Field(list, 1, 1000, items=COSINE)}
+MEASURED_NAMES = ('avg@', 'best@', 'len', 'time/')
 
 CHANGED = 'changed'             # key in a row of the log: what has been different since this step
 
@@ -93,9 +100,10 @@ def open_run(out_dir, config, may_change):
 def check_config(out, config, may_change):
     """UserError if the run in a folder was started with another config."""
     before = stored_config(out)
+    is_run = (out / 'config.json').exists()
     differences = []
     for key, value in config.items():
-        if before and key not in may_change and before.get(key) != value:
+        if is_run and key not in may_change and before.get(key) != value:
             differences.append(f'{key}={before.get(key)!r}, now {value!r}')
     if differences:
         raise UserError(f'{out}/config.json: this run was started with {"; ".join(differences[:3])}; '
@@ -115,11 +123,7 @@ def stored_config(out):
 
 def check_place(out):
     """UserError if a folder cannot be made or used, holds something else, or is in use."""
-    # The nearest folder above that exists must be writable.
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f'{out}: cannot be made, {above} is not a folder of yours; '
-                        'choose another out_dir=')
+    existing_above(out)
     if not out.exists():
         return
 
@@ -168,11 +172,14 @@ def rewrite_log(run, rows):
 
 
 def log_rows(file):
-    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError: steps are
-    numbered 0, 1, 2, ..."""
+    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError, and so is
+    a value of another kind than was logged: steps are numbered 0, 1, 2, ..."""
     rows = read_rows(file)
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or row.get('step') != number:
             found = json.dumps(row.get('step') if isinstance(row, dict) else row)
             raise UserError(f'{file}:{number + 1}: step {found[:40]} where step {number} belongs')
+        table = {name: field for name, field in ROW.items() if name in row}
+        table |= {name: MEASURED for name in row if name.startswith(MEASURED_NAMES)}
+        check_fields(row, table, f'{file}:{number + 1}', 'restore the file, or run distill.py again')
     return rows

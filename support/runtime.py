@@ -12,10 +12,12 @@ group. What it does not do: restart after a lost node, or anything that knows wh
 """
 import os
 import re
+import runpy
 import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -142,6 +144,23 @@ def shown(value, length=60):
         return cut(repr(value), length)
     except (ValueError, RecursionError):     # an integer of thousands of digits, or lists in lists in lists
         return f'a large {type(value).__name__}'
+
+
+def run_file(file, name, what):
+    """Run a Python file of the user -> its variables. An error in it is a UserError that says where it broke.
+
+    name: of the file, as the user gave it. what: the file is, for the advice.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return runpy.run_path(str(file))
+    except (Exception, SystemExit) as error:
+        try:
+            message = ' '.join(str(error).split())
+        except Exception:                    # an exception may be a class of the user's own
+            message = 'no message'
+        raise UserError(f'{name}: {type(error).__name__}: {cut(message, 150)}; mend the {what}') from None
 
 
 def print0(*words):

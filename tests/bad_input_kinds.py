@@ -344,7 +344,7 @@ CROSS_KEYS = [
     ('distill.py', 'student=toy toy_width=9'), ('distill.py', 'student=toy toy_heads=3 toy_width=8'),
     ('distill.py', 'student=toy toy_width=25 toy_heads=2'),
     ('distill.py', 'student=toy toy_teacher_width=9 toy_heads=2'),
-    ('distill.py', 'out_dir=done steps=3 lr=1e-9'), ('distill.py', 'out_dir=run n=5'),
+    ('distill.py', 'out_dir=done steps=3 beta1=0.5'), ('distill.py', 'out_dir=run n=5'),
     ('bridge.py', 'bridge='), ('bridge.py', 'bridge_prompts=2 bridge_held_out=0.9'),
     ('bridge.py', 'bridge_rank=1000'), ('bridge.py', 'layers=[99]'),
     ('bridge.py', 'layer_map=[1]'), ('bridge.py', 'seed=5'), ('bridge.py', 'temperature=0.5'),

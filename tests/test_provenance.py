@@ -216,12 +216,20 @@ def test_another_run_is_an_error(tmp_path, key, says, step):
 def test_changed_code_versions_and_held_out_problems_are_lines_that_name_them(tmp_path):
     append_start(tmp_path, record(), 0)
     now = record(sources={'losses.py': '9', 'model.py': '2', 'step.py': '1'}, eval_data={'aime24': 'x', 'amc23': 'y'},
-                 versions={'torch': '2.14.0', 'threads': 4, 'git': 'def-dirty', 'tokenizers': '1'})
+                 versions={'torch': '2.14.0', 'threads': 4, 'git': 'def-dirty', 'tokenizers': '1'}, config={'eval_n': 4})
     before = 'changed since step 40 was made: '
     assert check_start(tmp_path, now, 40) == [
         f'{before}the held-out problems of aime24', f'{before}code in losses.py, step.py (revision abc, now def-dirty)',
         f'{before}torch=2.13.0, now 2.14.0; threads=1, now 4']
     assert check_start(tmp_path, record(sources={'losses.py': '1'}), 40) == [f'{before}code in model.py (revision abc)']
+
+
+def test_other_held_out_problems_that_nobody_asked_for_are_an_error(tmp_path):
+    """The file had changed and the config had not: two sets of problems stood in one curve."""
+    append_start(tmp_path, record(config={'eval_n': 4, 'lr': 1.0}), 0)
+    now = record(eval_data={'aime24': 'x'}, config={'eval_n': 4, 'lr': 2.0})
+    with pytest.raises(UserError, match='changed since this run was started: the held-out problems; give the same again'):
+        check_start(tmp_path, now, 40)
 
 
 def test_another_revision_of_the_same_files_is_not_told():
