@@ -32,8 +32,8 @@ def main(cfg):
     student = load_model(cfg['student'])
     teacher = load_model(cfg['teacher'])
     if teacher.config.d != student.config.d or teacher.config.L < student.config.L:
-        raise UserError(f"{cfg['teacher']}: minimal.py wants a teacher of the student's width, and of no fewer "
-                        'layers; use distill.py')
+        raise UserError(f"{cfg['teacher']}: minimal.py wants a teacher of the student's width, with no "
+                        'fewer layers; use distill.py')
     student.head.requires_grad_(False)       # Eq. (6) never reaches it
     problems = load_problems(cfg['data'], tokenizer)
     layers = list(range(1, student.config.L + 1))

@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 

@@ -19,7 +19,6 @@ only checkpoints that bear it are ever deleted. It does not merge the logs of tw
 """
 import fcntl
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass, field
