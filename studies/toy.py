@@ -216,6 +216,8 @@ def check_recipe(cfg):
     tok = SimpleNamespace(size=PRESETS['toy'].V)
     for side in ('student', 'teacher'):
         shape(cfg, tok, side)
+    if not cfg['toy_dir']:
+        raise UserError("toy_dir='': nothing given; name a folder for the toy's models")
     check_folder(folder_of(cfg))
 
 

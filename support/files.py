@@ -78,9 +78,11 @@ def existing_above(folder):
                         'another folder')
 
     # A link that leads nowhere, or to itself, exists and is no folder.
-    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    paths = (folder, *folder.absolute().parents)
+    above = next(path for path in paths if os.path.lexists(path))
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f'{folder}: cannot be made, {above} is not a folder of yours; choose another folder')
+        raise UserError(f'{folder}: cannot be made, {above} is not a folder of yours; choose another '
+                        'folder')
     return above
 
 

@@ -136,7 +136,7 @@ def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, monkeypa
 
 
 def write_bridge(folder, used, shift):
-    layers = {str(l): {key: {str(r): 0.1 * l + 0.01 * r + shift + i for r in (1, 2, 4)}
+    layers = {str(l): {key: {str(r): 0.1 * l + 0.01 * r + shift - 0.3 * i for r in (1, 2, 4)}
                        for i, key in enumerate(('cos', 'before', 'shuffled', 'mean_only'))} for l in (1, 3)}
     folder.mkdir(parents=True)
     (folder / 'bridge.json').write_text(json.dumps({'rank': 2, 'used': used, 'layers': layers}))

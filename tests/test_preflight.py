@@ -234,7 +234,7 @@ def test_a_dry_run_of_the_bridge_samples_nothing(toy_dir, tmp_path, capsys):
     bridge.main(load_config(['configs/toy_bridge.py', *tiny, 'toy_teacher_layers=0', 'toy_teacher_width=0',
                              'toy_teacher_tokens=same', f'bridge={tmp_path / "b"}', '--dry-run']))
     out = capsys.readouterr().out
-    assert 'collect' in out and 'judge' in out and 'pairs of layers' in out and os.listdir(tmp_path) == []
+    assert 'collect' in out and 'judge' in out and 'student layer -> teacher layer: {1: 1, 2: 2, 3: 3}' in out and os.listdir(tmp_path) == []
 
 
 def test_durations_and_amounts_are_in_units_that_read_well():
