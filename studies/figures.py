@@ -206,12 +206,12 @@ def bridges(folders, file):
     A single fit is drawn with its controls, each layer, and Theorem 3's rank. A teacher that reads gibberish
     shows in the right half, at the last layer, and not in the mean.
     """
+    bridges_made = [read_bridge(folder) for folder in folders]           # a damaged one ends here
     figure, left, right = two_panels()
     alone = len(folders) == 1
     color_number = 0
     largest = 1                              # rank, over all folders
-    for folder in folders:
-        made = read_bridge(folder)
+    for folder, made in zip(folders, bridges_made, strict=True):
         layers = {int(layer): values for layer, values in made['layers'].items()}
         for key, label in BRIDGE_LINES.items() if alone else [('cos', Path(folder).name)]:
             color = f'C{color_number}'
