@@ -70,12 +70,12 @@ def whole(path):
 
 
 def existing_above(folder):
-    """The nearest to a folder that exists, among it and the folders above it -> Path. A UserError if the
-    folder cannot be made there. Nothing is written: who makes folders first, and fails, leaves some behind."""
+    """The folder itself, or the nearest one above it that exists -> Path. A UserError if the folder cannot be
+    made there. Nothing is written, so that a command that is refused leaves no folders behind."""
     folder = Path(folder)
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
-        raise UserError(f'{folder}: cannot be made, a name has more than {LONGEST_NAME} bytes; choose another '
-                        'folder')
+        raise UserError(f'{folder}: cannot be made, a name has more than {LONGEST_NAME} bytes; choose '
+                        'another folder')
 
     # A link that leads nowhere, or to itself, exists and is no folder.
     paths = (folder, *folder.absolute().parents)

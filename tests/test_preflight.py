@@ -1,5 +1,7 @@
 """What is checked before the first step: one vocabulary with extra tokens, the layers, the prompts."""
 import json
+import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +16,15 @@ from formats.huggingface import load_model, read_config, save_model
 from formats.tokenizer import load_tokenizer
 from model import Model
 from support.files import write_json
-from support.preflight import as_ranges, check_lengths, check_pair, check_prompts, layer_lines
+from support.optimizer import weight_at
+from support.preflight import (
+    as_ranges,
+    check_lengths,
+    check_objective,
+    check_pair,
+    check_prompts,
+    layer_lines,
+)
 from support.runtime import UserError
 
 
@@ -150,3 +160,34 @@ def test_every_run_prints_the_pairs_of_layers(toy_dir, tmp_path, capsys):
                           toy_teacher_steps=1)))
     out = capsys.readouterr().out
     assert 'layers, student -> teacher: 1 -> 1, 2 -> 3, 3 -> 5' in out and 'a pruned student may want layer_map=' in out
+
+
+def test_steps_without_a_loss_are_found_as_a_walk_over_all_steps_finds_them():
+    """Only the steps near the knots are looked at. Knots with jumps and flat parts at random, on shares that are steps and
+    on others; the first step without a loss is the one that is told."""
+    rng = random.Random(0)
+    found = 0
+    for _ in range(500):
+        steps = rng.choice([1, 2, 3, 7, 10, 49, 100])
+        keys = {'steps': steps}
+        for key in ('oprd_weight', 'opd_weight'):
+            shares = sorted(rng.choice([rng.random(), rng.randrange(11) / 10, rng.randrange(steps + 1) / steps])
+                            for _ in range(rng.randint(1, 4)))
+            keys[key] = rng.choice([0.0, [[share, rng.choice([0, 0, 1])] for share in shares]])
+        cfg = load_config([]) | keys
+        empty = [step for step in range(1, steps + 1)
+                 if not any(weight_at(step, steps, cfg[key]) for key in ('oprd_weight', 'opd_weight'))]
+        if empty:
+            found += 1
+            with pytest.raises(UserError, match=f'step {empty[0]}: oprd_weight and opd_weight are both 0'):
+                check_objective(cfg)
+        else:
+            check_objective(cfg)
+    assert 100 < found < 450
+
+
+def test_a_schedule_over_many_steps_is_checked_at_once():
+    """Walking over 10**9 steps takes an hour."""
+    began = time.process_time()
+    check_objective(load_config([]) | {'steps': 10**9, 'oprd_weight': [[0, 1], [0.5, 0]], 'opd_weight': [[0, 0], [0.5, 1]]})
+    assert time.process_time() - began < 1
