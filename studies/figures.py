@@ -22,13 +22,13 @@ from configs import default
 from support.fields import Field, check_fields
 from support.files import read_json, whole
 from support.provenance import mixed_code
-from support.run_folder import COSINE, log_rows
+from support.run_folder import log_rows
 from support.runtime import UserError, print0, printable, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
 BRIDGE_LINES = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs',
                 'mean_only': 'mean alone'}
-NUMBERS = Field(dict, 1, items=COSINE)                   # {rank: cosine}
+NUMBERS = Field(dict, 1, items=Field(float, -10, 10))    # {rank: cosine}; a mean of them cannot overflow
 LARGEST = 10**6                 # more than any rank or layer
 BRIDGE = {'rank': Field(int, 1, LARGEST), 'used': Field(int, 1, LARGEST),
           'layers': Field(dict, 1, items=Field(dict))}

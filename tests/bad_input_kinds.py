@@ -1146,7 +1146,7 @@ def problem_paths():
     yield Case('distill.py', [*LINES['distill.py'], 'data=set'], 'a folder of held-out problems',
                write('set/test.jsonl', b'{"question": "1", "answer": "1"}\n'))
     for name in ('aime42', 'amie24', 'math500,aime42x', 'AIME-24'):
-        yield problems_case(f'problems {name}', name, None, 'refused', rng)
+        yield problems_case(f'problems {name}', name, None, 'refused', rng, hub='math500' in name)       # a set of the hub
     for name in ('nobody/nothing-here', 'nobody/nothing@v1', 'aime24'):
         yield problems_case(f'hub id {name}', name, None, 'refused', rng, hub=True)
     yield problems_case('a path that is a loop', 'loop.jsonl', link('loop.jsonl', 'loop.jsonl'), 'refused',

@@ -11,6 +11,7 @@ from conftest import argv, opd_loss
 from configs import load_config
 from studies.bench import TABLES, arguments, liger_scheme, main
 from studies.toy import folder_of
+from support.runtime import run
 
 
 def bench(*args):
@@ -114,3 +115,19 @@ def test_the_peer_computes_the_same():
     assert loss == pytest.approx(ours.item(), rel=1e-5)
     for x, y in zip((d_h, d_W), want, strict=True):
         assert (x - y).abs().max() < 1e-5 * y.abs().max()
+
+
+@pytest.mark.parametrize('line, says', [
+    ('', 'required: what'), ('nope', "invalid choice: 'nope'"), ('loss --rows x', "invalid int value: 'x'"),
+    ('loss --nope', 'unrecognized arguments: --nope'), ('decode --batch', 'expected at least one argument'),
+    ('pair --tokenizers a', 'expected 2 arguments'), ('loss --device nope', "invalid choice: 'nope'"),
+    ('loss --dtype nope', "invalid choice: 'nope'"), ('loss --rows 0', 'begin at 1'),
+    ('loss --device cpu --model toy --rows 2 --tokens 4 --case nope', "--case 'nope': no line of this table; choose one of fused"),
+])
+def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, line, says):
+    """argparse writes two lines; an unknown device, dtype or case was a traceback."""
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *line.split()])
+    with pytest.raises(SystemExit) as end:
+        run(main, arguments)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith('error: ') and printed.count('\n') == 1 and says in printed

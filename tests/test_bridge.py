@@ -340,6 +340,10 @@ def test_only_a_folder_of_a_bridge_is_written_to(toy_dir, made, tmp_path):
     assert os.listdir(tmp_path / 'notes') == ['rollouts.txt'] and os.listdir(tmp_path / 'run') == []
     saved.check_folder(tmp_path / 'run', 'x')
     saved.check_folder(made, 'x')
+    (tmp_path / 'loop').symlink_to('loop')
+    for name in ('loop', 'loop/x', 'a/' + 'x' * 300):                        # a RuntimeError, or the folder `a` was made
+        with pytest.raises(UserError, match='cannot be made'):
+            saved.check_folder(tmp_path / name, 'x')
     shutil.copy(made / 'rollouts.jsonl', tmp_path / 'run')
     with owned(tmp_path / 'run'):
         p = subprocess.run([sys.executable, 'bridge.py', *args(toy_dir, tmp_path / 'run')], cwd=ROOT, capture_output=True, text=True)

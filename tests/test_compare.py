@@ -8,7 +8,7 @@ import pytest
 from conftest import argv
 from matplotlib import pyplot as plt
 
-from studies.compare import comparison_figure, comparison_table, main, notes_under_table
+from studies.compare import comparison_figure, comparison_table, main, notes_under_table, read_finished_log
 from support.provenance import append_start, source_digests
 from support.runtime import UserError
 
@@ -166,6 +166,58 @@ def test_wrong_command_lines_are_one_line_errors():
     for arguments in ([], ['--run'], ['toy_comparison', 'toy_search']):
         with pytest.raises(UserError, match='give one study'):
             main(arguments)
+
+
+RUNS = "runs = {'a': ['configs/toy.py']}"
+
+
+@pytest.mark.parametrize('text, says', [
+    (f'seeds = 3; {RUNS}', 'seeds is 3; wants a list'),
+    (f'seeds = []; {RUNS}', 'seeds is []; wants a list of length from 1'),
+    (f'seeds = [None]; {RUNS}', 'seeds, entry 1 is None; wants a whole number'),
+    (f'seeds = [0, 0]; {RUNS}', 'seeds=[0, 0]: one of them is there twice'),
+    ('seeds = [0]; runs = {}', 'runs is {}; wants an object of length from 1'),
+    ('seeds = [0]; runs = [1]', 'runs is [1]; wants an object'),
+    ("seeds = [0]; runs = {'a': None}", 'runs, entry 1 is None; wants a list'),
+    ("seeds = [0]; runs = {'a': 'configs/toy.py'}", "runs, entry 1 is 'configs/toy.py'; wants a list"),
+    ("seeds = [0]; runs = {'a': [1]}", 'runs, entry 1, entry 1 is 1; wants a text'),
+    ("seeds = [0]; runs = {1: ['configs/toy.py']}", 'runs: 1 is no name'),
+    ("seeds = [0]; runs = {'a' * 500: ['configs/toy.py']}", 'is no name; give a text of 1 to 100 characters'),
+    (f'seeds = [0]; bridges = [1]; {RUNS}', 'bridges is [1]; wants an object'),
+    (f"seeds = [0]; bridges = {{'b': ['stepz=1']}}; {RUNS}", 'out/mine/b-stage1-s0: '),
+    (f'seeds = [0]; panels = [1]; {RUNS}', 'panels is [1]; wants an object'),
+    (f"seeds = [0]; panels = {{'x': []}}; {RUNS}", 'panels, entry 1 is []; wants a list of length from 1'),
+    (f"seeds = [0]; panels = {{'x': ['b']}}; {RUNS}", "panel 'x': 'b' is none of the runs"),
+    *((f"seeds = [0]; runs = {{'a': ['configs/toy.py', 'bridge={braces}']}}", f"'bridge={braces}': braces are for")
+      for braces in ('{', '}', '{nope}', '{0}', '{x.__class__}')),
+    ('seeds = [', 'mine.py: SyntaxError: '),
+    ('1 / 0', 'mine.py: ZeroDivisionError: division by zero; mend the study'),
+    ('raise SystemExit(0)', 'mine.py: SystemExit: 0; mend the study'),
+])
+def test_a_study_of_another_form_is_refused_before_it_runs(tmp_path, monkeypatch, text, says):
+    """Each was a traceback, or was noticed when the runs had ended."""
+    monkeypatch.chdir(tmp_path)
+    Path('mine.py').write_text(text)
+    with pytest.raises(UserError) as error:
+        main(['mine.py'])
+    assert says in str(error.value) and '\n' not in str(error.value) and not Path('out').exists()
+
+
+@pytest.mark.parametrize('number, change', [
+    (0, {'student': {'avg@4': 20.0, 'len': 9.0}, 'teacher': {'avg@4': 20.0, 'len': 9.0}}),
+    (2, {'best@4': None}), (2, {'time/update': 'x'}), (1, {'time/teacher': None}),
+])
+def test_a_log_without_what_the_table_shows_is_refused(tmp_path, number, change):
+    """None: the key is taken out. It was a KeyError when all runs had ended."""
+    rows = seeds(50.0)[0]
+    write = (tmp_path / 'log.jsonl').write_text
+    write(''.join(json.dumps(row) + '\n' for row in rows))
+    assert read_finished_log(tmp_path) == rows
+    changed = rows[number] | change
+    rows[number] = {key: value for key, value in changed.items() if value is not None}
+    write(''.join(json.dumps(row) + '\n' for row in rows))
+    with pytest.raises(UserError, match='log.jsonl:'):
+        read_finished_log(tmp_path)
 
 
 def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):

@@ -152,3 +152,15 @@ def test_bad_config_files(tmp_path, text, says):
     with pytest.raises(UserError) as e:
         load_config([str(tmp_path / 'bad.py')])
     assert says in str(e.value) and 'bad.py' in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 280
+
+
+def test_whatever_a_config_file_does_is_one_error(tmp_path, recwarn):
+    """A warning was a second line, and an exception whose text cannot be made was a traceback."""
+    file = tmp_path / 'mine.py'
+    file.write_text('class E(Exception):\n    def __str__(self): raise ValueError\nraise E')
+    with pytest.raises(UserError, match='mine.py: E: no message; mend the config file'):
+        load_config([str(file)])
+    file.write_text('import warnings\nwarnings.warn("x")\nconfig = {"stepz": 1}')
+    with pytest.raises(UserError, match='unknown key'):
+        load_config([str(file)])
+    assert not recwarn.list

@@ -81,6 +81,50 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, keys, says):
     main([str(runs[2])])                     # alone it can be drawn
 
 
+@pytest.mark.parametrize('number, change, says', [
+    (0, {'student': None}, ':1: student is None; wants an object'),
+    (0, {'student': [1]}, ':1: student is [1]; wants an object'),
+    (0, {'student': {'avg@4': None}}, ':1: student, entry 1 is None; wants a finite number'),
+    (0, {'student': {'avg@4': 10**400}}, ':1: student, entry 1 is 1000'),
+    (0, {'teacher': {}}, ':1: wants the same scores of student and teacher'),
+    (4, {'avg@4': 10**400}, ':5: avg@4 is 1000'),
+    (4, {'avg@4': 'x'}, ":5: avg@4 is 'x'; wants a finite number"),
+    (2, {'rep/cos': float('nan')}, ':3: rep/cos is nan; wants a finite number'),
+    (2, {'rep/cos_layer': 5}, ':3: rep/cos_layer is 5; wants a list'),
+    (2, {'rep/cos_layer': ['a', 'b']}, ":3: rep/cos_layer, entry 1 is 'a'"),
+    (2, {'rep/cos_layer': [1.0]}, ': rows have cosines of [1, 2] layers'),
+])
+def test_a_log_that_cannot_be_drawn_is_refused_in_one_line(tmp_path, number, change, says):
+    """Each was a traceback: a KeyError, a TypeError, an OverflowError."""
+    folder = write_log(tmp_path / 'a')
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    rows[number] |= change
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    with pytest.raises(UserError) as error:
+        main([str(folder)])
+    assert f'{folder}/log.jsonl{says}' in str(error.value) and not (folder / 'curve.png').exists()
+
+
+@pytest.mark.parametrize('config', [None, [], 5, 'x'])
+def test_a_config_that_describes_no_run_is_refused(tmp_path, config):
+    runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b')]
+    (runs[1] / 'config.json').write_text(json.dumps({'config': config}))
+    with pytest.raises(UserError, match='b/config.json: config is .*; wants an object; it does not describe a run'):
+        main([str(folder) for folder in runs])
+
+
+def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn):
+    """A '$' began a formula of matplotlib, which may be wrong, and a control character reached the terminal in a
+    warning."""
+    kept = []
+    monkeypatch.setattr(plt, 'close', kept.append)
+    main([str(write_log(tmp_path / '$\\x$\x1b'))])
+    labels = [line.get_label() for line in kept[0].axes[0].lines]
+    legend = [text.get_text() for text in kept[0].axes[0].get_legend().get_texts()]
+    assert labels[0] == '$\\x$\x1b: distilled' and legend[0] == '$\\x$\\x1b: distilled'
+    assert not [warning for warning in recwarn if 'missing from' in str(warning.message)]
+
+
 def test_runs_of_different_code_are_drawn_with_a_line(tmp_path, capsys):
     """The files differ, which may well be what the figure shows; the line names them. Runs of the same code, and of versions
     that did not note it, need none."""

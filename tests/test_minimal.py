@@ -8,6 +8,8 @@ from conftest import argv
 import distill
 import minimal
 from configs import load_config
+from studies import toy
+from support.runtime import UserError, start
 
 
 @pytest.mark.parametrize('kind', ['mse', 'cosine'])
@@ -24,3 +26,13 @@ def test_minimal_gives_the_losses_of_distill(kind, toy_dir, tmp_path, capsys):
     for row, (_, loss, norm) in zip(rows, printed, strict=True):
         assert float(loss) == pytest.approx(row['loss'], rel=1e-4, abs=2e-6)
         assert float(norm) == pytest.approx(row['grad_norm'], rel=1e-3, abs=2e-4)
+
+
+def test_what_minimal_cannot_compare_is_refused(toy_dir):
+    """It was an assertion, or an error of torch about two sizes, in the first step."""
+    with pytest.raises(UserError, match="rep_loss='mes': no such distance"):
+        minimal.main(load_config(argv(toy_dir, 'unused', rep_loss='mes')))
+    unlike = argv(toy_dir, 'unused', toy_teacher_layers=4, toy_teacher_width=32)
+    toy.prepare(load_config(unlike), start('cpu'))
+    with pytest.raises(UserError, match="minimal.py wants a teacher of the student's width"):
+        minimal.main(load_config(unlike))

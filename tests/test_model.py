@@ -483,6 +483,7 @@ def tensors(change):
     (lambda f: edit(f, model_type='mamba'), "model_type = 'mamba'"),
     (lambda f: edit(f, use_sliding_window=True, sliding_window=16), 'sliding_window = 16'),
     (lambda f: edit(f, rope_scaling={'rope_type': 'longrope', 'short_factor': [1.0] * 3}), 'long_factor is missing'),
+    (lambda f: edit(f, rope_scaling={'rope_type': []}), 'rope_type = []'),
     (lambda f: edit(f, attention_bias=True), 'attention_bias'),
     (lambda f: edit(f, rope_scaling='x'), "rope_scaling = 'x'"),
     (lambda f: edit(f, rope_theta='x'), "rope_theta = 'x'"),

@@ -2,7 +2,9 @@
 prints and refuses."""
 import json
 import os
+import random
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +22,15 @@ from model import PRESETS, Model
 from studies import toy
 from support import plan
 from support.files import write_json
-from support.preflight import as_ranges, check_lengths, check_pair, check_prompts, layer_lines
+from support.optimizer import weight_at
+from support.preflight import (
+    as_ranges,
+    check_lengths,
+    check_objective,
+    check_pair,
+    check_prompts,
+    layer_lines,
+)
 from support.runtime import UserError
 
 needs_proc = pytest.mark.skipif(not os.path.isdir('/proc'), reason='no /proc here')
@@ -240,3 +250,32 @@ def test_a_dry_run_of_the_bridge_samples_nothing(toy_dir, tmp_path, capsys):
 def test_durations_and_amounts_are_in_units_that_read_well():
     assert [plan.seconds(x) for x in (0.123, 45.2, 600, 20000)] == ['0.12 s', '45 s', '10 min', '5.6 h']
     assert [plan.amount(x, 'B') for x in (12, 3.5e6, 1.54e12)] == ['12 B', '3.5 MB', '1.54 TB']
+def test_steps_without_a_loss_are_found_as_a_walk_over_all_steps_finds_them():
+    """Only the steps near the knots are looked at. Knots with jumps and flat parts at random, on shares that are steps and
+    on others; the first step without a loss is the one that is told."""
+    rng = random.Random(0)
+    found = 0
+    for _ in range(500):
+        steps = rng.choice([1, 2, 3, 7, 10, 49, 100])
+        keys = {'steps': steps}
+        for key in ('oprd_weight', 'opd_weight'):
+            shares = sorted(rng.choice([rng.random(), rng.randrange(11) / 10, rng.randrange(steps + 1) / steps])
+                            for _ in range(rng.randint(1, 4)))
+            keys[key] = rng.choice([0.0, [[share, rng.choice([0, 0, 1])] for share in shares]])
+        cfg = load_config([]) | keys
+        empty = [step for step in range(1, steps + 1)
+                 if not any(weight_at(step, steps, cfg[key]) for key in ('oprd_weight', 'opd_weight'))]
+        if empty:
+            found += 1
+            with pytest.raises(UserError, match=f'step {empty[0]}: oprd_weight and opd_weight are both 0'):
+                check_objective(cfg)
+        else:
+            check_objective(cfg)
+    assert 100 < found < 450
+
+
+def test_a_schedule_over_many_steps_is_checked_at_once():
+    """Walking over 10**9 steps takes an hour."""
+    began = time.process_time()
+    check_objective(load_config([]) | {'steps': 10**9, 'oprd_weight': [[0, 1], [0.5, 0]], 'opd_weight': [[0, 0], [0.5, 1]]})
+    assert time.process_time() - began < 1

@@ -117,3 +117,20 @@ def test_the_best_step(tmp_path):
     run.log({'step': 5})
     run.log({'step': 6, 'avg@4': 45.0})
     assert run.is_best(6)
+
+
+@pytest.mark.parametrize('name', ['loop', 'loop/x', 'gone/x', 'a/' + 'x' * 300])
+def test_a_folder_that_cannot_be_made_is_told_and_leaves_nothing(tmp_path, name):
+    """Links to themselves and to nowhere exist and are no folders; a long name was noticed when `a` was made."""
+    (tmp_path / 'loop').symlink_to('loop')
+    (tmp_path / 'gone').symlink_to('nowhere')
+    with pytest.raises(UserError, match='cannot be made'):
+        open_run(tmp_path / name, {}, ())
+    assert not (tmp_path / 'a').exists()
+
+
+def test_a_run_with_an_empty_config_is_another_run(tmp_path):
+    """It was taken for no run."""
+    write_json(tmp_path / 'config.json', {'run': 'x', 'config': {}})
+    with pytest.raises(UserError, match='this run was started with lr=None, now 1'):
+        open_run(tmp_path, {'lr': 1}, ())

@@ -184,3 +184,17 @@ def test_two_runs_at_once_make_the_folder_once(tmp_path):
     two = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out = [p.communicate()[0] for p in two]
     assert [p.returncode for p in two] == [0, 0] and sum('making student' in o for o in out) == 1
+
+
+@pytest.mark.parametrize('keys, says', [
+    (['toy_width=9'], 'toy_width=9 does not divide'), (['toy_teacher_width=9'], 'toy_teacher_width=9 does not divide'),
+    (['toy_dir='], "toy_dir='': nothing given"), (['toy_dir=loop/x'], 'loop is not a folder of yours'),
+    (['toy_dir=a/' + 'x' * 300], 'a name has more than 255 bytes'),
+])
+def test_a_toy_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch, keys, says):
+    """The folder of its lock was made first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'loop').symlink_to('loop')
+    with pytest.raises(UserError) as error:
+        toy.prepare(load_config(['configs/toy.py', 'toy_dir=made', *keys]), start('cpu'))
+    assert says in str(error.value) and [path.name for path in tmp_path.iterdir()] == ['loop']
