@@ -239,10 +239,9 @@ def hf_config(c):
 # ---- names ------------------------------------------------------------------------------------
 
 def name_map(c):
-    """{our parameter name: the Hugging Face names whose rows it stacks}."""
-    names = {'embed.weight': ['model.embed_tokens.weight'], 'norm.weight': ['model.norm.weight']}
-    if not c.tied:
-        names['head.weight'] = ['lm_head.weight']
+    """{our parameter name: the Hugging Face names whose rows it stacks}, in the order of a model's own
+    parameters."""
+    names = {'embed.weight': ['model.embed_tokens.weight']}
 
     # Phi-3 stacks q, k, v and gate, up in its files too.
     qkv = ['qkv'] if c.family == 'phi3' else ['q', 'k', 'v']
@@ -250,16 +249,19 @@ def name_map(c):
     for l in range(c.L):
         ours = f'blocks.{l}.'
         hf = f'model.layers.{l}.'
+        names[f'{ours}norm1.weight'] = [f'{hf}input_layernorm.weight']
         for end in ['weight', 'bias'] if c.qkv_bias else ['weight']:
             names[f'{ours}attn.qkv.{end}'] = [f'{hf}self_attn.{part}_proj.{end}' for part in qkv]
         names[f'{ours}attn.out.weight'] = [f'{hf}self_attn.o_proj.weight']
         if c.qk_norm:
             names[f'{ours}attn.q_norm.weight'] = [f'{hf}self_attn.q_norm.weight']
             names[f'{ours}attn.k_norm.weight'] = [f'{hf}self_attn.k_norm.weight']
+        names[f'{ours}norm2.weight'] = [f'{hf}post_attention_layernorm.weight']
         names[f'{ours}mlp.gate_up.weight'] = [f'{hf}mlp.{part}_proj.weight' for part in gate_up]
         names[f'{ours}mlp.down.weight'] = [f'{hf}mlp.down_proj.weight']
-        names[f'{ours}norm1.weight'] = [f'{hf}input_layernorm.weight']
-        names[f'{ours}norm2.weight'] = [f'{hf}post_attention_layernorm.weight']
+    names['norm.weight'] = ['model.norm.weight']
+    if not c.tied:
+        names['head.weight'] = ['lm_head.weight']
     return names
 
 
@@ -423,8 +425,7 @@ def write_weights(c, shapes, state, folder, shard_bytes):
     dtype of the weights.
 
     state: (name, parameter) for every parameter, in any order. A file is written as soon as all of it has
-    come. So in the order of `name_map` memory holds the tensors of one file. In that of a model's own
-    parameters it holds those of two: norm and head, which are in the first file, come last.
+    come. So in the order of a model's own parameters memory holds the tensors of one file.
     """
     dtype = None
     for name, parameter in state:

@@ -292,7 +292,7 @@ def saving(plan):
     resume_state = {'files of the resume state, as bytes and a copy': copies * file}
     model = {}
     if plan.cuda or plan.sharded:
-        model = {"files of the model's folder": min(plan.s * weights.total, 2 * SHARD_BYTES)}
+        model = {"files of the model's folder": min(plan.s * weights.total, SHARD_BYTES)}
     return max(resume_state, model, key=lambda parts: sum(parts.values()))
 
 
