@@ -23,17 +23,12 @@ from support.runtime import UserError, run, start
 
 
 def main(cfg):
-    for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0)):
-        if cfg[key] != value:
-            raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
-    check_objective(cfg)
+    check_config(cfg)
     cfg = toy.prepare(cfg, start('cpu'))     # makes two models and their problems, once
     tokenizer = load_tokenizer(cfg['student'])
     student = load_model(cfg['student'])
     teacher = load_model(cfg['teacher'])
-    if teacher.config.d != student.config.d or teacher.config.L < student.config.L:
-        raise UserError(f"{cfg['teacher']}: minimal.py wants a teacher of the student's width, with no "
-                        'fewer layers; use distill.py')
+    check_pair(student.config, teacher.config)
     student.head.requires_grad_(False)       # Eq. (6) never reaches it
     problems = load_problems(cfg['data'], tokenizer)
     layers = list(range(1, student.config.L + 1))
@@ -68,6 +63,21 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad()
         print(f'step {step:4d} | loss {loss.item():.6f} | gradient norm {norm.item():.4f}', flush=True)
+
+
+def check_config(cfg):
+    """UserError if a key asks for what only distill.py can do."""
+    for key, value in (('layers', 'all'), ('positions', 'all'), ('oprd_weight', 1.0), ('opd_weight', 0.0)):
+        if cfg[key] != value:
+            raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
+    check_objective(cfg)
+
+
+def check_pair(student, teacher):
+    """UserError if the two ModelConfigs do not fit: states are compared number by number, layer by layer."""
+    if teacher.d != student.d or teacher.L < student.L:
+        raise UserError(f'a teacher of width {teacher.d} and {teacher.L} layers: minimal.py wants the '
+                        f"student's width, {student.d}, and its {student.L} layers or more; use distill.py")
 
 
 if __name__ == '__main__':
