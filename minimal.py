@@ -10,7 +10,7 @@ watch the loss. Keys of other objectives, layers and positions are refused, beca
 import torch
 
 from configs import load_config
-from formats.huggingface import load_model, read_config
+from formats.huggingface import load_model
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from losses import oprd_loss
@@ -22,28 +22,13 @@ from support.preflight import check_objective
 from support.runtime import UserError, run, start
 
 
-def prepare(cfg):
-    """The config with the paths of the toy's models and problems, which are made here once. What this file
-    does not know is a UserError."""
-    known = {'layers': 'all', 'positions': 'all', 'oprd_weight': 1.0, 'opd_weight': 0.0, 'dry_run': False}
-    for key, value in known.items():
-        if cfg[key] != value:
-            raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
-    check_objective(cfg)
-    cfg = toy.prepare(cfg, start('cpu'))
-    student = read_config(cfg['student'])
-    teacher = read_config(cfg['teacher'])
-    if teacher.d != student.d or teacher.L < student.L:
-        raise UserError(f"{cfg['teacher']}: minimal.py wants a teacher of the student's width, and of no "
-                        'fewer layers; use distill.py')
-    return cfg
-
-
 def main(cfg):
-    cfg = prepare(cfg)
+    check_config(cfg)
+    cfg = toy.prepare(cfg, start('cpu'))     # makes two models and their problems, once
     tokenizer = load_tokenizer(cfg['student'])
     student = load_model(cfg['student'])
     teacher = load_model(cfg['teacher'])
+    check_pair(student.config, teacher.config)
     student.head.requires_grad_(False)       # Eq. (6) never reaches it
     problems = load_problems(cfg['data'], tokenizer)
     layers = list(range(1, student.config.L + 1))
@@ -78,6 +63,22 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad()
         print(f'step {step:4d} | loss {loss.item():.6f} | gradient norm {norm.item():.4f}', flush=True)
+
+
+def check_config(cfg):
+    """UserError if a key asks for what only distill.py can do."""
+    known = {'layers': 'all', 'positions': 'all', 'oprd_weight': 1.0, 'opd_weight': 0.0, 'dry_run': False}
+    for key, value in known.items():
+        if cfg[key] != value:
+            raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')
+    check_objective(cfg)
+
+
+def check_pair(student, teacher):
+    """UserError if the two ModelConfigs do not fit: states are compared number by number, layer by layer."""
+    if teacher.d != student.d or teacher.L < student.L:
+        raise UserError(f'a teacher of width {teacher.d} and {teacher.L} layers: minimal.py wants the '
+                        f"student's width, {student.d}, and its {student.L} layers or more; use distill.py")
 
 
 if __name__ == '__main__':
