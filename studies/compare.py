@@ -40,8 +40,8 @@ from support.runtime import ROOT, UserError, print0, run, run_file, shown
 # What a study's variables may hold. Names are those of methods, of bridges, and of panels.
 COMMANDS = Field(dict, items=Field(list, items=Field(str)))
 STUDY = {'seeds': Field(list, 1, items=Field(int)), 'runs': replace(COMMANDS, low=1),
-         'bridges': replace(COMMANDS, needed=False),
-         'panels': Field(dict, items=Field(list, 1, items=Field(str)), needed=False)}
+         'bridges': replace(COMMANDS, default={}),
+         'panels': Field(dict, items=Field(list, 1, items=Field(str)), default={})}
 PHASES = ('teacher', 'student', 'update')    # of a step, after its rollout
 LONGEST_NAME = 100              # a name is part of a folder's name
 

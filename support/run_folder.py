@@ -48,7 +48,7 @@ class RunFolder:
     rank: int
     rows: list = field(default_factory=list)             # of log.jsonl
     step: int = 0               # steps that were taken before this start
-    began: float = field(default_factory=time.monotonic)     # moved back by the seconds of earlier starts
+    began: float = field(default_factory=lambda: time.monotonic())   # less the seconds of earlier starts
     best: dict | None = None    # the checkpoint with the best held-out accuracy: {'step', 'score', 'metric'}
     changed: dict = field(default_factory=dict)          # {key: [before, now]} since the last checkpoint
 
