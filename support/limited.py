@@ -168,7 +168,15 @@ def limit(memory_bytes):
     if sys.platform == 'linux':                                             # elsewhere these two are not kept
         bounds |= {'RLIMIT_AS': memory_bytes, 'RLIMIT_NPROC': 0}
     for name, bound in bounds.items():
+        bound = within(getattr(resource, name), bound)
         resource.setrlimit(getattr(resource, name), (bound, bound))
+
+
+def within(kind, bound):
+    """A bound that the shell's own limits (`ulimit -H`) allow: they can be lowered, and not be raised."""
+    import resource
+    hard = resource.getrlimit(kind)[1]
+    return bound if hard == resource.RLIM_INFINITY else min(bound, hard)
 
 
 def memory_held():
@@ -201,7 +209,8 @@ def serve(file, cpu_seconds, memory_bytes):
     replies.write('null\n')
     for line in sys.stdin:
         spent = int(time.process_time())
-        resource.setrlimit(resource.RLIMIT_CPU, (spent + cpu_seconds + 1, resource.RLIM_INFINITY))
+        bound = within(resource.RLIMIT_CPU, spent + cpu_seconds + 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (bound, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         answered = answer(json.loads(line))
         replies.write(json.dumps([answered, memory_held() > memory_bytes / 2]) + '\n')
 

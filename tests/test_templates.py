@@ -233,3 +233,14 @@ def test_without_jinja2_the_first_prompt_is_one_line(folder, tmp_path):
             f'try: load_tokenizer({str(folder)!r}).render("x")\nexcept UserError as error: print(error)')
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': f'{ROOT}:{tmp_path}/broken'})
     assert 'chat templates: jinja2 cannot be used (ImportError: no such package); pip install jinja2' in p.stdout, p.stderr
+
+
+def test_limits_of_the_shell_are_kept():
+    """Under `ulimit -t` the child died at each request, because it tried to lift a limit: every answer counted as wrong."""
+    code = ('import resource\n'
+            'for name, bound in (("CPU", 600), ("NOFILE", 12), ("FSIZE", 10**6)):\n'
+            '    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (bound, bound))\n'
+            'from grading.grader import judge\n'
+            'print(judge(r"\\boxed{x^2-1}", "(x-1)(x+1)"))')
+    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert "correct=True, decided_by='math-verify'" in p.stdout, p.stdout + p.stderr
