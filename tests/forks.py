@@ -141,7 +141,9 @@ def watch(folder, events_file, trap):
         append_row(file, row, **how)
 
     sys.addaudithook(audit)
-    support.jsonl.append_row = append
+    for module in list(sys.modules.values()):           # those that have imported it by name, too
+        if getattr(module, 'append_row', None) is append_row:
+            module.append_row = append
     register_optimizer_step_pre_hook(lambda *_: happens('update begins'))
     register_optimizer_step_post_hook(lambda *_: happens('update ends'))
 
