@@ -29,7 +29,7 @@ from support.runtime import UserError, shown
 # Conversations are rendered in pieces of so many, or of so many characters. This is what a piece may take.
 PIECE = 100
 PIECE_CHARACTERS = 10**6
-TEMPLATE_LIMITS = Limits(cpu_seconds=3, wall_seconds=30, memory_bytes=2**29)
+TEMPLATE_LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=2**29)
 template_child = LimitedChild(Path(__file__).with_name('template_child.py'), 'chat templates', 'jinja2')
 
 
