@@ -82,16 +82,16 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, keys, says):
 
 
 @pytest.mark.parametrize('number, change, says', [
-    (0, {'student': None}, ':1: student is None; wants an object'),
-    (0, {'student': [1]}, ':1: student is [1]; wants an object'),
-    (0, {'student': {'avg@4': None}}, ':1: student, entry 1 is None; wants a finite number'),
-    (0, {'student': {'avg@4': 10**400}}, ':1: student, entry 1 is 1000'),
+    (0, {'student': None}, ':1: student = None; wants an object'),
+    (0, {'student': [1]}, ':1: student = [1]; wants an object'),
+    (0, {'student': {'avg@4': None}}, ":1: student = {'avg@4': None}; wants an object, each entry a finite number"),
+    (0, {'student': {'avg@4': 10**400}}, ":1: student = {'avg@4': 1000"),
     (0, {'teacher': {}}, ':1: wants the same scores of student and teacher'),
-    (4, {'avg@4': 10**400}, ':5: avg@4 is 1000'),
-    (4, {'avg@4': 'x'}, ":5: avg@4 is 'x'; wants a finite number"),
-    (2, {'rep/cos': float('nan')}, ':3: rep/cos is nan; wants a finite number'),
-    (2, {'rep/cos_layer': 5}, ':3: rep/cos_layer is 5; wants a list'),
-    (2, {'rep/cos_layer': ['a', 'b']}, ":3: rep/cos_layer, entry 1 is 'a'"),
+    (4, {'avg@4': 10**400}, ':5: avg@4 = 1000'),
+    (4, {'avg@4': 'x'}, ":5: avg@4 = 'x'; wants a finite number"),
+    (2, {'rep/cos': float('nan')}, ':3: rep/cos = nan; wants a finite number'),
+    (2, {'rep/cos_layer': 5}, ':3: rep/cos_layer = 5; wants a list'),
+    (2, {'rep/cos_layer': ['a', 'b']}, ":3: rep/cos_layer = ['a', 'b']; wants a list"),
     (2, {'rep/cos_layer': [1.0]}, ': rows have cosines of [1, 2] layers'),
 ])
 def test_a_log_that_cannot_be_drawn_is_refused_in_one_line(tmp_path, number, change, says):
@@ -109,7 +109,7 @@ def test_a_log_that_cannot_be_drawn_is_refused_in_one_line(tmp_path, number, cha
 def test_a_config_that_describes_no_run_is_refused(tmp_path, config):
     runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b')]
     (runs[1] / 'config.json').write_text(json.dumps({'config': config}))
-    with pytest.raises(UserError, match='b/config.json: config is .*; wants an object; it does not describe a run'):
+    with pytest.raises(UserError, match='b/config.json: config = .*; wants an object; it does not describe a run'):
         main([str(folder) for folder in runs])
 
 
