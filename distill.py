@@ -483,7 +483,7 @@ def run_in_folder(cfg, setup, env, run_folder):
         figures.curve([out], out / 'curve.png')
         write_json(out / 'results.json', results)
         print0('\n'.join(show(results)))
-        print0(f"{out}: {results['seconds']:.0f} s in all; model in last/, figure in curve.png")
+        print0(f"{out}: {results['seconds']:.0f} s from step 0 on; model in last/, figure in curve.png")
 
 
 def show(results):
