@@ -216,7 +216,8 @@ def test_ranks_belong_to_a_dry_run(tmp_path):
 @pytest.mark.parametrize('script, config', [(main, 'toy'), (bridge.main, 'toy_bridge'), (toy.main, 'toy')])
 def test_a_dry_run_refuses_a_toy_that_cannot_be_made(script, config, key, message, tmp_path):
     """It said "a run makes the toy first", and the run then refused."""
-    arguments = [f'configs/{config}.py', f'toy_dir={tmp_path / "toys"}', key, '--dry-run']
+    arguments = [f'configs/{config}.py', f'toy_dir={tmp_path / "toys"}', f'out_dir={tmp_path / "r"}',
+                 f'bridge={tmp_path / "b"}' if config == 'toy_bridge' else 'bridge=', key, '--dry-run']
     with pytest.raises(UserError, match=message):
         script(load_config(arguments))
     assert os.listdir(tmp_path) == []
