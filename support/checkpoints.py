@@ -66,9 +66,11 @@ def save(run, step, student, opt, write_model, keep):
         for _ in weights:                    # the other ranks take part in the gathering
             pass
         barrier()
+
+        # What the checkpoint says of itself: without its own digest, the digest of every other file.
         names = [str(file.relative_to(temporary)) for file in sorted(temporary.rglob('*')) if file.is_file()]
         record = {'run': run.name, 'step': step, 'elapsed': run.seconds(), 'config': run.config,
-                  'best': run.best, 'files': digests(temporary, names)}
+                  'best': run.best, 'files': digests(temporary, names, run.rank)}
         if run.rank == 0:
             write_json(temporary / 'resume.json', record | {'digest': digest(record, 64)})
         barrier()
@@ -91,6 +93,7 @@ def tensors(student, opt):
     sharded. 'step' is among them: a weight that had no gradient at first has taken fewer steps."""
     state = {}
     for name, p in student.named_parameters():
+        # AdamW has no moments of a weight that is frozen.
         for key, tensor in {'weight': p, **opt.state.get(p, {})}.items():
             state[f'{key}.{name}'] = tensor.detach()
     return state
@@ -147,12 +150,10 @@ def transfer(operation, state, folder, **storage):
             raise UserError(f'{folder}: {type(error).__name__}: {str(error).splitlines()[0]}') from None
 
 
-def digests(folder, names):
+def digests(folder, names, rank):
     """{name: SHA-256} of files in a folder, of which each rank reads its share; '' for one that cannot be
     read."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    mine = {name: file_digest(folder / name) for name in names[rank::world]}
+    mine = {name: file_digest(folder / name) for name in names[rank::ranks()]}
     return {name: found for part in all_gather(mine) for name, found in part.items()}
 
 
@@ -220,7 +221,7 @@ def newest_whole(run):
         elif record['run'] != run.name:
             told.append(f'{folder} belongs to another run')
         else:
-            found = digests(folder, list(record['files']))
+            found = digests(folder, list(record['files']), run.rank)
             damaged = [name for name, said in record['files'].items() if found[name] != said]
             if not damaged:
                 for line in told:
@@ -245,6 +246,8 @@ def resume(run, student, opt, later):
     if folder is None:
         rewrite_log(run, first_row(run.out / 'log.jsonl'))
         return
+
+    # From which step, and with what weights.
     run.step = record['step']
     run.began -= record['elapsed']
     if run.step > run.config['steps']:

@@ -160,7 +160,7 @@ def be_the_script(case, folder, out, err, asked):
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except Exception:
+        except (OSError, ValueError):        # what could not be written is a fault: no refusal ends with 1
             code = 1
         os._exit(code)
 
@@ -344,8 +344,8 @@ def work(numbered, base, scratch, file):
             for number, case in numbered:
                 try:
                     outcome = run_case(number, case, base, scratch)
-                except Exception:
-                    print(f'case {number}, {case.kind}: {case.what}', file=sys.stderr)
+                except Exception as error:
+                    error.add_note(f'case {number}, {case.kind}: {case.what}')
                     raise
                 lines.write(json.dumps(asdict(outcome)) + '\n')
         code = 0

@@ -203,12 +203,17 @@ def test_the_child_of_templates_starts_without_torch(tmp_path):
     real.stop()
 
 
+def child_that_answers(tmp_path, answer):
+    """A limited child that answers a request with the value of an expression."""
+    file = tmp_path / 'answer.py'
+    file.write_text(f'def prepare():\n    return lambda request: {answer}\n')
+    return LimitedChild(file, 'a test', 'nothing')
+
+
 @LINUX
 def test_requests_and_replies_larger_than_a_pipe(tmp_path):
     """64 kB fit into a pipe: a parent that writes all and a child that answers all must not wait for each other."""
-    file = tmp_path / 'echo.py'
-    file.write_text('def prepare():\n    return lambda request: request * 2\n')
-    child = LimitedChild(file, 'a test', 'nothing')
+    child = child_that_answers(tmp_path, 'request * 2')
     for size in (0, 10, 4096, 10**5, 3 * 10**6):
         assert child.ask('é' * size, Limits(5, 60, 2**29)) == ('é' * 2 * size, None)
     child.stop()
@@ -217,9 +222,7 @@ def test_requests_and_replies_larger_than_a_pipe(tmp_path):
 @LINUX
 def test_a_child_that_does_not_read_is_given_up(tmp_path):
     """A stopped child leaves the pipe full; the request must not wait for ever."""
-    file = tmp_path / 'echo.py'
-    file.write_text('def prepare():\n    return lambda request: request\n')
-    child = LimitedChild(file, 'a test', 'nothing')
+    child = child_that_answers(tmp_path, 'request')
     assert child.ask(1, Limits(5, 60, 2**29)) == (1, None)
     os.kill(child.process.pid, 19)
     assert child.ask('x' * 10**6, Limits(5, 0.5, 2**29)) == (None, 'timeout') and child.process is None
