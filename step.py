@@ -254,6 +254,9 @@ def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weig
         lap('student')
         add_to(sums, parts, rows)
         add_losses(sums, hidden_loss, output_loss)
+
+        # L x K x d numbers, which the next micro-batch must not find still in memory.
+        del teacher_rows, tap
     return sums
 
 
@@ -281,8 +284,7 @@ def add_to(sums, parts, rows):
         sums[name] = sums.get(name, 0.0) + value
 
 
-# ---- what the objective leaves out
-# ------------------------------------------------------------------
+# ---- what the objective leaves out ----------------------------------------------------------------
 
 def layer_diagnosis(l, h, objective, student, rows, teacher_rows):
     """`take_loss_at_layer` without losses: the cosine of layer l, or the statistics of the output

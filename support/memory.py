@@ -389,9 +389,9 @@ def gathered_blocks(plan):
 
 
 def teacher_forward(plan, batch, rows):
-    """The teacher reads a micro-batch. From the second one on, the rows of the one before are still there."""
+    """The teacher reads a micro-batch."""
     embed = plan.s * weights_of(plan.student).embed
-    return moment(gradients_before(plan, batch), rows * (2 if batch.several else 1),
+    return moment(gradients_before(plan, batch), rows,
                   embed if plan.sharded and batch.several else 0,
                   forward_work(plan.teacher, plan.s) * batch.tokens)
 

@@ -2,6 +2,7 @@
 import inspect
 import os
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from formats.huggingface import save_model
 from model import Model, ModelConfig, rotary
 from output_losses import make_objective
 from rollout import Rollout, sample
-from step import position_mask, position_weights
+from step import Objective, position_mask, position_weights
 from studies import peaks
 from studies.measure import Bytes
 from support import checkpoints, memory
@@ -127,6 +128,23 @@ def test_an_update_holds_as_many_bytes_as_are_counted(name):
         step_sums(student, teacher, roll, weights, plan.layer_map if keys['oprd_weight'] else {}, keys['token_budget'],
                   output=objective, oprd_weight=keys['oprd_weight'], opd_weight=keys['opd_weight'])
     assert sum(update(plan).values()) == pytest.approx(counted.peak, rel=0.06)
+
+
+def test_a_micro_batch_leaves_no_rows_behind(monkeypatch):
+    """The teacher's rows of one micro-batch were still there while it read the next one: L x K x d numbers too many."""
+    real = Objective.teacher_rows
+    seen = []                                # a weak reference to each tensor of rows, of every micro-batch
+
+    def teacher_rows(objective, teacher, rows):
+        assert not any(reference() is not None for reference in seen)
+        made = real(objective, teacher, rows)
+        seen.extend(weakref.ref(tensor) for tensor in made.values())
+        return made
+
+    monkeypatch.setattr(Objective, 'teacher_rows', teacher_rows)
+    roll = sample(tiny_model(0), [[1, 5, 9], [1, 4, 14]], 2, max_new_tokens=10, stop=[2], seed=4)
+    step_sums(tiny_model(0), tiny_model(1), roll, position_weights(position_mask(roll)), {1: 1, 3: 3}, 25)
+    assert len(seen) >= 4
 
 
 @pytest.mark.parametrize('V, top_p', [(500, 1.0), (500, 0.9), (6000, 1.0), (6000, 0.9)])
