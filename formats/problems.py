@@ -228,12 +228,14 @@ def final_answer(answer):
     return answer.rpartition('####')[2].strip()
 
 
-def folded(question):
-    """A question as a text to compare by: without the instruction to use a box, and with neither capitals nor
-    differences in spaces. Of a list of messages, all that the system did not say."""
+def folded(question, suffix=''):
+    """A question as a text to compare by: without the suffix that was added to it, without the instruction to
+    use a box, and with neither capitals nor differences in spaces. Of messages, all that the system did not
+    say."""
     if isinstance(question, list):
         question = '\n'.join(message['content'] for message in question if message['role'] != 'system')
-    return ' '.join(question.removesuffix(BOXED).split()).casefold()
+    question = question.removesuffix(suffix).removesuffix(BOXED)
+    return ' '.join(question.split()).casefold()
 
 
 def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='', show=True):

@@ -205,8 +205,12 @@ def json_rows(file):
 def csv_rows(file):
     """(where, row) of a .csv or .tsv file. Its first line names the columns; an empty cell is no value."""
     separator = '\t' if ending_of(file) == '.tsv' else ','
-    with readable(file, 'save it as UTF-8'):
-        text = content_of(file).decode()
+    content = content_of(file)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b'\n', 0, error.start) + 1
+        raise UserError(f'{file}:{line}: {cut(str(error), 100)}; save the file as UTF-8') from None
     csv.field_size_limit(LONGEST_TEXT)                   # of the whole process
 
     # A quoted cell may hold newlines, so the reader gets the text as it is, and says where each row ends.
@@ -215,7 +219,7 @@ def csv_rows(file):
     last = 0                                             # last line of the row before
     while True:
         where = f'{file}:{last + 1}'
-        with readable(where):
+        with readable(where, 'look for a quote there that is not closed or is not doubled'):
             cells = next(reader, None)
         last = reader.line_num
         if cells is None:
