@@ -197,8 +197,8 @@ def problem_lines(cfg, train, held_out):
     prompts = cfg['steps'] * cfg['prompts_per_step']
     lines = []
     if prompts != len(train):
-        line = (f"{cfg['steps']} steps x {cfg['prompts_per_step']} prompts: {prompts / len(train):.3g} epochs "
-                f'of {len(train)} training problems')
+        line = (f"{cfg['steps']} steps x {cfg['prompts_per_step']} prompts: {prompts / len(train):.3g} "
+                f'epochs of {len(train)} training problems')
         if prompts < len(train):
             line += f'; {len(train) - prompts} are never asked'
         lines.append(line)
