@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from configs import default, load_config
 from formats.huggingface import load_model, read_config
-from formats.problems import load_problems
+from formats.problems import BOXED, load_problems
 from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from grading.grader import equal, grade, judge
 from rollout import stream
@@ -57,7 +57,6 @@ from support.samples import check_samples, first_date, read_samples, samples_fol
 __all__ = ['grade', 'evaluate', 'load_eval_sets', 'check_answers']
 
 # The sets that can be given by name: hub id, and the instruction that is added to each question.
-BOXED = ' Please reason step by step, and put your final answer within \\boxed{}.'
 SETS = {
     'aime24': ('HuggingFaceH4/aime_2024', BOXED),
     'aime25': ('math-ai/aime25', BOXED),

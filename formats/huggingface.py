@@ -37,7 +37,8 @@ from support.runtime import UserError, shown
 
 CLASS_NAMES = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}
 LARGEST_TEXT = 2**28            # bytes of a file without weights; the largest published tokenizers have 2**25
-DATA_ENDINGS = ('.parquet', '.jsonl', '.json', '.txt', '.safetensors')       # of files; no hub id has them
+# Of files; no hub id has them.
+DATA_ENDINGS = ('.parquet', '.arrow', '.jsonl', '.json', '.csv', '.tsv', '.txt', '.gz', '.safetensors')
 
 
 def snapshot(path_or_repo, weights=False, dataset=False):
@@ -62,7 +63,9 @@ def snapshot(path_or_repo, weights=False, dataset=False):
     if weights:
         patterns.append('*.safetensors')
     if dataset:
-        patterns = ['*.parquet', '*.jsonl', '*.json']
+        patterns = ['*.parquet', '*.arrow']
+        for ending in ('jsonl', 'json', 'csv', 'tsv'):
+            patterns += [f'*.{ending}', f'*.{ending}.gz']
 
     from huggingface_hub import snapshot_download
     try:

@@ -5,40 +5,49 @@ the prompts of a training run are asked.
     problems = load_problems('BytedTsinghua-SIA/DAPO-Math-17k', tokenizer, longest=1024)
 
 Simpler than a data loader: all problems are read into memory once, and which of them a step asks is a
-function of (seed, step) alone, so there is no state to save. It does not stream, and it does not mix
-several training sets. Questions and answers are data: nothing in them is run or evaluated. What a row may
-hold is checked for every row, because files are downloaded or written by hand:
+function of (seed, step) alone, so there is no state to save. It does not stream, and it does not weigh
+several training sets against each other. Questions and answers are data: nothing in them is run or
+evaluated. formats/rows.py reads the files and names the columns; docs/data.md shows the layouts. What a row
+may hold is checked for every row, because files are downloaded or written by hand:
 
     question    a text, or a list of messages, each an object whose role and content are texts
     answer      a text, a whole number or a finite number, or none; a list, an object or true is an error
     any text    at most LONGEST_TEXT characters, all of which UTF-8 can write
 """
-import codecs
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import torch
 
 from formats.huggingface import snapshot
-from support.files import read_json
-from support.runtime import UserError, cut, print0, shown
+from formats.rows import ANSWER_COLUMNS, LONGEST_TEXT, QUESTION_COLUMNS, READERS, ending_of, rows_of
+from support.runtime import UserError, print0, shown
 
-# The names of the columns that are read, in the order in which they are looked for.
-QUESTION_KEYS = ('prompt', 'question', 'problem')
-ANSWER_KEYS = ('answer', 'reward_model', 'solution')
+# The instruction that is added to the questions of sets that are given by name, and that many sets carry.
+BOXED = ' Please reason step by step, and put your final answer within \\boxed{}.'
 
-LONGEST_TEXT = 1_000_000        # characters of a question or an answer: a few hundred pages
 PIECE = 1000                    # prompts that are rendered together
 
 # Words in a file's path that say it is held out; such files are never read for training.
 HELD_OUT_WORDS = {'test', 'validation', 'valid', 'val', 'dev', 'eval'}
+
+# What `datasets` writes beside the rows.
+NO_ROWS = re.compile(r'(state|dataset_info|dataset_infos|dataset_dict)\.json|cache-.*\.arrow')
+
+# Columns of conversations, which may hold the answer too.
+CONVERSATIONS = ('messages', 'conversations')
+
+# Roles as ShareGPT calls them.
+ROLES = {'human': 'user', 'gpt': 'assistant'}
+
+# How Python or JSON prints messages or a ground truth: what a list in a cell of a csv file becomes.
+PRINTED = re.compile(r"""\s*(\[\s*\{\s*['"](role|content|from|value)|\{\s*['"](ground_truth|style))['"]""")
 
 
 @dataclass(frozen=True)
@@ -49,129 +58,146 @@ class Problem:
     ids: list[int]              # the prompt, chat-rendered
 
 
-# ---- files to rows -------------------------------------------------------------------------------
+@dataclass
+class Tally:
+    """What was read of a problem set, for the line that says so."""
+    rows: int = 0
+    repeated: int = 0           # rows whose question was there before
+    long: int = 0               # prompts that are too long
+    questions: Counter = field(default_factory=Counter)      # the columns that they came from
+    answers: Counter = field(default_factory=Counter)
+
+
+# ---- the files of a set --------------------------------------------------------------------------
 
 def problem_files(source, split):
-    """A file, a folder or a hub data set (owner/name) -> its data files of one split ('train' or 'test').
-
-    Files with the word `split` in their path, if there are any. Otherwise all files, except that 'train'
-    never takes a file whose path says that it is held out.
-    """
-    if Path(source).is_file():
-        return [Path(source)]
-    folder = snapshot(source, dataset=True)
-    for ending in ('parquet', 'jsonl', 'json'):
-        of_split = []
-        others = []
-        for file in sorted(folder.rglob(f'*.{ending}')):
-            # Whole words: `constrained.jsonl` does not hold the word `train`.
-            words = set(re.split(r'[^a-z]+', str(file.relative_to(folder)).lower()))
-            if split in words:
-                of_split.append(file)
-            elif split != 'train' or not words & HELD_OUT_WORDS:
-                others.append(file)
-        if of_split or others:
-            return of_split or others
-    raise UserError(f'{source}: no .parquet, .jsonl or .json file in it for {split}; name one file')
+    """A file, a folder or a hub data set (owner/name), or several with commas between -> data files of one
+    split ('train' or 'test')."""
+    # A file's own name may hold a comma, so a path that exists is never split.
+    source = str(source)
+    names = [source] if Path(source).exists() else source.split(',')
+    files = []
+    for name in names:
+        if Path(name).is_file():
+            files.append(Path(name))
+        else:
+            files += files_of_folder(snapshot(name, dataset=True), split, name)
+    return files
 
 
-def numbered_rows(file):
-    """The rows of a data file -> (where, row) one by one; `where` is file and row, for error messages."""
-    if file.suffix == '.parquet':
-        yield from parquet_rows(file)
-    elif file.suffix == '.json':
-        for number, row in enumerate(read_json(file, list), 1):
-            yield f'{file}, row {number}', row
-    elif file.suffix in ('.jsonl', '.txt'):
-        yield from line_rows(file)
-    else:
-        raise UserError(f'{file}: problems come as .parquet, .jsonl, .json or .txt')
+def files_of_folder(folder, split, name):
+    """The data files of a folder, all of one ending: the first of READERS that has any. Text files (.txt)
+    in a folder are seldom problems, and are not read."""
+    by_ending = {}
+    for file in folder.rglob('*'):
+        ending = ending_of(file)
+        if ending in READERS and ending != '.txt' and not NO_ROWS.fullmatch(file.name) and not file.is_dir():
+            by_ending.setdefault(ending, []).append(file)
+    for ending in READERS:
+        files = files_of_split(sorted(by_ending.get(ending, [])), folder, split)
+        if files:
+            return files
+    endings = ', '.join(ending for ending in READERS if ending != '.txt')
+    raise UserError(f'{name}: no {endings} file in it for {split}; name one file')
 
 
-def parquet_rows(file):
-    """(where, row) of a parquet file. Only the columns that are needed are read, a batch at a time."""
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = [name for name in table.schema_arrow.names if name in QUESTION_KEYS + ANSWER_KEYS]
-        if len(set(columns)) < len(columns):
-            raise UserError(f'{file}: two of its columns have one name ({", ".join(columns)}); rename one')
-        number = 0
-        for batch in table.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f'{file}, row {number}', row
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        # The last two: texts that are not UTF-8, and dates that Python does not have.
-        message = cut(str(error).partition('\n')[0], 100)
-        raise UserError(f'{file}: not a whole parquet file ({message}); fetch it again') from None
-
-
-def line_rows(file):
-    """(where, row) of a .jsonl file, or of a .txt file, in which each line is a question."""
-    # Windows writes a mark in front of the file and a carriage return at the end of each line.
-    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-
-    # Split at newlines only: str.splitlines would also split at U+2028, which JSON texts may hold.
-    for number, line in enumerate(content.split(b'\n'), 1):
-        line = line.removesuffix(b'\r')
-        if not line.strip():
-            continue
-        try:
-            row = {'question': line.decode()} if file.suffix == '.txt' else json.loads(line.decode())
-        except (ValueError, RecursionError) as error:        # not UTF-8 is a ValueError as well
-            message = cut(str(error), 100)
-            raise UserError(f'{file}:{number}: {message}; fix the line or delete it') from None
-        yield f'{file}:{number}', row
+def files_of_split(files, folder, split):
+    """Files with the word `split` in their path, if there are any. Otherwise 'train' takes those whose path
+    does not say that they are held out, and 'test' takes those whose path does, or else all."""
+    of_split = []
+    held_out = []
+    others = []
+    for file in files:
+        # Whole words: `constrained.jsonl` does not hold the word `train`.
+        words = set(re.split(r'[^a-z]+', str(file.relative_to(folder)).lower()))
+        if split in words:
+            of_split.append(file)
+        elif words & HELD_OUT_WORDS:
+            held_out.append(file)
+        else:
+            others.append(file)
+    if of_split:
+        return of_split
+    if split == 'train':
+        return others
+    return held_out or others
 
 
 # ---- rows to problems ----------------------------------------------------------------------------
 
 def question_and_answer(row, where):
-    """One row of the layouts that people have -> (question, answer or None).
+    """One row, {column: value} -> (question, column of it, answer, column of it); the last two may be None.
 
-    Question: `prompt` (messages as verl has them, or a text), `question` or `problem`.
-    Answer: `answer`, `reward_model.ground_truth` or `solution`.
+    Question and answer are each in the first column of QUESTION_COLUMNS and ANSWER_COLUMNS that has a value.
+    The last message of a conversation, if it is the assistant's, is an answer too. A column of its own comes
+    before it: what stands there is shorter, and was meant to be graded by.
     """
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: a {type(row).__name__}, not a row with names')
-    question = next((row[key] for key in QUESTION_KEYS if row.get(key)), None)
-    if is_conversation(question):
-        question = [{'role': message['role'], 'content': message['content']} for message in question]
-        texts = [text for message in question for text in message.values()]
-    elif isinstance(question, str):
-        texts = [question]
-    else:
-        raise UserError(f'{where}: no question; wants {" or ".join(QUESTION_KEYS)}, '
-                        'a text or [{role, content}]')
+    question, column, last_message = question_of(row, where)
+    answers = {name: row.get(name) for name in ANSWER_COLUMNS}
+    answers['the last message'] = last_message
 
     # verl keeps the answer one level deeper: {'reward_model': {'ground_truth': '7'}}.
-    reward = row.get('reward_model')
-    if isinstance(reward, dict):
-        row = row | {'reward_model': reward.get('ground_truth')}
-    answer = next((row[key] for key in ANSWER_KEYS if row.get(key) is not None), None)
-    if answer is not None:
-        answer = answer_text(answer, where)
-        texts.append(answer)
-    for text in texts:
-        check_text(text, where)
-    return question, None if answer is None else final_answer(answer)
+    if isinstance(answers['reward_model'], dict):
+        answers['reward_model'] = answers['reward_model'].get('ground_truth')
+    answer_column = next((name for name, answer in answers.items() if answer is not None), None)
+    if answer_column is None:
+        return question, column, None, None
+    answer = answer_text(answers[answer_column], where)
+    check_text(answer, where)
+    return question, column, final_answer(answer), answer_column
 
 
-def is_conversation(question):
-    """Is it a list of messages, each with a role and a content that are texts?"""
-    if not isinstance(question, list) or not question:
-        return False
-    for message in question:
+def question_of(row, where):
+    """-> (question, its column, the assistant's last message or None). A question that is a list of messages
+    ends before that message."""
+    column = next((name for name in QUESTION_COLUMNS if row.get(name)), None)
+    value = row.get(column)
+    if isinstance(value, str):
+        # Alpaca: what the instruction is about may have a column of its own.
+        if column == 'instruction' and row.get('input') and isinstance(row['input'], str):
+            value = f'{value}\n\n{row["input"]}'
+        check_text(value, where)
+        return value, column, None
+
+    messages = messages_of(value)
+    last_message = None
+    if messages and column in CONVERSATIONS and messages[-1]['role'] == 'assistant':
+        last_message = messages.pop()['content']
+    if not messages:
+        raise UserError(f'{where}: no question; wants {" or ".join(QUESTION_COLUMNS)}, '
+                        'a text or [{role, content}]')
+    for message in messages:
+        check_text(message['role'], where)
+        check_text(message['content'], where)
+    return messages, column, last_message
+
+
+def messages_of(value):
+    """A list of messages, each with a role and a content that are texts -> [{role, content}]; None if it is
+    something else. ShareGPT's {from, value} means the same."""
+    if not isinstance(value, list):
+        return None
+    messages = []
+    for message in value:
         if not isinstance(message, dict):
-            return False
-        if not isinstance(message.get('role'), str) or not isinstance(message.get('content'), str):
-            return False
-    return True
+            return None
+        role = message.get('role')
+        if role is None:
+            role = ROLES.get(str(message.get('from')), message.get('from'))
+        content = message.get('content', message.get('value'))
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append({'role': role, 'content': content})
+    return messages
 
 
 def answer_text(answer, where):
     """A known answer as text; a UserError if it is neither a text nor a number. The text of a list,
     "['7']", would be an answer that no model can ever give."""
+    # TRL's completions can be messages.
+    messages = messages_of(answer)
+    if messages:
+        answer = messages[-1]['content']
     is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
     if not is_number and not isinstance(answer, str):
         raise UserError(f'{where}: the answer {shown(answer)} is of type {type(answer).__name__}; '
@@ -180,17 +206,20 @@ def answer_text(answer, where):
 
 
 def check_text(text, where):
-    """A text that is endless, or that no tokenizer can read, is a UserError."""
+    """A text that is endless, that no tokenizer can read, or that shows a list is a UserError."""
     if len(text) > LONGEST_TEXT:
         raise UserError(f'{where}: a text of {len(text)} characters, {shown(text)}; at most {LONGEST_TEXT} '
                         'are read, so delete the row')
     half = re.search('[\ud800-\udfff]', text)
     if half:
         raise UserError(f'{where}: holds {shown(half[0])}, half of a character; delete it')
+    if PRINTED.match(text):
+        raise UserError(f'{where}: {shown(text)} is a list or an object printed as a text; write the set as '
+                        '.jsonl or .parquet')
 
 
 def final_answer(answer):
-    """What to grade by: of GSM8K's '5 + 2 = 7 apples\\n#### 7' it is '7', and other answers stay as they are.
+    """What to grade by: of GSM8K's '5 + 2 = 7 apples\n#### 7' it is '7', and other answers stay as they are.
 
     A solution with a box is left alone: the grader reads its box, and '####' can be a heading in it.
     """
@@ -199,18 +228,28 @@ def final_answer(answer):
     return answer.rpartition('####')[2].strip()
 
 
-def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix=''):
-    """Problems of a file, folder or hub data set -> [Problem], each question once.
+def folded(question, suffix=''):
+    """A question as a text to compare by: without the suffix that was added to it, without the instruction to
+    use a box, and with neither capitals nor differences in spaces. Of messages, all that the system did not
+    say."""
+    if isinstance(question, list):
+        question = '\n'.join(message['content'] for message in question if message['role'] != 'system')
+    question = question.removesuffix(suffix).removesuffix(BOXED)
+    return ' '.join(question.split()).casefold()
+
+
+def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='', show=True):
+    """Problems of a file, folder or hub data set, or of several with commas between -> [Problem], each
+    question once.
 
     first: take so many; 0 = all. longest: prompts of more tokens are left out; 0 = no limit. suffix: added
-    to questions that are texts. How many were repeated or left out is printed. Raises UserError with
-    file and row.
+    to questions that are texts. show: print how many there are, what was left out, and which columns they
+    came from. Raises UserError with file and row.
     """
     problems = []
-    seen = set()
-    counts = {'rows': 0, 'long': 0}
+    tally = Tally()
     rows = rows_of_files(problem_files(source, split))
-    questions = new_questions(rows, suffix, seen, counts)
+    questions = new_questions(rows, suffix, tally)
     while not first or len(problems) < first:
         # Read as many questions as are still missing, and no further.
         missing = first - len(problems) if first else PIECE
@@ -225,37 +264,58 @@ def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='
             if not ids:
                 raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
             if longest and len(ids) > longest:
-                counts['long'] += 1
+                tally.long += 1
             else:
                 problems.append(Problem(question, answer, ids))
-
-    repeated = counts['rows'] - len(seen)
-    if repeated or counts['long']:
-        print0(f"  {source}: {counts['rows']} rows, {repeated} of them repeated, {counts['long']} prompts "
-               f'longer than {longest} tokens; {len(problems)} problems left')
+    if show:
+        print0(f'  {tally_line(source, tally, problems, longest)}')
     if not problems:
         raise UserError(f'{source}: no problems in it')
     return problems
 
 
-def new_questions(rows, suffix, seen, counts):
-    """(where, question, answer) of the rows whose question is not in `seen`, one by one. Public sets repeat
-    questions (DAPO-Math-17k a hundred times each): the first counts. suffix: added to texts."""
-    for where, row in rows:
-        question, answer = question_and_answer(row, where)
-        counts['rows'] += 1
-        key = json.dumps(question)
-        if key not in seen:
-            seen.add(key)
-            if isinstance(question, str):
-                question += suffix
-            yield where, question, answer
-
-
 def rows_of_files(files):
     """The rows of several files, one file after the other."""
     for file in files:
-        yield from numbered_rows(file)
+        yield from rows_of(file)
+
+
+def new_questions(rows, suffix, tally):
+    """(where, question, answer) of the rows whose question was not there before, one by one. Public sets
+    repeat questions (DAPO-Math-17k a hundred times each): the first counts. suffix: added to texts."""
+    seen = set()
+    for where, row in rows:
+        question, column, answer, answer_column = question_and_answer(row, where)
+        tally.rows += 1
+        key = json.dumps(question)
+        if key in seen:
+            tally.repeated += 1
+            continue
+        seen.add(key)
+        tally.questions[column] += 1
+        if answer_column:
+            tally.answers[answer_column] += 1
+        if isinstance(question, str):
+            question += suffix
+        yield where, question, answer
+
+
+def tally_line(source, tally, problems, longest):
+    """How many problems there are, what was left out, and which columns they came from, in one line."""
+    parts = [f'{source}: {len(problems)} problems']
+    if tally.repeated or tally.long:
+        parts = [f'{source}: {tally.rows} rows, {tally.repeated} of them repeated, {tally.long} prompts '
+                 f'longer than {longest} tokens', f'{len(problems)} problems left']
+    columns = f'columns {", ".join(tally.questions)} (question)'
+    if tally.answers:
+        columns += f', {", ".join(tally.answers)} (answer)'
+    parts.append(columns)
+
+    # Training needs no answers; but whoever has them in another column should learn that they are not seen.
+    unknown = sum(problem.answer is None for problem in problems)
+    if unknown:
+        parts.append(f'{unknown} of them without a known answer in {", ".join(ANSWER_COLUMNS)}')
+    return '; '.join(parts)
 
 
 # ---- the order of training -----------------------------------------------------------------------

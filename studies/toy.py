@@ -245,7 +245,7 @@ def is_whole(folder, cfg):
             if load_model(folder / side).config != shape(cfg, tok, side):
                 raise UserError(f'its {side} has another shape than models have now')
         for name in ('train.jsonl', 'eval.jsonl'):
-            load_problems(folder / name, load_tokenizer(folder / 'student'))
+            load_problems(folder / name, load_tokenizer(folder / 'student'), show=False)
     except UserError as error:
         print0(f'toy: {folder} cannot be used ({error})')
         return False

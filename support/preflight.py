@@ -11,6 +11,7 @@ does not do: run any part of a step; memory and time are counted (support/memory
     python distill.py configs/r1_1p5b.py --dry-run ranks=8        for eight GPUs, asked from any machine
 """
 from formats.huggingface import read_config
+from formats.problems import folded
 from formats.tokenizer import check_ids, disagreement, same_vocabulary, shared_size, stop_set
 from losses import DISTANCES, layer_pairs, layer_set
 from support.memory import GiB, Plan, bridge_phases, peak, phases, work_of
@@ -62,6 +63,7 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
         raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {env.world} ranks; "
                         'raise it')
     longest = check_lengths(cfg, student, teacher, train, held_out)
+    lines += problem_lines(cfg, train, held_out)
 
     work = work_of(cfg, env.world, train, held_out, shared_size(tok_s, tok_t))
     lines += cost_lines(Plan(cfg, student, teacher, layer_map, work, env))
@@ -187,6 +189,31 @@ def check_lengths(cfg, student, teacher, train, held_out):
                 raise UserError(f'{side}: reads {c.context} tokens, but the longest prompt has {prompt} and '
                                 f'{key}={cfg[key]} allows {new} more; lower {key}')
     return longest
+
+
+def problem_lines(cfg, train, held_out):
+    """How often a run asks its problems, and how many of the held-out ones it trains on -> lines. train,
+    held_out: problems."""
+    prompts = cfg['steps'] * cfg['prompts_per_step']
+    lines = []
+    if prompts != len(train):
+        line = (f"{cfg['steps']} steps x {cfg['prompts_per_step']} prompts: {prompts / len(train):.3g} "
+                f'epochs of {len(train)} training problems')
+        if prompts < len(train):
+            line += f'; {len(train) - prompts} are never asked'
+        lines.append(line)
+
+    # A question stays the same with other capitals or spaces, and with an instruction behind it.
+    suffix = cfg['eval_suffix']
+    known = {folded(problem.question, suffix) for problem in train}
+    common = sum(folded(problem.question, suffix) in known for problem in held_out)
+    if common == len(held_out) > 0:
+        same = 'data and eval_data are the same: ' if cfg['data'] == cfg['eval_data'] else ''
+        lines.append(f'note: {same}all {common} held-out questions are training questions too, so scores do '
+                     'not show what is learnt beyond them')
+    elif common:
+        lines.append(f'note: {common} of {len(held_out)} held-out questions are training questions too')
+    return lines
 
 
 def cost_lines(plan):

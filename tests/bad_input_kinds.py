@@ -960,7 +960,7 @@ BAD_ROWS = {
                                   'answer': value} for value in (None, [], ['7'], {}, {'a': 1}, True, False,
                                                                  [[]])},
     'no answer': {'question': QUESTION}, 'no question': {'answer': '7'}, 'no columns': {},
-    'other columns': {'instruction': 'x', 'output': 'y'},
+    'other columns': {'text': 'x', 'label': 'y'},
     'reward_model without an answer': {'prompt': QUESTION, 'reward_model': {}}, 'a list': [1],
     'a text': 'x', 'a number': 7, 'null': None, 'true': True,
     'a lone surrogate in the question': {'question': '1+2\ud800', 'answer': '7'},
