@@ -62,8 +62,8 @@ from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
 from support.provenance import note_start, start_record, versions
-from support.report import first_step_notes, read_results, step_line, summary
-from support.run_folder import begin, open_run, stored_config
+from support.report import first_step_notes, log_names, read_results, step_line, summary
+from support.run_folder import begin, open_run, scores_as_logged, stored_config
 from support.runtime import (
     Clock,
     UserError,
@@ -272,7 +272,7 @@ def train(cfg, setup, env, run_folder):
             lr, norm = update(cfg, setup, step)
             clock.lap('update')
 
-            row = {'step': step, **objective_metrics(sums, looked, oprd_weight, opd_weight),
+            row = {'step': step, **objective_metrics(sums, looked, oprd_weight, opd_weight, setup.layer_map),
                    **rollout_metrics(roll, setup.tok, problems, reading), 'lr': lr, 'grad_norm': norm}
             row = finish_step(cfg, setup, env, row | clock.stop(), run_folder, clock)
             stop_or_save(cfg, setup, env, row, run_folder, caught)
@@ -336,12 +336,12 @@ def finish_step(cfg, setup, env, row, run_folder, clock):
     if is_diagnosed(step, steps, cfg['diagnose_every']):
         row['adam/below_eps'] = share_below_eps(setup.opt)
     if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
-        row |= evaluate_model(cfg, setup, env, f'step {step}')
+        row |= scores_as_logged(evaluate_model(cfg, setup, env, f'step {step}'), 'eval')
 
     # Every step is a line of log.jsonl; the terminal shows some of them.
     run_folder.log(row)
     if step == 1:
-        for line in first_step_notes(row, list(setup.layer_map), cfg['adam_eps']):
+        for line in first_step_notes(row, cfg['adam_eps']):
             print0(line)
     if step % cfg['log_every'] == 0 or step == steps:
         print0(step_line(row, steps, clock.eta(steps - step)))
@@ -371,9 +371,10 @@ def write_student(cfg, student, env, folder, weights):
     save_model(student, folder, snapshot(cfg['student']), weights)
 
 
-def objective_metrics(sums, looked, oprd_weight, opd_weight):
+def objective_metrics(sums, looked, oprd_weight, opd_weight, layers):
     """A step's sums, from `accumulate` and `diagnose` -> the numbers to log, over all ranks. What
-    this step did not look at is not there. Entropies and KL in nats."""
+    this step did not look at is not there. Entropies and KL in nats. layers: the student's, in the
+    order of the sums."""
     # Sums over this rank's rows become sums over all rows.
     sums = {name: all_reduce(value).tolist() for name, value in sums.items()}
     looked = {name: all_reduce(value).tolist() for name, value in looked.items()}
@@ -384,7 +385,8 @@ def objective_metrics(sums, looked, oprd_weight, opd_weight):
         if name in sums:
             row[name] = sums[name]
     if 'layer_loss' in sums:
-        row['loss/layer'] = sums['layer_loss']
+        for l, layer_loss in zip(layers, sums['layer_loss'], strict=True):
+            row[f'loss/layer/{l}'] = layer_loss
 
     # Each of these comes from the step's own rows if its term runs, else from the rows that were
     # looked at.
@@ -392,7 +394,8 @@ def objective_metrics(sums, looked, oprd_weight, opd_weight):
         if 'layer_cosine' in part and part['weight']:
             cosines = [cosine / part['weight'] for cosine in part['layer_cosine']]
             row['rep/cos'] = sum(cosines) / len(cosines)
-            row['rep/cos_layer'] = cosines
+            for l, cosine in zip(layers, cosines, strict=True):
+                row[f'rep/cos/{l}'] = cosine
         if 'statistics' in part and part['statistics'][0]:
             weight, kl, entropy_s, entropy_t, common = part['statistics']
             row['opd/kl'] = kl / weight
@@ -457,7 +460,8 @@ def main(cfg):
     if cfg['dry_run']:
         return
     with owned(out, env.rank):
-        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank))
+        names = log_names(cfg, setup, env.device)
+        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank, names))
 
 
 def run_in_folder(cfg, setup, env, run_folder):
@@ -468,12 +472,10 @@ def run_in_folder(cfg, setup, env, run_folder):
 
     # At the start, the scores of both models.
     if not run_folder.rows:
-        row = {'step': 0}
-        for side in ('student', 'teacher'):
-            row[side] = evaluate_model(cfg, setup, env, side, side)
-        run_folder.log(row)
-        scores = {side: row[side] for side in ('student', 'teacher')} if setup.held_out else {}
-        print0('\n'.join(table(scores)))
+        scores = {side: evaluate_model(cfg, setup, env, side, side) for side in ('student', 'teacher')}
+        run_folder.log({'step': 0, **scores_as_logged(scores['student'], 'eval'),
+                        **scores_as_logged(scores['teacher'], 'teacher')})
+        print0('\n'.join(table(scores if setup.held_out else {})))
 
     # The loop, then table and figure.
     train(cfg, setup, env, run_folder)

@@ -34,7 +34,7 @@ from studies.figures import accuracy, finish, read_log, require_comparable
 from support.fields import Field, check_fields
 from support.files import whole
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
-from support.run_folder import MEASURED
+from support.run_folder import MEASURED, plain_scores, scores_of
 from support.runtime import ROOT, UserError, print0, run, run_file, shown
 
 # What a study's variables may hold. Names are those of methods, of bridges, and of panels.
@@ -216,7 +216,7 @@ def span(values):
 def table_metrics(first_row):
     """The row of step 0 -> names of the metrics that the table shows: Avg@n, Best@n, length. Of several sets
     their means."""
-    names = [name for name in first_row['student'] if '/' not in name]
+    names = plain_scores(first_row, 'eval')
     return [name for start in ('avg@', 'best@', 'len') for name in names if name.startswith(start)]
 
 
@@ -228,11 +228,10 @@ def read_finished_log(folder):
     metrics = table_metrics(rows[0])
     if len(metrics) != 3:
         raise UserError(f'{file}: scores of {", ".join(metrics) or "nothing"}; {advice}')
-    scores = dict.fromkeys(metrics, MEASURED)
-    for side in ('student', 'teacher'):
-        check_fields(rows[0][side], scores, f'{file}: {side}', advice)
+    measured = replace(MEASURED, null=False)
+    scores = {f'eval/{metric}': measured for metric in metrics}
     check_fields(rows[-1], scores, f'{file}: the last row', advice)
-    seconds = {f'time/{phase}': MEASURED for phase in PHASES}
+    seconds = {f'time/{phase}': measured for phase in PHASES}
     for number, row in enumerate(rows[1:], 2):
         check_fields(row, seconds, f'{file}:{number}', advice)
     return rows
@@ -249,17 +248,20 @@ def comparison_table(logs):
     columns = ['method', average.title(), best_of.title(), 'length', 'steps', 'seconds', 'ms a step', 'seeds']
     lines = [f"| {' | '.join(columns)} |", '|---' * len(columns) + '|']
 
-    def add_line(name, rows, *rest):
-        cells = [name, *(span([row[metric] for row in rows]) for metric in (average, best_of, 'len'))]
-        lines.append(f"| {' | '.join([*cells, *rest, str(len(rows))])} |")
+    def add_line(name, scores, *rest):
+        cells = [name, *(span([values[metric] for values in scores]) for metric in (average, best_of, 'len'))]
+        lines.append(f"| {' | '.join([*cells, *rest, str(len(scores))])} |")
 
-    # The models before the first step are the same for every method.
-    for name in ('student', 'teacher'):
-        add_line(name, [rows[0][name] for rows in first_method], '', '', '')
+    # The models before the first step are the same for every method. A teacher need not be evaluated.
+    for name, side in (('student', 'eval'), ('teacher', 'teacher')):
+        scores = [scores_of(rows[0], side) for rows in first_method]
+        if all(scores):
+            add_line(name, scores, '', '', '')
     for name, seeds in logs.items():
         last_rows = [rows[-1] for rows in seeds]
+        scores = [scores_of(row, 'eval') for row in last_rows]
         seconds, milliseconds = step_times(seeds)
-        add_line(name, last_rows, str(last_rows[0]['step']), f'{seconds:.0f}', f'{milliseconds:.0f}')
+        add_line(name, scores, str(last_rows[0]['step']), f'{seconds:.0f}', f'{milliseconds:.0f}')
     return lines
 
 
@@ -292,7 +294,8 @@ def step_times(seeds):
     totals = []
     updates = []
     for rows in seeds:
-        totals.append(sum(value for row in rows for key, value in row.items() if key.startswith('time/')))
+        phases = [value for row in rows for key, value in row.items() if key.startswith('time/')]
+        totals.append(sum(value for value in phases if value is not None))
         for row in rows[1:]:
             updates.append(sum(row[f'time/{phase}'] for phase in PHASES))
     return fmean(totals), 1000 * median(updates)
@@ -322,9 +325,11 @@ def comparison_figure(logs, panels, file):
         # The models before the first step: mean over seeds.
         first_rows = [rows[0] for rows in logs[names[0]]]
         metric = accuracy(logs[names[0]][0])[1]
-        for side, style in (('teacher', '--'), ('student', ':')):
-            mean = fmean(row[side][metric] for row in first_rows)
-            panel.axhline(mean, color='0.3', ls=style, lw=1, label=side)
+        for name, side, style in (('teacher', 'teacher', '--'), ('student', 'eval', ':')):
+            scores = [scores_of(row, side) for row in first_rows]
+            if all(scores):
+                mean = fmean(values[metric] for values in scores)
+                panel.axhline(mean, color='0.3', ls=style, lw=1, label=name)
         panel.set(xlabel='step', ylim=(0, 102), title=title)
     axes[0].set_ylabel(f'Avg@{metric[4:]}, %: mean and range of {len(first_rows)} seeds')
     finish(figure, axes, file)

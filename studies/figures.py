@@ -22,7 +22,7 @@ from configs import default
 from support.fields import Field, check_fields
 from support.files import read_json, whole
 from support.provenance import mixed_code
-from support.run_folder import log_rows
+from support.run_folder import log_rows, scores_of
 from support.runtime import UserError, print0, printable, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
@@ -45,14 +45,21 @@ def read_log(folder):
     if len(rows) < 2:
         raise UserError(f'{file}: no steps in it; run distill.py first')
 
-    # What is drawn together must be there together.
-    before = [rows[0].get(side, {}) for side in ('student', 'teacher')]
-    if not {'student', 'teacher'} <= rows[0].keys() or before[0].keys() != before[1].keys():
+    # What is drawn together must have been measured together.
+    scores = [scores_of(rows[0], side) for side in ('eval', 'teacher')]
+    if scores[1] and scores[0].keys() != scores[1].keys():
         raise UserError(f'{file}:1: wants the same scores of student and teacher; run distill.py again')
-    layers = {len(row.get('rep/cos_layer', [])) for row in rows if 'rep/cos' in row}
-    if len(layers) > 1 or 0 in layers:
-        raise UserError(f'{file}: rows have cosines of {sorted(layers)} layers; run distill.py again')
+    cosines = ['rep/cos', *layer_names(rows)]
+    for number, row in enumerate(rows, 1):
+        measured = [name for name in cosines if row.get(name) is not None]
+        if measured and measured != cosines:
+            raise UserError(f'{file}:{number}: has {measured[0]} without {cosines[-1]}; run distill.py again')
     return rows
+
+
+def layer_names(rows):
+    """The names in a log of the cosines of single layers, in the order of the layers: 'rep/cos/1', ..."""
+    return [name for name in rows[0] if name.startswith('rep/cos/')]
 
 
 def read_bridge(folder):
@@ -74,9 +81,9 @@ def read_bridge(folder):
 
 
 def accuracy_metrics(rows):
-    """Names of the accuracies in a log: first the plain one ('avg@16', of several sets their mean), then one
-    for each set ('avg@16/aime24'); [] if nothing was evaluated."""
-    return [name for name in rows[0]['student'] if name.startswith('avg@')]
+    """Names of the accuracies of the student before the first step: first the plain one ('avg@16', of several
+    sets their mean), then one for each set ('avg@16/aime24'); [] if nothing was evaluated."""
+    return [name for name in scores_of(rows[0], 'eval') if name.startswith('avg@')]
 
 
 def accuracy(rows, metric=None):
@@ -86,11 +93,11 @@ def accuracy(rows, metric=None):
     if not names:
         return [], None
     metric = metric or names[0]
-    points = {0: rows[0]['student'][metric]}             # the student before the first step
+    points = []
     for row in rows:
-        if metric in row:
-            points[row['step']] = row[metric]
-    return sorted(points.items()), metric
+        if row[f'eval/{metric}'] is not None:
+            points.append((row['step'], row[f'eval/{metric}']))
+    return points, metric
 
 
 # ---- may these runs stand in one panel? ----------------------------------------------------------
@@ -182,20 +189,22 @@ def draw_accuracy(axes, rows, name, color, first, alone):
         steps, values = zip(*accuracy(rows, of_set)[0], strict=True)
         axes.plot(steps, values, color=f'C{number}', lw=1, label=of_set.partition('/')[2])
     if first:
-        axes.axhline(rows[0]['teacher'][metric], color='0.2', ls='--', lw=1, label='teacher')
-        axes.axhline(rows[0]['student'][metric], color='0.6', ls=':', lw=1.2, label='student before')
+        teacher = scores_of(rows[0], 'teacher')
+        if teacher:                          # one that does not fit whole is not evaluated
+            axes.axhline(teacher[metric], color='0.2', ls='--', lw=1, label='teacher')
+        axes.axhline(points[0][1], color='0.6', ls=':', lw=1.2, label='student before')
     mean_of = f', mean of {len(of_sets)} sets' if of_sets else ''
     axes.set_ylabel(f'Avg@{metric[4:]}, %{mean_of}')
 
 
 def draw_cosines(axes, rows, name, color):
     """One run's cosines. A run through another objective looks at them now and then only, or never."""
-    looked = [row for row in rows if 'rep/cos' in row]
+    looked = [row for row in rows if row.get('rep/cos') is not None]
     if not looked:
         return
     steps = [row['step'] for row in looked]
-    for layer in zip(*(row['rep/cos_layer'] for row in looked), strict=True):
-        axes.plot(steps, layer, color=color, lw=0.6, alpha=0.35)
+    for layer in layer_names(rows):
+        axes.plot(steps, [row[layer] for row in looked], color=color, lw=0.6, alpha=0.35)
     mean = [row['rep/cos'] for row in looked]
     axes.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
 

@@ -1,24 +1,88 @@
 """
-What a training run prints and writes: a line for each step, notes on the first one, results.json.
+What a training run prints and writes: the names in its log, a line for each step, notes on the first one,
+results.json.
+
+Simpler than a table of metrics with types and units: names are texts, and docs/objectives.md says what each
+one means. It prints nothing itself.
 """
 from statistics import median
 
 from support.files import read_json
-from support.run_folder import log_rows
+from support.optimizer import ever_positive
+from support.run_folder import log_rows, plain_scores, scores_of
 from support.runtime import UserError
 
+# ---- the names in the log -------------------------------------------------------------------------
+
+def log_names(cfg, setup, device):
+    """What a run can measure, in the order of a row: a list of names. support.run_folder adds two of its own.
+
+    A step measures some of it. All names are known before the first step, so that every row has the same.
+    setup: distill.Setup, with its objective.
+    """
+    names = ['step', 'loss', *objective_names(cfg, setup.objective), 'len/mean', 'finish', 'tokens']
+    if not setup.same_ids:
+        names.append('align')
+    if any(problem.answer is not None for problem in setup.train):
+        names.append('acc/rollout')
+    names += ['lr', 'grad_norm', 'adam/below_eps']
+
+    # Before the first step both models are evaluated, and the student again and again.
+    for side in ('eval', 'teacher'):
+        names += [f'{side}/{name}' for name in score_names(setup.held_out, cfg['eval_n'])]
+
+    # support.runtime.Clock
+    names += [f'time/{phase}' for phase in ('sample', 'diagnose', 'teacher', 'student', 'update')]
+    if device.type == 'cuda':
+        names += ['mem/peak', 'mem/update_dpeak']
+    return names
+
+
+def objective_names(cfg, objective):
+    """The names of what the two terms of Eq. (7) say: their losses if they ever run, and how far apart the
+    models are, which is looked at in any case if the models allow it."""
+    layers = list(objective.layer_map)
+    has_hidden = objective.hidden is not None
+    has_output = objective.output is not None
+    names = []
+    if has_hidden and ever_positive(cfg['oprd_weight']):
+        names.append('loss/oprd')
+    if has_output and ever_positive(cfg['opd_weight']):
+        names.append('loss/opd')
+    if 'loss/oprd' in names:
+        names += [f'loss/layer/{l}' for l in layers]
+    if has_hidden:
+        names += ['rep/cos', *(f'rep/cos/{l}' for l in layers)]
+    if has_output:
+        names += ['opd/kl', 'entropy/student', 'entropy/teacher']
+    if has_output and cfg['opd'] != 'byte':              # the next byte has no likeliest tokens
+        names.append('opd/overlap16')
+    return names
+
+
+def score_names(sets, per_problem):
+    """What eval_math.evaluate measures of these sets."""
+    if not sets:
+        return []
+    plain = [f'avg@{per_problem}', f'best@{per_problem}', 'len']
+    if len(sets) == 1:
+        return plain
+    return plain + [f'{name}/{label}' for label in sets for name in plain]
+
+
+# ---- lines on the terminal ------------------------------------------------------------------------
 
 def step_line(row, steps, eta):
     """A row of the log -> one line of fixed width, most wanted first."""
     train_seconds = row['time/teacher'] + row['time/student'] + row['time/update']
     speed = row['tokens'] / (row['time/sample'] + train_seconds)
     parts = [f"step {row['step']:04d}/{steps:04d}", f"loss {row['loss']:#.3g}"]
-    if 'loss/opd' in row:
+    if row.get('loss/opd') is not None:
         parts.append(f"kl {row['opd/kl']:#.3g}")
     else:
         parts.append(f"cos {row['rep/cos']:.3f}")
     answers = f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}%"
-    if 'acc/rollout' in row:
+    if row.get('acc/rollout') is not None:
         answers += f" acc {row['acc/rollout']:.0f}%"
     parts.append(answers)
     parts.append(f"sample {row['time/sample']:.1f}s train {train_seconds:.1f}s")
@@ -26,8 +90,8 @@ def step_line(row, steps, eta):
     if 'mem/peak' in row:
         parts.append(f"mem {row['mem/peak']:.1f}G")
     parts.append(f'eta {duration(eta)}')
-    # of several held-out sets the means alone; log.jsonl has each by its name
-    scores = [f'{name} {value:.1f}' for name, value in row.items() if '@' in name and '/' not in name]
+    # Of several held-out sets the means alone; log.jsonl has each by its name.
+    scores = [f'{name} {value:.1f}' for name, value in plain_scores(row, 'eval').items() if '@' in name]
     if scores:
         parts.append(' '.join(scores))
     return ' | '.join(parts)
@@ -42,44 +106,46 @@ def duration(seconds):
     return f'{seconds:.0f}s'
 
 
-def first_step_notes(row, layers, adam_eps):
+def first_step_notes(row, adam_eps):
     """What the first step tells about the whole run -> lines.
 
     The share of each layer in the loss of hidden states: with 'mse' layers of large states outweigh
     the others. And the share of the weights whose gradients AdamW's eps damps.
     """
+    losses = {}                              # {layer: its loss}
+    for name, value in row.items():
+        if name.startswith('loss/layer/') and value is not None:
+            losses[name.removeprefix('loss/layer/')] = value
+
     lines = []
-    if 'loss/layer' in row and sum(row['loss/layer']) > 0:
-        total = sum(row['loss/layer'])
-        shares = [loss / total for loss in row['loss/layer']]
-        listed = ' '.join(f'{l}:{100 * share:.3g}' for l, share in zip(layers, shares, strict=True))
+    total = sum(losses.values())
+    if total > 0:
+        shares = {layer: loss / total for layer, loss in losses.items()}
+        listed = ' '.join(f'{layer}:{100 * share:.3g}' for layer, share in shares.items())
         lines.append(f'  share of each layer in the loss, per cent: {listed}')
-        largest = max(shares)
-        if largest > 10 * median(shares):
-            layer = layers[shares.index(largest)]
-            lines.append(f'  note: layer {layer} has {100 * largest:.0f}% of the loss, more than ten times '
-                         'the median layer; rep_loss=cosine weighs all layers alike')
-    if row.get('adam/below_eps', 0.0) > 0.1:
+        largest = max(shares, key=shares.get)
+        if shares[largest] > 10 * median(shares.values()):
+            lines.append(f'  note: layer {largest} has {100 * shares[largest]:.0f}% of the loss, more than '
+                         'ten times the median layer; rep_loss=cosine weighs all layers alike')
+    if (row.get('adam/below_eps') or 0.0) > 0.1:
         lines.append(f"  note: the gradients of {100 * row['adam/below_eps']:.0f}% of the weights are below "
                      f'adam_eps={adam_eps:g}, which damps their steps; lower adam_eps=, or raise the loss '
                      '(rep_loss=cosine is d/2 times nmse)')
     return lines
 
 
+# ---- results.json ---------------------------------------------------------------------------------
+
 def summary(rows):
     """The rows of log.jsonl -> results.json."""
     first = rows[0]
     last = rows[-1]
-    cosines = [row['rep/cos'] for row in rows if 'rep/cos' in row]
+    cosines = [row['rep/cos'] for row in rows if row.get('rep/cos') is not None]
 
     # The last step may have been evaluated otherwise than the models before the first one: eval_n= may
-    # change when a run goes on. 'len/mean' is of the step's own answers.
-    distilled = {}
-    for name, value in last.items():
-        if name.startswith(('avg@', 'best@', 'len')) and name != 'len/mean':
-            distilled[name] = value
-    return {'student': first['student'], 'teacher': first['teacher'],
-            'distilled': distilled, 'steps': last['step'],
+    # change when a run goes on.
+    return {'student': scores_of(first, 'eval'), 'teacher': scores_of(first, 'teacher'),
+            'distilled': scores_of(last, 'eval'), 'steps': last['step'],
             'seconds': last['elapsed'], 'rep_cos': [cosines[0], cosines[-1]] if cosines else []}
 
 
@@ -92,9 +158,7 @@ def read_results(out):
     results = read_json(file)
     rows = log_rows(out / 'log.jsonl')
     steps = results.get('steps')
-    is_step = type(steps) is int and 0 < steps < len(rows)
-    if is_step:
-        is_step = {'student', 'teacher'} <= rows[0].keys() and 'elapsed' in rows[steps]
+    is_step = type(steps) is int and 0 < steps < len(rows) and 'elapsed' in rows[steps]
     if not is_step or results != summary(rows[:steps + 1]):
         raise UserError(f'{file}: does not agree with log.jsonl; delete it, and the same command makes both '
                         'from the last checkpoint')

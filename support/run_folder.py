@@ -4,15 +4,20 @@ The folder of a run: whose it is, how the run was started, and its log.
     out/config.json         the run's name and the config of its last start
     out/starts.jsonl        a line for every start (support/provenance.py)
     out/log.jsonl           a line for every step; the figures are drawn from it alone
+    out/answers/            what was answered in each evaluation (support/answers.py)
     out/ckpt-000040/        a checkpoint (support/checkpoints.py)
     out/last, out/best      links to the newest model, and to the one with the best held-out accuracy
-    out/results.json, out/curve.png       at the end
+    out/curve.png           drawn anew at every evaluation
+    out/results.json        at the end
 
     out = open_run('out/toy', config, may_change)            looks, and writes nothing
     with owned(out, rank):                                   support/files.py: one process owns it
-        run = begin(out, config, may_change, rank)
+        run = begin(out, config, may_change, rank, names)
         resume(run, student, opt, later)                     support/checkpoints.py
         run.log({'step': run.step + 1, ...})
+
+A row of the log is flat: {name: number, text or null}. Every row has the same names in the same order, and
+null is what was not measured in a step. So the names are given before the first row (support/report.py).
 
 Simpler than an experiment tracker: files that can be read with any editor. A run's name is drawn once, and
 only checkpoints that bear it are ever deleted. It does not merge the logs of two runs.
@@ -27,16 +32,18 @@ from pathlib import Path
 from support.fields import Field, check_fields
 from support.files import existing_above, read_json, whole, write_json
 from support.jsonl import append_row, read_rows
-from support.runtime import UserError, all_gather
+from support.runtime import UserError, all_gather, shown
 
-# What the rows of log.jsonl may hold, as far as they are read again: by name, and by how a name begins.
-MEASURED = Field(float, 0, 1e9)              # a score, a length or seconds
-COSINE = Field(float, -1.01, 1.01)           # rounding may add a little to 1
-ROW = {'student': Field(dict, items=MEASURED), 'teacher': Field(dict, items=MEASURED), 'elapsed': MEASURED,
-       'rep/cos': COSINE, 'rep/cos_layer': Field(list, 1, 1000, items=COSINE)}
-MEASURED_NAMES = ('avg@', 'best@', 'len', 'time/')
+# What the rows of log.jsonl may hold, by how a name begins. What no part of the project reads again may be
+# any finite number.
+MEASURED = Field(float, 0, 1e9, null=True)   # a score, a length or seconds
+COSINE = Field(float, -1.01, 1.01, null=True)            # rounding may add a little to 1
+NUMBER = Field(float, null=True)
+KINDS = {'eval/': MEASURED, 'teacher/': MEASURED, 'len/': MEASURED, 'time/': MEASURED,
+         'elapsed': MEASURED, 'rep/cos': COSINE}
 
-CHANGED = 'changed'             # key in a row of the log: what has been different since this step
+ELAPSED = 'elapsed'             # name in the log: seconds since the run began
+CHANGED = 'changed'             # name in the log: a text, what has been different since this step
 
 
 @dataclass
@@ -46,6 +53,7 @@ class RunFolder:
     name: str                   # drawn when the run was started; its checkpoints bear it
     config: dict                # of this start
     rank: int
+    names: list                 # of what each row of the log holds, in this order
     rows: list = field(default_factory=list)             # of log.jsonl
     step: int = 0               # steps that were taken before this start
     began: float = field(default_factory=lambda: time.monotonic())   # less the seconds of earlier starts
@@ -57,12 +65,18 @@ class RunFolder:
         return time.monotonic() - self.began
 
     def log(self, row):
-        """Add a row to the log. It is with the operating system when this returns; what a power cut takes
-        is logged again, because a checkpoint has the log up to its step beside it."""
-        row = row | {'elapsed': self.seconds()}
+        """Add a row to the log; what it does not hold is null. It is with the operating system when this
+        returns; what a power cut takes is logged again, because a checkpoint has the log up to its step
+        beside it."""
+        row = row | {ELAPSED: self.seconds()}
         if self.changed:
-            row[CHANGED] = self.changed
+            row[CHANGED] = in_words(self.changed)
             self.changed = {}
+        unknown = row.keys() - set(self.names)
+        assert not unknown, f'{sorted(unknown)} in a row, but the log was begun with {self.names}'
+
+        # All rows have all names, so that the log is a table for whatever reads it.
+        row = {name: row.get(name) for name in self.names}
         self.rows.append(row)
         self.note_score(row)
         if self.rank == 0:
@@ -71,9 +85,12 @@ class RunFolder:
 
     def note_score(self, row):
         """Remember the step with the best held-out accuracy, of several sets their mean. Scores of another
-        metric (another eval_n) cannot be compared, so the best one is then looked for anew."""
-        for metric, score in row.items():
-            if metric.startswith('avg@') and '/' not in metric:
+        metric (another eval_n) cannot be compared, so the best one is then looked for anew. Row 0 is of the
+        student before training, which no checkpoint holds."""
+        if row['step'] == 0:
+            return
+        for metric, score in plain_scores(row, 'eval').items():
+            if metric.startswith('avg@'):
                 if self.best is None or self.best['metric'] != metric or score > self.best['score']:
                     self.best = {'step': row['step'], 'score': score, 'metric': metric}
 
@@ -144,14 +161,17 @@ def check_place(out):
         raise UserError(f'{out}: holds {visible[0]!r} and no run (no config.json); choose another out_dir=')
 
 
-def begin(out, config, may_change, rank):
+def begin(out, config, may_change, rank, names):
     """-> RunFolder at step 0; of a new run rank 0 writes config.json. The caller owns the folder; another
-    start may have used it in the meantime, so its config is compared again."""
+    start may have used it in the meantime, so its config is compared again.
+
+    names: of what the rows of the log can hold, in order. The seconds and what has changed come after them.
+    """
     check_config(out, config, may_change)
     file = out / 'config.json'
     name = read_json(file)['run'] if file.exists() else uuid.uuid4().hex[:12]
     name = all_gather(name)[0]               # what rank 0 has read or drawn
-    run = RunFolder(out, name, config, rank)
+    run = RunFolder(out, name, config, rank, [*names, ELAPSED, CHANGED])
     if rank == 0 and not file.exists():
         write_config(run)
     return run
@@ -162,24 +182,87 @@ def write_config(run):
     write_json(run.out / 'config.json', {'run': run.name, 'config': run.config})
 
 
+# ---- the log --------------------------------------------------------------------------------------
+
 def rewrite_log(run, rows):
-    """Make log.jsonl say what `rows` say: what was logged after the checkpoint will be logged again."""
-    run.rows = rows
+    """Make log.jsonl say what `rows` say: what was logged after the checkpoint will be logged again.
+
+    A run that goes on may have other names, such as eval/avg@8 after eval/avg@16. All rows then have both.
+    """
+    if rows:
+        run.names = list(dict.fromkeys([*rows[0], *run.names]))
+    run.rows = [{name: row.get(name) for name in run.names} for row in rows]
     if run.rank == 0:
         with whole(run.out / 'log.jsonl') as temporary, temporary.open('w') as file:
-            for row in rows:
+            for row in run.rows:
                 append_row(file, row)
 
 
 def log_rows(file):
-    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError, and so is
-    a value of another kind than was logged: steps are numbered 0, 1, 2, ..."""
+    """The rows of a log.jsonl. Rows that are doubled, missing or no rows of a log are a UserError, and so are
+    other names than those of the first row, and a value of another kind than was logged: steps are numbered
+    0, 1, 2, ..."""
     rows = read_rows(file)
+    advice = 'restore the file, or run distill.py again'
+    table = {}
     for number, row in enumerate(rows):
+        where = f'{file}:{number + 1}'
         if not isinstance(row, dict) or row.get('step') != number:
             found = json.dumps(row.get('step') if isinstance(row, dict) else row)
-            raise UserError(f'{file}:{number + 1}: step {found[:40]} where step {number} belongs')
-        table = {name: field for name, field in ROW.items() if name in row}
-        table |= {name: MEASURED for name in row if name.startswith(MEASURED_NAMES)}
-        check_fields(row, table, f'{file}:{number + 1}', 'restore the file, or run distill.py again')
+            raise UserError(f'{where}: step {found[:40]} where step {number} belongs')
+
+        # The first row says what the others hold.
+        if number == 0:
+            refuse_nested(row, where)
+            table = {name: kind_of(name) for name in row}
+        if list(row) != list(table):
+            other = next(iter(row.keys() ^ table.keys()), 'their order')
+            raise UserError(f'{where}: other names than in line 1 ({shown(other)}); {advice}')
+        check_fields(row, table, where, advice)
     return rows
+
+
+def refuse_nested(row, where):
+    """UserError if the first row is of a log as earlier versions wrote it: the scores of both models were
+    objects in it."""
+    for name in ('student', 'teacher'):
+        if name in row:
+            raise UserError(f'{where}: {name!r} is a name in the logs of earlier versions, which this one '
+                            'does not read; run distill.py again, in another out_dir=')
+
+
+def kind_of(name):
+    """What a name of the log may hold -> Field."""
+    if name == CHANGED:
+        return Field(str, null=True)
+    for start, kind in KINDS.items():
+        if name.startswith(start):
+            return kind
+    return NUMBER
+
+
+def in_words(changed):
+    """{key: [before, now]} -> a text for the log: 'lr=0.001 (before 0.002), keep=3 (before 2)'."""
+    return ', '.join(f'{key}={now!r} (before {before!r})' for key, (before, now) in changed.items())
+
+
+def scores_of(row, side):
+    """The held-out scores in a row, with the names that eval_math.evaluate gives them: {'avg@16': 80.0, ...};
+    {} if nothing was evaluated. side: 'eval', the student after the row's step, or 'teacher', which is in
+    row 0."""
+    scores = {}
+    for name, value in row.items():
+        if name.startswith(f'{side}/') and value is not None:
+            scores[name.removeprefix(f'{side}/')] = value
+    return scores
+
+
+def plain_scores(row, side):
+    """The same without the scores of single sets: 'avg@16', 'best@16' and 'len', of several sets their
+    means."""
+    return {name: value for name, value in scores_of(row, side).items() if '/' not in name}
+
+
+def scores_as_logged(scores, side):
+    """Scores as eval_math.evaluate names them -> the same with their names in the log."""
+    return {f'{side}/{name}': value for name, value in scores.items()}

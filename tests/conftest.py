@@ -1,4 +1,5 @@
 """What the tests share: a toy small enough to make in a second, and random tiny models."""
+import json
 import os
 import signal
 from pathlib import Path
@@ -150,6 +151,26 @@ def disk(monkeypatch):
 def entries(folder):
     """Inodes of a folder and of all that it holds."""
     return {path.stat().st_ino for path in (folder, *folder.rglob('*'))}
+
+
+def log_of(out):
+    """The rows of a run's log.jsonl, each without what was not measured. All rows must have the same names in the same
+    order, flat values, and a number for what every row has."""
+    rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    for row in rows:
+        assert list(row) == list(rows[0]) and not any(isinstance(value, (dict, list)) for value in row.values())
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def write_log(out, rows):
+    """Write rows as a run logs them: every row has the names of all."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    (out / 'log.jsonl').write_text(''.join(json.dumps(dict.fromkeys(names) | row) + '\n' for row in rows))
+
+
+def scores_of(row, side='eval'):
+    """The scores in a row of the log, named as eval_math.evaluate names them."""
+    return {name.removeprefix(f'{side}/'): value for name, value in row.items() if name.startswith(f'{side}/')}
 
 
 def resume_state(out):

@@ -35,7 +35,7 @@ def write_model(folder, weights):
 
 
 def run_in(out, **config):
-    return begin(out, {'lr': 1.0, 'steps': 9} | config, LATER, 0)
+    return begin(out, {'lr': 1.0, 'steps': 9} | config, LATER, 0, ['step', 'eval/avg@2'])
 
 
 def saved_run(out, *steps, keep=2, scores=()):
@@ -44,7 +44,7 @@ def saved_run(out, *steps, keep=2, scores=()):
     model, opt = trained(0)
     scores = dict(scores)
     for step in range(max(steps) + 1):
-        run.log({'step': step} | ({'avg@2': scores[step]} if step in scores else {}))
+        run.log({'step': step} | ({'eval/avg@2': scores[step]} if step in scores else {}))
         if step in steps:
             save(run, step, model, opt, write_model, keep)
     return run, model, opt

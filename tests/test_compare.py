@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import argv
+from conftest import argv, write_log
 from matplotlib import pyplot as plt
 
 from studies.compare import comparison_figure, comparison_table, main, notes_under_table, read_finished_log
@@ -19,10 +19,12 @@ def seeds(*finals):
     logs = []
     for i, final in enumerate(finals):
         exam = {'avg@4': 20.0 + i, 'best@4': 60.0, 'len': 9.0}
-        rows = [{'step': 0, 'student': exam, 'teacher': {k: 90.0 for k in exam}}]
-        rows += [{'step': s, **times} for s in (1, 2)]
-        rows[1] |= {'avg@4': 30.0, 'best@4': 70.0, 'len': 9.0}
-        rows[2] |= {'avg@4': final, 'best@4': 80.0, 'len': 10.0}
+        teacher = {f'teacher/{name}': 90.0 for name in exam}
+        names = dict.fromkeys(['step', *(f'eval/{name}' for name in exam), *teacher, *times])
+        rows = [names | {'step': 0, **{f'eval/{name}': value for name, value in exam.items()}, **teacher}]
+        rows += [names | {'step': s, **times} for s in (1, 2)]
+        rows[1] |= {'eval/avg@4': 30.0, 'eval/best@4': 70.0, 'eval/len': 9.0}
+        rows[2] |= {'eval/avg@4': final, 'eval/best@4': 80.0, 'eval/len': 10.0}
         logs.append(rows)
     return logs
 
@@ -67,8 +69,8 @@ def test_a_table_of_several_sets_shows_their_mean():
     """Names such as avg@4/aime24 stand beside avg@4 in the log."""
     logs = {'a': seeds(50.0, 60.0)}
     for rows in logs['a']:
-        for scores in (rows[0]['student'], rows[0]['teacher'], *rows[1:]):
-            scores |= {f'{metric}/aime24': -1.0 for metric in ('avg@4', 'best@4', 'len') if metric in scores}
+        for row in rows:
+            row |= {f'{name}/aime24': -1.0 for name, value in row.items() if name.startswith(('eval', 'teacher')) and value is not None}
     assert comparison_table(logs) == comparison_table({'a': seeds(50.0, 60.0)})
 
 
@@ -204,18 +206,16 @@ def test_a_study_of_another_form_is_refused_before_it_runs(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('number, change', [
-    (0, {'student': {'avg@4': 20.0, 'len': 9.0}, 'teacher': {'avg@4': 20.0, 'len': 9.0}}),
-    (2, {'best@4': None}), (2, {'time/update': 'x'}), (1, {'time/teacher': None}),
+    (0, {'eval/best@4': None, 'teacher/best@4': None}), (0, {'teacher/best@4': None}),
+    (2, {'eval/best@4': None}), (2, {'time/update': 'x'}), (1, {'time/teacher': None}),
 ])
 def test_a_log_without_what_the_table_shows_is_refused(tmp_path, number, change):
-    """None: the key is taken out. It was a KeyError when all runs had ended."""
+    """None: it was not measured. It was a KeyError when all runs had ended."""
     rows = seeds(50.0)[0]
-    write = (tmp_path / 'log.jsonl').write_text
-    write(''.join(json.dumps(row) + '\n' for row in rows))
+    write_log(tmp_path, rows)
     assert read_finished_log(tmp_path) == rows
-    changed = rows[number] | change
-    rows[number] = {key: value for key, value in changed.items() if value is not None}
-    write(''.join(json.dumps(row) + '\n' for row in rows))
+    rows[number] |= change
+    write_log(tmp_path, rows)
     with pytest.raises(UserError, match='log.jsonl:'):
         read_finished_log(tmp_path)
 

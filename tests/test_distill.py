@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv, resume_state, with_other_stop
+from conftest import argv, log_of, resume_state, with_other_stop
 from safetensors.torch import load_file
 
 import distill
@@ -34,10 +34,6 @@ from support.report import first_step_notes
 from support.runtime import ROOT, Clock, run, start
 
 
-def log_of(out):
-    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-
-
 def timeless(rows):
     """Rows without what a clock says."""
     return [{k: v for k, v in r.items() if not k.startswith('time/') and k != 'elapsed'} for r in rows]
@@ -51,7 +47,7 @@ def finished(toy_dir, tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
-    best = max((row for row in log_of(finished) if 'avg@2' in row), key=lambda row: row['avg@2'])['step']
+    best = max((row for row in log_of(finished)[1:] if 'eval/avg@2' in row), key=lambda row: row['eval/avg@2'])['step']
     kept = {f'ckpt-{step:06d}' for step in (6, 7, best)}
     assert {p.name for p in finished.iterdir()} == {'.lock', 'config.json', 'starts.jsonl', 'log.jsonl', 'results.json',
                                                     'curve.png', 'last', 'best', *kept}
@@ -61,9 +57,10 @@ def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
     for side in ('student', 'teacher', 'distilled'):
         assert set(r[side]) == {'avg@2', 'best@2', 'len'} and 0 <= r[side]['avg@2'] <= r[side]['best@2'] <= 100
     rows = log_of(finished)
-    assert [row['step'] for row in rows] == list(range(8)) and len(rows[1]['rep/cos_layer']) == 3
+    assert [row['step'] for row in rows] == list(range(8))
+    assert [name for name in rows[1] if name.startswith('rep/cos')] == ['rep/cos', 'rep/cos/1', 'rep/cos/2', 'rep/cos/3']
     assert r['rep_cos'] == [rows[1]['rep/cos'], rows[7]['rep/cos']]
-    assert [row['step'] for row in rows if 'avg@2' in row] == [2, 4, 6, 7]
+    assert [row['step'] for row in rows if 'eval/avg@2' in row] == [0, 2, 4, 6, 7]
     assert (finished / 'curve.png').read_bytes().startswith(b'\x89PNG')
     before = (finished / 'log.jsonl').read_bytes()
     main(load_config(argv(toy_dir, finished, steps=7)))      # finished: says so, shows the table
@@ -291,9 +288,11 @@ def test_what_is_loaded_follows_the_keys(toy_dir, tmp_path, monkeypatch, capsys)
 
 def test_notes_on_the_first_step_name_the_layers():
     """By the student's own numbers and in their order: a note that blames another layer is worse than none."""
-    shares, note = first_step_notes({'loss/layer': [1.0, 98.0, 1.0], 'adam/below_eps': 0.05}, [2, 5, 9], 1e-8)
+    losses = {'loss/layer/2': 1.0, 'loss/layer/5': 98.0, 'loss/layer/9': 1.0}
+    shares, note = first_step_notes(losses | {'adam/below_eps': 0.05}, 1e-8)
     assert shares.endswith('2:1 5:98 9:1') and 'layer 5 has 98% of the loss' in note
-    assert 'gradients of 20% of the weights are below adam_eps=1e-06' in first_step_notes({'adam/below_eps': 0.2}, [1], 1e-6)[0]
+    assert 'gradients of 20% of the weights are below adam_eps=1e-06' in first_step_notes({'adam/below_eps': 0.2}, 1e-6)[0]
+    assert first_step_notes({'loss/layer/2': None, 'adam/below_eps': None}, 1e-6) == [], 'a step that did not look'
 
 
 @pytest.mark.parametrize('schedule, end', [('cosine', 0.1), ('linear', 0.1), ('constant', 1.0)])
@@ -364,9 +363,9 @@ def test_what_a_probe_logs_is_what_the_models_say(toy_dir, tmp_path, keys, rows)
     assert row['opd/kl'] == mean((p.exp() * (p - q)).sum(-1), output)
     assert row['entropy/student'] == mean(-(p.exp() * p).sum(-1), output)
     assert row['entropy/teacher'] == mean(-(q.exp() * q).sum(-1), output)
-    for l, logged in enumerate(row['rep/cos_layer'], 1):
+    for l in (1, 2, 3):
         s, t = (model.hidden(roll.ids, [l])[0] for model in (student, teacher))
-        assert logged == mean(torch.cosine_similarity(s, t, dim=-1), hidden)
+        assert row[f'rep/cos/{l}'] == mean(torch.cosine_similarity(s, t, dim=-1), hidden)
 
 
 def test_scheduled_weights_resume_bit_for_bit(toy_dir, tmp_path, monkeypatch):
@@ -486,7 +485,7 @@ def test_a_finished_run_goes_on_with_more_steps(toy_dir, tmp_path, capsys):
     rows = log_of(out)
     assert [row['step'] for row in rows] == list(range(6))
     assert [row['step'] for row in rows if 'changed' in row] == [4]
-    assert rows[4]['changed'] == {'steps': [3, 5], 'lr': [0.002, 0.001], 'eval_n': [2, 3], 'save_every': [2, 4]}
+    assert rows[4]['changed'] == 'steps=5 (before 3), lr=0.001 (before 0.002), eval_n=3 (before 2), save_every=4 (before 2)'
     assert rows[4]['lr'] == learning_rate(4, 5, 1e-3, 0.03, 'cosine', 0.0)
     results = read_json(out / 'results.json')
     assert results['steps'] == 5 and set(results['distilled']) == {'avg@3', 'best@3', 'len'}

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import write_log as write_rows
 from matplotlib import pyplot as plt
 
 from configs import load_config
@@ -18,11 +19,11 @@ def write_log(folder, shift=0.0, evaluate=True, **keys):
     config = load_config(['configs/toy.py', *(f'{key}={value}' for key, value in keys.items())])
     (folder / 'config.json').write_text(json.dumps({'config': config}))
     exam = {'avg@4': 20.0, 'best@4': 60.0, 'len': 9.0} if evaluate else {}
-    rows = [{'step': 0, 'student': exam, 'teacher': {k: 90.0 for k in exam}}]
+    rows = [{'step': 0, **{f'eval/{name}': value for name, value in exam.items()}, **{f'teacher/{name}': 90.0 for name in exam}}]
     for step in range(1, 5):
-        rows.append({'step': step, 'rep/cos': 0.5 + shift, 'rep/cos_layer': [0.4 + shift, 0.6 + shift]})
-    rows[4] |= {k: 70.0 + shift for k in exam}
-    (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+        rows.append({'step': step, 'rep/cos': 0.5 + shift, 'rep/cos/1': 0.4 + shift, 'rep/cos/2': 0.6 + shift})
+    rows[4] |= {f'eval/{name}': 70.0 + shift for name in exam}
+    write_rows(folder, rows)
     return folder
 
 
@@ -50,12 +51,12 @@ def test_steps_without_cosines_are_passed_over(tmp_path, monkeypatch):
     folder, kept = write_log(tmp_path / 'a'), []
     rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     for row in rows[2:4]:
-        del row['rep/cos'], row['rep/cos_layer']
-    (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+        row |= {'rep/cos': None, 'rep/cos/1': None, 'rep/cos/2': None}
+    write_rows(folder, rows)
     monkeypatch.setattr(plt, 'close', kept.append)
     curve([folder], tmp_path / 'c.png')
     assert [list(line.get_xdata()) for line in kept[0].axes[1].lines] == [[1, 4]] * 3
-    (folder / 'log.jsonl').write_text(''.join(json.dumps({k: v for k, v in r.items() if k[:3] != 'rep'}) + '\n' for r in rows))
+    write_rows(folder, [{k: v for k, v in r.items() if k[:3] != 'rep'} for r in rows])
     curve([folder], tmp_path / 'c.png')
 
 
@@ -82,17 +83,20 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, keys, says):
 
 
 @pytest.mark.parametrize('number, change, says', [
-    (0, {'student': None}, ':1: student = None; wants an object'),
-    (0, {'student': [1]}, ':1: student = [1]; wants an object'),
-    (0, {'student': {'avg@4': None}}, ":1: student = {'avg@4': None}; wants an object, each entry a finite number"),
-    (0, {'student': {'avg@4': 10**400}}, ":1: student = {'avg@4': 1000"),
-    (0, {'teacher': {}}, ':1: wants the same scores of student and teacher'),
-    (4, {'avg@4': 10**400}, ':5: avg@4 = 1000'),
-    (4, {'avg@4': 'x'}, ":5: avg@4 = 'x'; wants a finite number"),
+    (0, {'student': {'avg@4': 20.0}, 'teacher': {}}, ":1: 'student' is a name in the logs of earlier versions"),
+    (0, {'eval/avg@4': [1]}, ':1: eval/avg@4 = [1]; wants a finite number'),
+    (0, {'eval/avg@4': {'x': None}}, ":1: eval/avg@4 = {'x': None}; wants a finite number"),
+    (0, {'eval/avg@4': 10**400}, ':1: eval/avg@4 = 1000'),
+    (0, {'eval/avg@4': None}, ':1: wants the same scores of student and teacher'),
+    (0, {'teacher/avg@4': None}, ':1: wants the same scores of student and teacher'),
+    (4, {'eval/avg@4': 10**400}, ':5: eval/avg@4 = 1000'),
+    (4, {'eval/avg@4': 'x'}, ":5: eval/avg@4 = 'x'; wants a finite number"),
     (2, {'rep/cos': float('nan')}, ':3: rep/cos = nan; wants a finite number'),
-    (2, {'rep/cos_layer': 5}, ':3: rep/cos_layer = 5; wants a list'),
-    (2, {'rep/cos_layer': ['a', 'b']}, ":3: rep/cos_layer = ['a', 'b']; wants a list"),
-    (2, {'rep/cos_layer': [1.0]}, ': rows have cosines of [1, 2] layers'),
+    (2, {'rep/cos/1': 'a'}, ":3: rep/cos/1 = 'a'; wants a finite number"),
+    (2, {'rep/cos/2': [0.5]}, ':3: rep/cos/2 = [0.5]; wants a finite number'),
+    (2, {'rep/cos/2': None}, ':3: has rep/cos without rep/cos/2'),
+    (2, {'rep/cos': None}, ':3: has rep/cos/1 without rep/cos'),
+    (2, {'rep/cos/3': 0.5}, ":3: other names than in line 1 ('rep/cos/3')"),
 ])
 def test_a_log_that_cannot_be_drawn_is_refused_in_one_line(tmp_path, number, change, says):
     """Each was a traceback: a KeyError, a TypeError, an OverflowError."""
@@ -166,9 +170,9 @@ def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, monkeypa
     runs, kept = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b')], []
     for folder in runs:
         rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-        for scores in (rows[0]['student'], rows[0]['teacher'], rows[4]):
-            scores |= {'avg@4/aime24': scores['avg@4'] - 8, 'avg@4/me/set': scores['avg@4'] + 8}
-        (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+        for row, name in ((rows[0], 'eval/avg@4'), (rows[0], 'teacher/avg@4'), (rows[4], 'eval/avg@4')):
+            row |= {f'{name}/aime24': row[name] - 8, f'{name}/me/set': row[name] + 8}
+        write_rows(folder, rows)
     monkeypatch.setattr(plt, 'close', kept.append)
     curve(runs[:1], tmp_path / 'c.png')
     curve(runs, tmp_path / 'd.png')

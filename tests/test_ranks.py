@@ -1,12 +1,11 @@
 """Two ranks on gloo against one process: the same answers, gradient, log and checkpoint."""
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import TINY_SUMS, argv, rounding, tiny_model
+from conftest import TINY_SUMS, argv, log_of, rounding, tiny_model
 from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -108,10 +107,6 @@ def test_bfloat16_forwards_keep_float32_gradients(toy_cfg, tmp_path):
 
 
 KEYS = ('loss', 'rep/cos', 'grad_norm', 'len/mean', 'acc/rollout', 'finish')
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
 
 
 def assert_same_run(a, b):
