@@ -61,6 +61,7 @@ from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
+from support.progress import Progress
 from support.provenance import note_start, start_record, versions
 from support.report import first_step_notes, read_results, step_line, summary
 from support.run_folder import begin, open_run, stored_config
@@ -221,8 +222,7 @@ def evaluate_model(cfg, setup, env, name, side='student'):
         return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
                         top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
-                        rows=cfg['eval_rows'], rank=env.rank, world=env.world,
-                        progress='' if env.rank else f'evaluate {name}')
+                        rows=cfg['eval_rows'], rank=env.rank, world=env.world, label=f'evaluate {name}')
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def train(cfg, setup, env, run_folder):
             problems = [setup.train[order[slot]] for slot in slots]
 
             # 2. rollout: the random numbers of an answer are a function of (seed, step, slot, sample).
-            roll = sample_answers(cfg, setup, env, problems, slots, step, clock)
+            roll = sample_answers(cfg, setup, env, problems, slots, step)
             clock.lap('sample')
             clock.update_begins()
 
@@ -298,14 +298,16 @@ def is_diagnosed(step, steps, every):
     return step in (1, steps) or bool(every and step % every == 0)
 
 
-def sample_answers(cfg, setup, env, problems, slots, step, clock):
+def sample_answers(cfg, setup, env, problems, slots, step):
     """Step 2: the student's answers to this rank's problems -> Rollout."""
-    with gathered(setup.student) as sampler:
+    total = len(problems) * cfg['n']
+    progress = Progress('rollout', total, 'answers', rank=env.rank, world=env.world,
+                        longest=cfg['max_new_tokens'])
+    with gathered(setup.student) as sampler, progress:
         return sample(sampler, [problem.ids for problem in problems], cfg['n'], which=slots, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                       max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,
-                      vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'],
-                      progress='rollout' if env.rank == 0 and clock.cuda else '')
+                      vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'], on_poll=progress.update)
 
 
 def supervised_positions(cfg, setup, roll, problems):
