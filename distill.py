@@ -61,6 +61,7 @@ from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
+from support.profile import ProfilingClock
 from support.progress import Progress
 from support.provenance import note_start, start_record, versions
 from support.report import first_step_notes, read_results, step_line, summary
@@ -79,6 +80,7 @@ from support.runtime import (
     shard,
     start,
 )
+from support.trackers import check_trackers, tracked
 
 # ---- what is minimised -----------------------------------------------------------------------
 
@@ -231,6 +233,9 @@ def train(cfg, setup, env, run_folder):
     """The steps that are left, each a line of the log."""
     student, teacher, steps = setup.student, setup.teacher, cfg['steps']
     clock = Clock(env.device)
+    if cfg['profile'] and env.rank == 0:
+        clock = ProfilingClock(env.device, run_folder.out / 'profile', run_folder.step + 1,
+                               cfg['max_new_tokens'])
     with interruptible() as caught:
         for step in range(run_folder.step + 1, steps + 1):
             clock.start()
@@ -450,6 +455,7 @@ def main(cfg):
         print0('\n'.join(show(results)))
         return
     check_resumable(out)
+    check_trackers(cfg['report'], env.rank)
     if toy.ends_dry_run(cfg):
         return
 
@@ -459,12 +465,14 @@ def main(cfg):
     if cfg['dry_run']:
         return
     with owned(out, env.rank):
-        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank))
+        run_folder = begin(out, asked, may_change, env.rank)
+        resume(run_folder, setup.student, setup.opt, later)
+        with tracked(run_folder, cfg['report']):
+            run_in_folder(cfg, setup, env, run_folder)
 
 
 def run_in_folder(cfg, setup, env, run_folder):
-    """Start or resume, take the steps, write table and figure."""
-    resume(run_folder, setup.student, setup.opt, later)
+    """Take the steps that are left, write table and figure."""
     if env.rank == 0:
         note_start(run_folder, start_record(cfg, env, setup.train, setup.held_out))
 

@@ -104,8 +104,8 @@ class Progress:
 
         If every token ends its answer with the same probability, the best estimate of the mean length is
         tokens / done, the tokens of unfinished answers included. The rest, total - done answers of this
-        length, then takes seconds / done * (total - done). No answer is longer than `longest`: this bounds the
-        rest, and it is all that is known before the first answer has ended.
+        length, then takes seconds / done * (total - done). No answer is longer than `longest`: this bounds
+        the rest, and it is all that is known before the first answer has ended.
         """
         guesses = []
         if self.done:
