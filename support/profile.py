@@ -7,12 +7,12 @@ the memory pools). Rank 0 alone is traced: the others do the same work. In out/<
     trace-000002.json.gz       every operation, on the CPU and on the GPU, with its memory: open it in
                                https://ui.perfetto.dev or in chrome://tracing
     operations-000002.txt      the operations that take the most time by themselves
-    memory-000002.pickle       on CUDA, every allocation with the lines that made it: open it in
+    memory-000002.pickle       on CUDA, the allocations with the lines that made them: open it in
                                https://pytorch.org/memory_viz
 
 A rollout of thousands of tokens would make a trace of gigabytes. So it is left out where an answer may have
-more than ROLLOUT_TOKENS tokens; to see decoding, trace a short run with max_new_tokens=64. A trace ends before
-the step's evaluation. Tracing makes the step slower, and changes no number but the seconds in the log.
+more than ROLLOUT_TOKENS tokens; to see decoding, trace a short run with max_new_tokens=64. A trace ends
+before the step's evaluation. Tracing makes the step slower, and changes no number but the seconds in the log.
 
 Simpler than usual: it is a Clock that knows when a step begins, when its rollout has ended and when the step
 ends, so the loop has no line for it. What it does not do: traces of bridge.py or of evaluations.

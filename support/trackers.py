@@ -1,14 +1,15 @@
 """
 The log of a run in Weights & Biases and TensorBoard, for those who use them: report=wandb,tensorboard
 
-    report=wandb          a W&B run; its files are in out/<run>/wandb. Its environment variables work as
-                          usual (WANDB_PROJECT, WANDB_ENTITY, ...). WANDB_MODE=offline needs no network;
+    report=wandb          a W&B run, whose files are in out/<run>/wandb. WANDB_PROJECT, WANDB_ENTITY and so on
+                          work as usual. With WANDB_MODE=offline there is no network, and
                           `wandb sync out/<run>/wandb/offline-run-*` uploads the run later
     report=tensorboard    event files in out/<run>/tensorboard; tensorboard --logdir out
 
-log.jsonl stays the record of a run. A tracker is given the numbers of each of its rows once; the x axis is the
-training step. A tracker that fails (no network, no login, a full disk) is a line on the terminal, and training
-goes on without it. A run that goes on may have another report=: a new tracker is given the earlier rows too.
+log.jsonl stays the record of a run. A tracker is given the numbers of each of its rows once; the x axis is
+the training step. A tracker that fails (no network, no login, a full disk) is a line on the terminal, and
+training goes on without it. A run that goes on may have another report=: a new tracker is given the earlier
+rows too.
 
 A run that died goes on from its last checkpoint, and takes some steps again. TensorBoard then reads the new
 rows in place of the old ones. W&B can take nothing back, so it depends on what has changed:
@@ -63,15 +64,12 @@ class WandB:
         online = self.wandb_run.settings.mode == 'online'
         print0(f"  wandb: {self.wandb_run.url if online else run.out / 'wandb'}")
 
-        # W&B counts rows by itself, from the first one of each start. The x axis is the row's own step.
-        self.wandb_run.define_metric('step')
-        self.wandb_run.define_metric('*', step_metric='step')
-
     def log(self, rows):
-        """Send the rows that W&B does not have."""
+        """Send the rows that W&B does not have. Its own counter is set to the training step; it never goes
+        back, and rows of a lower step are dropped."""
         rows = [row for row in rows if row['step'] > self.sent['step']]
         for row in rows:
-            self.wandb_run.log(numbers_of(row))
+            self.wandb_run.log(numbers_of(row), step=row['step'], commit=True)
         if rows:
             self.sent['step'] = rows[-1]['step']
             write_json(self.memory, self.sent)
@@ -105,8 +103,7 @@ class TensorBoard:
         began = time.time() - self.run.seconds()
         for row in rows:
             for name, number in numbers_of(row).items():
-                if name != 'step':
-                    self.writer.add_scalar(name, number, row['step'], walltime=began + row['elapsed'])
+                self.writer.add_scalar(name, number, row['step'], walltime=began + row['elapsed'])
         self.writer.flush()
 
     def end(self, failed):
@@ -183,5 +180,5 @@ def tracker_names(report):
 
 
 def numbers_of(row):
-    """A row of the log without what was not measured and without texts."""
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+    """A row of the log without its step, without texts, and without what was not measured."""
+    return {name: value for name, value in row.items() if name != 'step' and isinstance(value, int | float)}
