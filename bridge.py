@@ -38,7 +38,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from bridge_parts import saved
 from bridge_parts.adamw_fit import adamw_fit
@@ -65,6 +64,7 @@ from studies import toy
 from studies.figures import bridges
 from support.files import owned
 from support.preflight import check_lengths, match_layers, preflight_bridge
+from support.progress import Progress, counted
 from support.runtime import UserError, all_gather, all_reduce, barrier, day_of_start, print0, run, start
 
 FITS = ('ridge', 'adamw', 'random', 'shuffled')
@@ -91,29 +91,30 @@ def collect(student, problems, collection, cfg, env):
     answers = collection.answers
     total = len(order)
     batch = max(1, cfg['eval_rows']) * env.world
-    no_bar = env.rank > 0 or None                    # None: shown on a terminal only
-    bar = tqdm(total=total, initial=len(answers), desc='collect', unit='answer', disable=no_bar)
-    while len(answers) < total:
-        slots = range(len(answers), min(len(answers) + batch, total))
-        sampled = {}
-        my_slots = slots[env.rank::env.world]
-        if my_slots:
-            prompts = [problems[order[slot]].ids for slot in my_slots]
-            roll = sample(student, prompts, which=list(my_slots), step=-2, stop=collection.stop,
-                          vocab=collection.vocab, **collection.draw)
-            columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
-            for slot, ids, stopped in columns:
-                sampled[slot] = Answer(order[slot], ids, stopped)
+    share = len(range(len(answers), total, env.world))       # answers of process 0, which shows them
+    progress = Progress('collect', share, 'answers', rank=env.rank, world=env.world,
+                        longest=cfg['max_new_tokens'])
+    with progress:
+        while len(answers) < total:
+            slots = range(len(answers), min(len(answers) + batch, total))
+            sampled = {}
+            my_slots = slots[env.rank::env.world]
+            progress.next_call()
+            if my_slots:
+                prompts = [problems[order[slot]].ids for slot in my_slots]
+                roll = sample(student, prompts, which=list(my_slots), step=-2, stop=collection.stop,
+                              vocab=collection.vocab, on_poll=progress.update, **collection.draw)
+                columns = zip(my_slots, roll.answers(), roll.stopped.tolist(), strict=True)
+                for slot, ids, stopped in columns:
+                    sampled[slot] = Answer(order[slot], ids, stopped)
 
-        # Everybody gets everybody's answers, in the order of the slots.
-        for part in all_gather(sampled):
-            sampled |= part
-        new = [sampled[slot] for slot in slots]
-        answers += new
-        if env.rank == 0:
-            collection.append(new)
-        bar.update(len(new))
-    bar.close()
+            # Everybody gets everybody's answers, in the order of the slots.
+            for part in all_gather(sampled):
+                sampled |= part
+            new = [sampled[slot] for slot in slots]
+            answers += new
+            if env.rank == 0:
+                collection.append(new)
     return answers
 
 
@@ -155,8 +156,8 @@ class Pair:
         at the supervised positions: {student layer: (K, d_s)}, {teacher layer: (K, d_t)}, and
         inside (K,), which is True for rows of class 1.
 
-        name: of the progress bar; without a name there is none. teacher_layers: which of them,
-        default those of layer_map.
+        name: of the line that shows how far it is; without a name there is none. teacher_layers:
+        which of them, default those of layer_map.
         """
         student_layers = list(self.layer_map)
         teacher_layers = teacher_layers or sorted(set(self.layer_map.values()))
@@ -165,8 +166,7 @@ class Pair:
         for answer in answers:
             lengths.append(len(self.problems[answer.problem].ids) + len(answer.ids))
         groups = micro_batches(lengths, self.cfg['token_budget'])
-        no_bar = not name or self.env.rank > 0 or None
-        for group in tqdm(groups, desc=name, leave=False, disable=no_bar):
+        for group in counted(groups, name, 'batches', self.env.rank, self.env.world):
             roll = as_rollout([answers[i] for i in group], self.problems, self.env.device)
             reading = self.as_teacher_reads(roll)
             at, at_t, inside = self.supervised_rows(roll, reading)

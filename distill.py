@@ -61,6 +61,8 @@ from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
+from support.profile import ProfilingClock
+from support.progress import Progress
 from support.provenance import note_start, start_record, versions
 from support.report import first_step_notes, log_names, read_results, step_line, summary
 from support.run_folder import begin, open_run, scores_as_logged, stored_config
@@ -78,6 +80,7 @@ from support.runtime import (
     shard,
     start,
 )
+from support.trackers import check_trackers, tracked
 
 # ---- what is minimised -----------------------------------------------------------------------
 
@@ -221,8 +224,7 @@ def evaluate_model(cfg, setup, env, name, side='student'):
         return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
                         top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
                         max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
-                        rows=cfg['eval_rows'], rank=env.rank, world=env.world,
-                        progress='' if env.rank else f'evaluate {name}')
+                        rows=cfg['eval_rows'], rank=env.rank, world=env.world, label=f'evaluate {name}')
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -231,6 +233,9 @@ def train(cfg, setup, env, run_folder):
     """The steps that are left, each a line of the log."""
     student, teacher, steps = setup.student, setup.teacher, cfg['steps']
     clock = Clock(env.device)
+    if cfg['profile'] and env.rank == 0:
+        clock = ProfilingClock(env.device, run_folder.out / 'profile', run_folder.step + 1,
+                               cfg['max_new_tokens'])
     with interruptible() as caught:
         for step in range(run_folder.step + 1, steps + 1):
             clock.start()
@@ -240,7 +245,7 @@ def train(cfg, setup, env, run_folder):
             problems = [setup.train[order[slot]] for slot in slots]
 
             # 2. rollout: the random numbers of an answer are a function of (seed, step, slot, sample).
-            roll = sample_answers(cfg, setup, env, problems, slots, step, clock)
+            roll = sample_answers(cfg, setup, env, problems, slots, step)
             clock.lap('sample')
             clock.update_begins()
 
@@ -298,14 +303,16 @@ def is_diagnosed(step, steps, every):
     return step in (1, steps) or bool(every and step % every == 0)
 
 
-def sample_answers(cfg, setup, env, problems, slots, step, clock):
+def sample_answers(cfg, setup, env, problems, slots, step):
     """Step 2: the student's answers to this rank's problems -> Rollout."""
-    with gathered(setup.student) as sampler:
+    total = len(problems) * cfg['n']
+    progress = Progress('rollout', total, 'answers', rank=env.rank, world=env.world,
+                        longest=cfg['max_new_tokens'])
+    with gathered(setup.student) as sampler, progress:
         return sample(sampler, [problem.ids for problem in problems], cfg['n'], which=slots, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                       max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,
-                      vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'],
-                      progress='rollout' if env.rank == 0 and clock.cuda else '')
+                      vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'], on_poll=progress.update)
 
 
 def supervised_positions(cfg, setup, roll, problems):
@@ -451,6 +458,7 @@ def main(cfg):
         print0('\n'.join(show(results)))
         return
     check_resumable(out)
+    check_trackers(cfg['report'], env.rank)
     if toy.ends_dry_run(cfg):
         return
 
@@ -461,12 +469,14 @@ def main(cfg):
         return
     with owned(out, env.rank):
         names = log_names(cfg, setup, env.device)
-        run_in_folder(cfg, setup, env, begin(out, asked, may_change, env.rank, names))
+        run_folder = begin(out, asked, may_change, env.rank, names)
+        resume(run_folder, setup.student, setup.opt, later)
+        with tracked(run_folder, cfg['report']):
+            run_in_folder(cfg, setup, env, run_folder)
 
 
 def run_in_folder(cfg, setup, env, run_folder):
-    """Start or resume, take the steps, write table and figure."""
-    resume(run_folder, setup.student, setup.opt, later)
+    """Take the steps that are left, write table and figure."""
     if env.rank == 0:
         note_start(run_folder, start_record(cfg, env, setup.train, setup.held_out))
 

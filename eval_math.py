@@ -33,14 +33,12 @@ distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is t
 """
 import math
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
 from configs import default, load_config
 from formats.huggingface import load_model, read_config
@@ -51,6 +49,7 @@ from rollout import stream
 from studies import toy
 from support.files import owned, write_json
 from support.jsonl import append_row
+from support.progress import Progress
 from support.runtime import UserError, all_gather, barrier, day_of_start, print0, run, shown, start
 from support.samples import check_samples, first_date, read_samples, samples_folder, write_samples
 
@@ -174,29 +173,21 @@ def verdict(text, problem):
     return judge(text, problem.answer)._asdict()
 
 
-def with_progress(rows, total, label):
-    """Pass the rows on, and show a bar on a terminal: answers, tokens per second, shares finished and right.
-    No label, no bar."""
-    bar = tqdm(total=total, desc=label, unit='answer', leave=False, disable=None if label else True)
-    began = time.monotonic()
+def with_shares(rows, progress):
+    """Pass the rows on, and let the line of a Progress end with the shares of answers that are finished and
+    right."""
     count = 0                                # answers so far
-    tokens = 0                               # in them
     finished = 0                             # those that ended at a stop token
     right = 0                                # those that the grader accepts
     for row in rows:
         count += 1
-        tokens += row['length']
         finished += row['stopped']
         right += row['correct']
-        seconds = time.monotonic() - began + 1e-9
-        bar.set_postfix_str(f'{tokens / seconds:.0f} tok/s, {finished / count:.0%} finished, '
-                            f'{right / count:.0%} right', refresh=False)
-        bar.update()
+        progress.extra = f'{finished / count:.0%} finished, {right / count:.0%} right'
         yield row
-    bar.close()
 
 
-def evaluate(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, progress='', **how):
+def evaluate(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, label='evaluate', **how):
     """Sample n = `per_problem` answers to every problem of {name: [Problem]} -> flat dict of scores, the same
     on every rank. This is what the training loop logs.
 
@@ -204,18 +195,22 @@ def evaluate(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, p
     Several sets:  the same three of each set, such as 'avg@16/aime24', after the plain ones; 'avg@16',
                    'best@16' and 'len' are then the mean over SETS, not over problems, because 83 of the 143
                    problems of aime24,aime25,aimo are AIMO's and would make 58% of the number.
-    how: as in rollout.stream.
+    label: of the line that shows how far it is. how: as in rollout.stream; max_new_tokens is a number.
     """
     numbered = number_problems(sets)
+    share = len(range(0, len(numbered) * per_problem, world))        # answers of rank 0, which shows them
+    longest = how.get('max_new_tokens', 0)
 
     # This rank samples its share; nothing runs until the loop below asks for the rows.
-    new = answers(model, numbered, per_problem, rows=rows, rank=rank, world=world, **how)
-    graded = graded_rows(new, tokenizer, numbered, how.get('seed', 0))
-
-    # Keep four numbers of each answer: texts are not sent between ranks.
     mine = []                                # (set, problem, correct, length)
-    for row in with_progress(graded, len(numbered) * per_problem // world, progress):
-        mine.append((row['set'], row['problem'], row['correct'], row['length']))
+    with Progress(label, share, 'answers', rank=rank, world=world, longest=longest) as progress:
+        new = answers(model, numbered, per_problem, rows=rows, rank=rank, world=world,
+                      on_poll=progress.update, **how)
+        graded = graded_rows(new, tokenizer, numbered, how.get('seed', 0))
+
+        # Keep four numbers of each answer: texts are not sent between ranks.
+        for row in with_shares(graded, progress):
+            mine.append((row['set'], row['problem'], row['correct'], row['length']))
     results = [result for part in all_gather(mine) for result in part]
 
     # Every rank computes the same scores from the same numbers.
@@ -553,14 +548,15 @@ def sample_rest(evaluation, model, env, samples):
     # What is there is not sampled again.
     done = {((name, number), sample) for name, number, sample in samples}
     new_tokens = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
-    new = answers(model, evaluation.numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=env.rank,
-                  world=env.world, done=done, max_new_tokens=new_tokens,
-                  stop=evaluation.stop, vocab=evaluation.vocab, seed=cfg['seed'],
-                  temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
-    graded = graded_rows(new, evaluation.tokenizer, evaluation.numbered, cfg['seed'])
-    share = (evaluation.total - len(done)) // env.world
-    with (evaluation.folder / f'samples-{env.rank}.jsonl').open('a') as file:
-        for row in with_progress(graded, share, 'evaluate' if env.rank == 0 else ''):
+    share = len(range(0, evaluation.total - len(done), env.world))   # answers of rank 0, which shows them
+    progress = Progress('evaluate', share, 'answers', rank=env.rank, world=env.world, longest=new_tokens)
+    with (evaluation.folder / f'samples-{env.rank}.jsonl').open('a') as file, progress:
+        new = answers(model, evaluation.numbered, cfg['eval_n'], rows=cfg['eval_rows'], rank=env.rank,
+                      world=env.world, done=done, max_new_tokens=new_tokens,
+                      stop=evaluation.stop, vocab=evaluation.vocab, seed=cfg['seed'],
+                      temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'], on_poll=progress.update)
+        graded = graded_rows(new, evaluation.tokenizer, evaluation.numbered, cfg['seed'])
+        for row in with_shares(graded, progress):
             append_row(file, row | {'date': evaluation.date}, crc=True)
 
 

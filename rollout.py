@@ -39,7 +39,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import kernels
 from model import Cache
@@ -470,13 +469,15 @@ class Slots:
 # ---- the loop ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0, **sampling):
+def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0, on_poll=None, **sampling):
     """Answer the requests -> (index of the request, its ids, ended by a stop token?), each as it ends.
 
     requests: (prompt ids, prompt number, sample number) each; see `Request`. rows: the number of slots, which
     bounds the memory of the cache. max_new_tokens: a number, or a list of one for each request. budget: the
     most prompt tokens that are read at once. poll_every: decode steps between two polls; each poll waits
-    for the device; 0: 32 on CUDA, else 1. sampling: the fields of `Sampling`; stop is required.
+    for the device; 0: 32 on CUDA, else 1. on_poll(answers, tokens): called after each poll with the number of
+    answers that have ended, and of the tokens sampled so far, those of the other answers included.
+    sampling: the fields of `Sampling`; stop is required.
     """
     requests = with_limits(requests, max_new_tokens)
     on_cuda = model.embed.weight.is_cuda
@@ -492,6 +493,8 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
     compact_at = 0.5 if on_cuda else 0.75
     waiting = deque(range(len(requests)))    # indices of requests
     occupant = [None] * B                    # the index of the request in each slot; None: the slot is free
+    ended = 0                                # answers
+    ended_tokens = 0                         # in them
     done, stopped, count, length = slots.poll()
     while waiting or any(index is not None for index in occupant):
         free = [slot for slot, index in enumerate(occupant) if index is None]
@@ -517,31 +520,31 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
 
         # 2. Poll: wait until the device has done all these steps, and see which answers are finished.
         done, stopped, count, length = slots.poll()
+        busy = [slot for slot, index in enumerate(occupant) if index is not None]
+        finished = [slot for slot in busy if done[slot]]
+        if on_poll:
+            on_poll(ended + len(finished), ended_tokens + sum(count[slot] for slot in busy))
 
         # 3. Retire the finished answers.
-        finished = [slot for slot, index in enumerate(occupant) if index is not None and done[slot]]
+        ended += len(finished)
+        ended_tokens += sum(count[slot] for slot in finished)
         if finished:
             for slot, ids in zip(finished, slots.retire(finished), strict=True):
                 yield occupant[slot], ids[:count[slot]], bool(stopped[slot])
                 occupant[slot] = None
 
 
-def sample(model, prompts, n=1, *, max_new_tokens, which=None, progress='', **settings):
+def sample(model, prompts, n=1, *, max_new_tokens, which=None, **settings):
     """n answers to each prompt -> Rollout of B = len(prompts) * n rows, those of a prompt together.
 
     This is `stream` with as many slots as answers. prompts: lists of ids. max_new_tokens: a number, or a list
     of one for each of the B answers. which: the number of each prompt in its problem set, which fixes its
-    random numbers (default: its index in the list). progress: label of a progress bar, shown on a terminal.
-    settings: the fields of `Sampling` (stop is required; seed, step, temperature, top_k, top_p, vocab), and
-    budget and poll_every of `stream`.
+    random numbers (default: its index in the list). settings: the fields of `Sampling` (stop is required;
+    seed, step, temperature, top_k, top_p, vocab), and budget, poll_every and on_poll of `stream`.
     """
     requests = numbered(prompts, n, which)
     answers = stream(model, requests, rows=len(requests), max_new_tokens=max_new_tokens, **settings)
-
-    # tqdm: disable=None shows the bar on a terminal only.
-    hidden = None if progress else True
-    bar = tqdm(answers, total=len(requests), desc=progress, unit='answer', leave=False, disable=hidden)
-    return collect(requests, n, bar, model.embed.weight.device)
+    return collect(requests, n, answers, model.embed.weight.device)
 
 
 # ---- between lists and tensors ----------------------------------------------------------------

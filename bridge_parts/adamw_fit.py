@@ -11,8 +11,8 @@ stop early.
 Letters: K rows of a micro-batch, d width (d_s student, d_t teacher), R rank.
 """
 import torch
-from tqdm import tqdm
 
+from support.progress import Progress
 from support.runtime import all_reduce
 
 EPOCHS = 20
@@ -39,21 +39,21 @@ def adamw_fit(pair, answers, bridge, lr, seed):
     world = pair.env.world
     batch = max(BATCH, world)
     starts = range(0, len(answers) - world + 1, batch)
-    bar = tqdm(total=EPOCHS * len(starts), desc='adamw', disable=pair.env.rank > 0 or None)
-    for _ in range(EPOCHS):
-        # A new order in every epoch, the same on every process.
-        order = torch.randperm(len(answers), generator=generator).tolist()
-        for start in starts:
-            chosen = [answers[i] for i in order[start:start + batch]]
-            count = add_gradients(pair, chosen, bridge, P_s)
+    steps = EPOCHS * len(starts)
+    with Progress('adamw', steps, 'steps', rank=pair.env.rank) as progress:
+        for _ in range(EPOCHS):
+            # A new order in every epoch, the same on every process.
+            order = torch.randperm(len(answers), generator=generator).tolist()
+            for start in starts:
+                chosen = [answers[i] for i in order[start:start + batch]]
+                count = add_gradients(pair, chosen, bridge, P_s)
 
-            # A mean over the rows of all processes.
-            for weight in P_s.values():
-                all_reduce(weight.grad).div_(count.clamp(min=1))
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-    bar.close()
+                # A mean over the rows of all processes.
+                for weight in P_s.values():
+                    all_reduce(weight.grad).div_(count.clamp(min=1))
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.update(progress.done + 1)
 
     # In the form of the closed one: the same P_s for both classes, a bias of 0.
     fitted = {}

@@ -15,6 +15,10 @@ config = dict(
     dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32), 'bfloat16', 'float32';
                                 # weights, gradients and optimizer state are float32
     dry_run=False,              # --dry-run: resolve, check, print the plan, memory, disk and time, stop
+    report='',                  # log to a tracker too: 'wandb', 'tensorboard', or 'wandb,tensorboard'
+                                # (support/trackers.py)
+    profile=False,              # --profile: trace the second and third step of this start, with their memory,
+                                # into out_dir/profile (support/profile.py)
     ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says cpu;
                                 # 0 = those that it was started with
 
@@ -181,7 +185,7 @@ checks = dict(
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
 free = ('out_dir', 'device', 'dry_run', 'ranks', 'token_budget', 'head_rows', 'checkpointing', 'compile',
-        'toy_dir')
+        'toy_dir', 'report', 'profile')
 
 # Keys with which a run may go on differently; its log says from which step.
 later = ('steps', 'lr', 'keep')

@@ -86,7 +86,7 @@ def step_line(row, steps, eta):
         answers += f" acc {row['acc/rollout']:.0f}%"
     parts.append(answers)
     parts.append(f"sample {row['time/sample']:.1f}s train {train_seconds:.1f}s")
-    parts.append(f'{speed / 1000:.1f}k tok/s' if speed >= 1000 else f'{speed:.0f} tok/s')
+    parts.append(f'{amount(speed)} tok/s')
     if 'mem/peak' in row:
         parts.append(f"mem {row['mem/peak']:.1f}G")
     parts.append(f'eta {duration(eta)}')
@@ -104,6 +104,17 @@ def duration(seconds):
     if seconds > 60:
         return f'{seconds / 60:.1f}m'
     return f'{seconds:.0f}s'
+
+
+def amount(number):
+    """A positive number in three significant digits: 0.0427 -> '0.0427', 12 -> '12', 8214 -> '8.21k',
+    999_700 -> '1M'."""
+    rounded = float(f'{number:.3g}')         # first, so that 999.7 becomes 1k and not 1000
+    thousands = 0
+    while rounded >= 1000 and thousands < 3:
+        rounded /= 1000
+        thousands += 1
+    return f'{rounded:.3g}' + ('', 'k', 'M', 'G')[thousands]
 
 
 def first_step_notes(row, adam_eps):

@@ -59,6 +59,7 @@ class RunFolder:
     began: float = field(default_factory=lambda: time.monotonic())   # less the seconds of earlier starts
     best: dict | None = None    # the checkpoint with the best held-out accuracy: {'step', 'score', 'metric'}
     changed: dict = field(default_factory=dict)          # {key: [before, now]} since the last checkpoint
+    trackers: object = None     # they are given each row too (support/trackers.py)
 
     def seconds(self):
         """How long the run has taken, earlier starts included."""
@@ -82,6 +83,8 @@ class RunFolder:
         if self.rank == 0:
             with (self.out / 'log.jsonl').open('a') as file:
                 append_row(file, row)
+        if self.trackers:
+            self.trackers.log([row])
 
     def note_score(self, row):
         """Remember the step with the best held-out accuracy, of several sets their mean. Scores of another
