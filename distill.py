@@ -40,7 +40,8 @@ from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, evaluate, load_eval_sets, table
-from formats.huggingface import load_model, read_config, save_model, snapshot
+from formats.hub import snapshot
+from formats.huggingface import load_model, read_config, save_model
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade

@@ -26,7 +26,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from formats.huggingface import snapshot
+from formats.hub import snapshot
 from support.files import read_json
 from support.runtime import UserError, cut, print0, shown
 

@@ -29,7 +29,7 @@ import safetensors
 import tokenizers
 import torch
 
-from formats.huggingface import snapshot
+from formats.hub import snapshot
 from support.files import whole
 from support.jsonl import append_row, read_rows
 from support.runtime import ROOT, UserError, print0
