@@ -1,7 +1,11 @@
 """The hub: what is asked of it, what its errors become, one commit for a run. A small server stands in its place."""
+import base64
+import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,18 +13,24 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import tiny_model
-from huggingface_hub import constants
+from conftest import argv, tiny_model
+from huggingface_hub import ModelCard, constants
 
+from configs import load_config
+from distill import main
 from formats import hub
 from formats.hub import commit_of, commits, snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
 from formats.problems import problem_files
+from studies import publish
+from support.files import read_json, write_json
+from support.provenance import read_starts, started_commits
 from support.runtime import ROOT, UserError
 
 # ---- a hub on this computer ----------------------------------------------------------------------
@@ -32,6 +42,7 @@ class Repository:
     branches: dict = field(default_factory=lambda: {'main': 'a' * 40})
     gated: bool = False
     private: bool = False
+    card: dict = field(default_factory=dict)             # the metadata of its README.md
 
     def has(self, revision):
         return revision in self.branches or revision in self.branches.values()
@@ -45,7 +56,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.repositories = {}               # {'me/model' or 'datasets/me/problems': Repository}
         self.asked = []                      # (method, path) of every request
-        self.tokens = {'good'}
+        self.tokens = {'good', 'reader'}
+        self.large = {}                      # {sha256: bytes} of what was put into the large file storage
         self.fault = ''                      # 'limit', 'broken', 'portal', 'cut', 'mute': what is wrong with it
         self.url = f'http://127.0.0.1:{self.server_port}'
         threading.Thread(target=self.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True).start()
@@ -133,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
                               for file, data in repository.files.items()])
         else:
             self.answer(200, {'id': name, 'sha': repository.branches.get(revision, revision), 'private': repository.private,
-                              'gated': repository.gated, 'siblings': [{'rfilename': file} for file in repository.files]})
+                              'gated': repository.gated, 'cardData': repository.card, 'siblings': [{'rfilename': file} for file in repository.files]})
 
     def answer_file(self, name, revision, file):
         repository = self.repository(name)
@@ -151,6 +163,61 @@ class Handler(BaseHTTPRequestHandler):
             rest = rest[:len(rest) // 2]
             self.close_connection = True
         self.answer(206 if begin else 200, rest, **headers)
+
+    # ---- uploads ----
+
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append((self.command, path))
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        if self.token() != 'good':
+            return self.refuse(403 if self.token() in self.server.tokens else 401, message='Forbidden')
+        if path == '/api/validate-yaml':
+            content = json.loads(body)['content']
+            ModelCard(content)               # raises where the metadata is no YAML
+            return self.answer(200, {'errors': [], 'warnings': []})
+        if path == '/api/repos/create':
+            return self.create(json.loads(body))
+        if path.endswith('/info/lfs/objects/batch'):
+            objects = [{'oid': item['oid'], 'size': item['size'], 'actions': {'upload': {'href': f'{self.server.url}/large/{item["oid"]}'}}}
+                       for item in json.loads(body)['objects']]
+            return self.answer(200, {'objects': objects, 'transfer': 'basic'}, Content_Type='application/vnd.git-lfs+json')
+        name, verb = '/'.join(path.split('/')[3:5]), path.split('/')[5]
+        repository = self.server.repositories[name]
+        if verb == 'preupload':
+            files = [{'path': item['path'], 'shouldIgnore': False,
+                      'uploadMode': 'lfs' if item['path'].endswith('.safetensors') else 'regular'} for item in json.loads(body)['files']]
+            return self.answer(200, {'files': files})
+        assert verb == 'commit', path
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item['value']
+            if item['key'] == 'file':
+                repository.files[value['path']] = base64.b64decode(value['content'])
+            elif item['key'] == 'lfsFile':
+                repository.files[value['path']] = self.server.large[value['oid']]
+            elif item['key'] == 'deletedFile':
+                del repository.files[value['path']]
+        repository.branches['main'] = hashlib.sha1(body).hexdigest()
+        self.answer(200, {'commitUrl': f'{self.server.url}/{name}/commit/{repository.branches["main"]}',
+                          'commitOid': repository.branches['main'], 'success': True})
+
+    def create(self, body):
+        name = f'{body["organization"]}/{body["name"]}'
+        if body['organization'] != 'me':
+            return self.refuse(403, message='You may not write there')
+        if name in self.server.repositories:
+            return self.answer(409, {'error': 'exists', 'url': f'{self.server.url}/{name}'})
+        private = body.get('private') or body.get('visibility') == 'private'
+        self.server.repositories[name] = Repository({'.gitattributes': b''}, private=bool(private))
+        self.answer(200, {'url': f'{self.server.url}/{name}'})
+
+    def do_PUT(self):
+        data = self.rfile.read(int(self.headers['Content-Length']))
+        oid = self.path.rsplit('/')[-1]
+        assert hashlib.sha256(data).hexdigest() == oid
+        self.server.large[oid] = data
+        self.answer(200)
 
 
 def folder_bytes(folder):
@@ -468,3 +535,242 @@ def test_one_rank_asks_and_downloads_and_an_error_is_one_line(server, tmp_path):
     for file in ('config.json', 'model.safetensors', 'tokenizer.json'):
         assert server.count('GET', f'/me/model/resolve/{"a" * 40}/{file}') == 1
     assert server.count('GET', '/api/models/me/model') == 2
+
+
+# ---- a run ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def run(toy_cfg, toy_dir, tmp_path_factory):
+    """A run of the toy whose student and problems are on the hub: two steps; then the hub has another student under the same
+    name, and a third step is made with another learning rate. -> (out, what the second start printed, commits)."""
+    folder = tmp_path_factory.mktemp('run')
+    server = Hub()
+    with pytest.MonkeyPatch.context() as patch:
+        at(patch, folder, server.url)
+        patch.chdir(folder)
+        student = Repository(folder_bytes(Path(toy_cfg['student'])))
+        server.repositories['me/student'] = student
+        server.repositories['datasets/me/problems'] = Repository({'train.jsonl': Path(toy_cfg['data']).read_bytes()}, {'main': 'd' * 40})
+        words = argv(toy_dir, folder / 'out', steps=2, student='me/student', teacher=toy_cfg['teacher'], data='me/problems',
+                     eval_data=toy_cfg['eval_data'])
+        forget()
+        main(load_config(words))
+        first = student.branches['main']
+
+        # Somebody pushes; the old commit stays reachable.
+        student.branches['main'] = 'e' * 40
+        student.branches['old'] = first
+        forget()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            main(load_config([*words, 'steps=3', 'lr=1e-3']))
+        forget()
+    server.shutdown()
+    server.server_close()
+    return folder / 'out', printed.getvalue(), {'me/student': first, 'datasets/me/problems': 'd' * 40}
+
+
+def test_a_run_notes_its_commits_and_stays_at_them(run):
+    """The next start took whatever was on the hub by then, and nothing told which commit the first one had had."""
+    out, printed, known = run
+    first, second = read_starts(out)
+    assert first['commits'] == second['commits'] == known == started_commits(out)
+    assert first['problems'] == {'data': 40, 'eval_data': {'eval': 6}}
+    assert ('note: me/student: since this run was started, the hub has moved from commit aaaaaaaaaaaa to eeeeeeeeeeee; '
+            'the run stays at the former') in printed
+
+
+@pytest.mark.parametrize('commits', [[], {'me/x': 1}, {'me/x': 'main'}, {'me/x': '../../x'}])
+def test_a_record_whose_commits_are_none_is_damaged(tmp_path, commits):
+    """They are asked of the hub, and become a path in the cache."""
+    row = {'step': 0, 'versions': {}, 'sources': {}, 'eval_data': {}, 'commits': commits}
+    (tmp_path / 'starts.jsonl').write_text(json.dumps(row) + '\n')
+    assert 'starts.jsonl: damaged' in error_of(read_starts, tmp_path)
+
+
+# ---- publishing -----------------------------------------------------------------------------------
+
+def body_of(text):
+    """A card without its metadata."""
+    return text.split('\n---\n', 1)[1]
+
+
+def published(out, repo='me/new', name='last', *switches):
+    """Run the script -> what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        publish.main(publish.settings([str(out / name), repo, *switches]))
+    return printed.getvalue()
+
+
+def test_what_is_published_is_the_model_with_its_card(run, server, monkeypatch):
+    """Read back from the hub through our own loader: the same weights, the same files, and a card in front of them."""
+    out = run[0]
+    monkeypatch.setenv('HF_TOKEN', 'good')
+    server.repositories['me/student'] = Repository({}, {'main': 'a' * 40}, card={'license': 'apache-2.0'})
+    printed = published(out)
+    repository = server.repositories['me/new']
+    assert printed == f'me/new: 7 files; {server.url}/me/new/commit/{repository.branches["main"]}\n'
+    assert repository.files.keys() == {'.gitattributes', 'README.md', *(file.name for file in (out / 'last').iterdir())}
+    for (name, parameter), other in zip(load_model('me/new').named_parameters(), load_model(out / 'last').parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+    assert not repository.private and sorted(os.listdir(out / 'last')) == sorted(repository.files.keys() - {'README.md', '.gitattributes'})
+
+
+def test_the_card_says_how_the_model_was_made(run, server, toy_cfg):
+    """Against the run's own files. The metadata is read by the hub's library."""
+    out, _, known = run
+    server.repositories['me/student'] = Repository({}, {'main': 'a' * 40}, card={
+        'license': 'other', 'license_name': 'toy-licence', 'license_link': 'LICENSE', 'tags': ['x']})
+    text = publish.card(made := publish.read_run(out / 'last'), 'me/new', publish.licence_of(made))
+    assert ModelCard(text).data.to_dict() == {
+        'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'tags': publish.TAGS, 'license': 'other',
+        'license_name': 'toy-licence', 'license_link': 'https://huggingface.co/me/student/blob/main/LICENSE',
+        'base_model': 'me/student', 'base_model_relation': 'finetune', 'datasets': ['me/problems']}
+    body = body_of(text)
+    for row in (f'| student (base model) | me/student | {known["me/student"]} |', '| teacher | teacher | not from the hub |',
+                f'| training problems | me/problems | {"d" * 40} |', '| training problems | 40 |', '| `steps` | 3 |', '| `rep_loss` | mse |'):
+        assert row in body, row
+
+    # The scores are those of results.json.
+    results = read_json(out / 'results.json')
+    head = [line for line in body.splitlines() if line.startswith('|  | avg')][0]
+    assert [cell.strip().replace('\\', '') for cell in head.strip('|').split('|')] == ['', *results['student']]
+    for name, side in (('student before', 'student'), ('this model, step 3', 'distilled'), ('teacher', 'teacher')):
+        assert f'| {name} | ' + ' | '.join(f'{value:.1f}' for value in results[side].values()) + ' |' in body
+    assert 'eval: 6 problems.' in body
+
+    # Code, and what changed on the way.
+    versions = read_starts(out)[0]['versions']
+    assert f'torch {versions["torch"]}' in body and f'git {versions["git"]}' in body
+    assert 'Started again after step 2, from where on: ' in body and '`lr` was 0.002, and is 0.001' in body
+
+    # The config block is the config but for folders; the command, as a shell reads it, gives the same config.
+    config = json.loads(body.split('```json\n')[1].split('\n```')[0])
+    assert set(load_config([])) - set(config) == set(publish.NOT_TOLD) and config['lr'] == 1e-3 and config['teacher'] == 'teacher'
+    line = body.split('```bash\n')[1].split('\n```')[0]
+    shell = subprocess.run(['bash', '-c', f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    words = shell.stdout.split('\0')[:-1]
+    assert words[:2] == ['python', 'distill.py'] and f'student=me/student@{known["me/student"]}' in words
+    again = load_config(words[2:])
+    assert {key for key, value in config.items() if again[key] != value} == {'student', 'data'}
+    assert "from_pretrained('me/new')" in body and 'vllm serve me/new' in body
+
+
+def test_the_card_of_a_checkpoint_tells_that_checkpoint(run):
+    """`best` may be an older one than results.json tells of."""
+    made = publish.read_run(run[0] / 'ckpt-000002/model')
+    body = body_of(publish.card(made, 'me/new', {}))
+    assert 'after 2 of 2 steps' in body and 'this model, step 2 |' in body and 'Started again' not in body
+
+
+def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
+    """The config.json of a student that transformers has saved names the folder it was read from, and so does a
+    tokenizer_config.json; data and teacher lie in somebody's home."""
+    out = tmp_path / 'out'
+    subprocess.run(['cp', '-r', run[0], out], check=True)
+    folder = (out / 'last').resolve()
+    for name in ('config.json', 'tokenizer_config.json'):
+        write_json(folder / name, read_json(folder / name) | {'_name_or_path': '/home/secret/deep/base', 'more': {'file': ['~/secret/a/b.json']},
+                                                              'kept': '/think'})
+    (folder / 'notes.txt').write_text('secret')
+    (folder / 'train.py').write_text('secret')
+    record = read_json(folder.parent / 'resume.json')
+    record['config'] |= {'teacher': '/home/secret/models/teacher', 'data': '/data/secret/problems.jsonl', 'eval_data': 'aime24,/home/secret/x/eval.jsonl',
+                         'bridge': '../secret/bridge'}
+    write_json(folder.parent / 'resume.json', record)
+    monkeypatch.setenv('HF_TOKEN', 'good')
+    published(out)
+    files = server.repositories['me/new'].files
+    assert 'notes.txt' not in files and 'train.py' not in files
+    for name, data in files.items():
+        for secret in ('secret', str(tmp_path), str(run[0].parent)):
+            assert secret.encode() not in data, (name, secret)
+    assert json.loads(files['config.json'])['_name_or_path'] == 'base' and json.loads(files['config.json'])['more'] == {'file': ['b.json']}
+    assert json.loads(files['config.json'])['kept'] == '/think'
+    assert 'eval_data=aime24,eval.jsonl' in files['README.md'].decode()
+
+
+def test_texts_of_others_are_no_markup(run):
+    """The name of a set, a suffix and a revision of somebody else: no link, no picture, no script, no end of the block."""
+    made = publish.read_run(run[0] / 'last')
+    evil = '[x](javascript:alert(1)) <script>alert(1)</script> **b** ![p](http://x/y.png) | cell\n# head\n```\n~~~~'
+    made.config |= {'eval_suffix': evil, 'rep_loss': evil, 'teacher': evil}
+    made.starts[-1] |= {'problems': {'data': 1, 'eval_data': {evil: 5}}, 'versions': made.starts[-1]['versions'] | {'git': evil}}
+    made.scores['teacher'] |= {f'avg@2/{evil}': 1.0}
+    body = body_of(publish.card(made, 'me/new', {}))
+
+    # What is left when code blocks are taken out, as CommonMark reads them: a fence ends at a line that is as long.
+    outside = []
+    fence = ''
+    for line in body.splitlines():
+        mark = line.strip('`') if fence else line
+        if fence and not mark and len(line) >= len(fence):
+            fence = ''
+        elif not fence and line.startswith('```'):
+            fence = line[:len(line) - len(line.lstrip('`'))]
+        elif not fence:
+            outside.append(line)
+    assert fence == '' and len(outside) > 30
+    for line in outside:
+        plain = re.sub(r'\\[^a-zA-Z0-9\s]', '', line)
+        if line.startswith('#'):
+            assert line in ('# new', '## Sources', '## Scores', '## Training', '## Use')
+        assert not re.search(r'[<>\[\]!~]|\*\*|http:', plain), line
+        assert plain.count('|') in (0, 3, 4, 1 + 2 * 3 + 1, 6), line
+
+
+def test_older_files_of_another_model_go(run, server, monkeypatch):
+    """An index of the larger model that was there before would be read in place of the new weights."""
+    monkeypatch.setenv('HF_TOKEN', 'good')
+    server.repositories['me/new'] = Repository({'model-00001-of-00002.safetensors': b'', 'model.safetensors.index.json': b'{}',
+                                                'README.md': b'old', 'picture.png': b'p', 'logs/x.json': b'{}'})
+    published(run[0])
+    files = server.repositories['me/new'].files
+    assert 'model.safetensors' in files and files['README.md'] != b'old'
+    assert not {'model-00001-of-00002.safetensors', 'model.safetensors.index.json'} & files.keys()
+    assert files['picture.png'] == b'p' and files['logs/x.json'] == b'{}'
+
+
+def test_private_means_private(run, server, monkeypatch):
+    """A repository that is public already stays public whatever is asked when it is "made" again."""
+    monkeypatch.setenv('HF_TOKEN', 'good')
+    published(run[0], 'me/hidden', 'last', '--private')
+    assert server.repositories['me/hidden'].private and 'README.md' in server.repositories['me/hidden'].files
+    before = server.repositories['me/model'].files.copy()
+    assert 'exists on the hub and is public' in error_of(published, run[0], 'me/model', 'last', '--private')
+    assert server.repositories['me/model'].files == before
+
+
+def test_a_dry_run_shows_the_card_and_uploads_nothing(run, server):
+    server.repositories['me/student'] = Repository({}, {'main': 'a' * 40})
+    printed = published(run[0], 'me/new', 'last', '--dry-run')
+    assert printed.startswith('---\nbase_model: me/student') and '\n## Scores\n' in printed
+    assert re.search(r' bytes  model.safetensors\n', printed) and printed.endswith('nothing was uploaded\n')
+    assert server.count('POST') == 0 and 'me/new' not in server.repositories
+
+
+@pytest.mark.parametrize('token, repo, says', [
+    ('', 'me/new', 'me/new: no token; set HF_TOKEN to one that may write (https://huggingface.co/settings/tokens)'),
+    ('reader', 'me/new', 'me/new: your token may not write there (403); take one with write access to me '),
+    ('good', 'you/new', 'you/new: your token may not write there (403); take one with write access to you '),
+    ('old', 'me/new', 'me/new: the hub does not know the token that was sent (401); ')])
+def test_who_may_not_write_is_told_so(run, server, monkeypatch, token, repo, says):
+    monkeypatch.setenv('HF_TOKEN', token)
+    assert error_of(published, run[0], repo).startswith(says)
+    assert repo not in server.repositories
+
+
+@pytest.mark.parametrize('words, says', [
+    ([], 'wants a model folder and owner/name'), (['x'], 'wants a model folder'), (['x', 'a/b', '--privat'], 'wants a model folder'),
+    (['x', 'name'], 'not the name of a repository'), (['x', '../b'], 'not the name of a repository'), (['x', 'a/b/c'], 'not the name of a repository')])
+def test_a_command_that_is_not_understood(words, says):
+    assert says in error_of(publish.settings, words)
+
+
+@pytest.mark.parametrize('what', ['', 'last/..', 'gone', 'made'])
+def test_what_is_no_model_of_a_run_is_refused(run, server, tmp_path, what):
+    """The run folder, a checkpoint, nothing, and a model that no run has made."""
+    folder = tmp_path / 'made' if what == 'made' else run[0] / what
+    assert f'{folder}: not the model of a checkpoint; give last or best' in error_of(publish.main, publish.settings([str(folder), 'me/new']))
+    assert server.asked == []
