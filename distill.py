@@ -40,7 +40,8 @@ from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, evaluate, load_eval_sets, table
-from formats.huggingface import load_model, read_config, save_model, snapshot
+from formats.hub import snapshot, stay_at
+from formats.huggingface import load_model, read_config, save_model
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
@@ -63,7 +64,7 @@ from support.optimizer import adamw, ever_positive, learning_rate, share_below_e
 from support.preflight import preflight
 from support.profile import ProfilingClock
 from support.progress import Progress
-from support.provenance import note_start, start_record, versions
+from support.provenance import note_start, start_record, started_commits, versions
 from support.report import first_step_notes, log_names, read_results, step_line, summary
 from support.run_folder import begin, open_run, scores_as_logged, stored_config
 from support.runtime import (
@@ -459,6 +460,7 @@ def main(cfg):
         return
     check_resumable(out)
     check_trackers(cfg['report'], env.rank)
+    stay_at(started_commits(out))            # ids of the hub mean what they meant at the start
     if toy.ends_dry_run(cfg):
         return
 

@@ -41,6 +41,7 @@ from statistics import fmean
 import torch
 
 from configs import default, load_config
+from formats.hub import commits
 from formats.huggingface import load_model, read_config
 from formats.problems import BOXED, load_problems
 from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
@@ -567,7 +568,7 @@ def report(evaluation, samples):
         results[name] = scores([row for row in samples.values() if row['set'] == name])
     cfg = evaluation.cfg
     write_json(evaluation.folder / 'results.json',
-               {'model': cfg['student'], 'seed': cfg['seed'], 'sets': results})
+               {'model': cfg['student'], 'seed': cfg['seed'], 'commits': commits(), 'sets': results})
     print0('\n'.join(table(results)))
     print0(f'{evaluation.folder}: results.json, samples.jsonl')
 

@@ -1,6 +1,6 @@
 """
-Hugging Face folders and hub ids in, Hugging Face folders out: config.json and safetensors of the Qwen3,
-Qwen2, Llama and Phi-3 / Phi-4-mini families.
+Hugging Face folders in, Hugging Face folders out: config.json and safetensors of the Qwen3, Qwen2, Llama and
+Phi-3 / Phi-4-mini families. Where an id of the hub stands in a folder's place, hub.py fetches it.
 
 Simpler than usual: no table of architectures. Reading is one function for config.json, which refuses by
 name what the decoder does not compute, and one map from our parameter names to theirs. A folder written
@@ -13,13 +13,13 @@ file outside (`member`). What it does not do: unpickle anything, or run code tha
     save_model(model, 'out/copy', source=snapshot('Qwen/Qwen3-4B'))
 """
 import os
-import re
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from formats.hub import snapshot
 from formats.tables import (
     ANOTHER_MODEL,
     CONFIG,
@@ -37,44 +37,6 @@ from support.runtime import UserError, shown
 
 CLASS_NAMES = {'qwen3': 'Qwen3', 'qwen2': 'Qwen2', 'llama': 'Llama', 'phi3': 'Phi3'}
 LARGEST_TEXT = 2**28            # bytes of a file without weights; the largest published tokenizers have 2**25
-# Of files; no hub id has them.
-DATA_ENDINGS = ('.parquet', '.arrow', '.jsonl', '.json', '.csv', '.tsv', '.txt', '.gz', '.safetensors')
-
-
-def snapshot(path_or_repo, weights=False, dataset=False):
-    """A local folder as it is; a hub id, owner/name or owner/name@revision, downloaded once -> Path.
-
-    What looks like a path of this computer is never asked of the hub: a mistyped folder would be somebody's
-    repository there. Pickled files are never downloaded, weights only if asked for. dataset: the id is a
-    data set's.
-    """
-    path_or_repo = str(path_or_repo)
-    if path_or_repo and os.path.isdir(path_or_repo):
-        return Path(path_or_repo)
-    hub = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', path_or_repo)
-    if not hub:
-        raise UserError(f'{shown(path_or_repo)}: no such folder, and not a hub id (owner/name)')
-    first = path_or_repo.split('/')[0]
-    if first.startswith('.') or first == 'out' or os.path.lexists(first) or hub[1].endswith(DATA_ENDINGS):
-        raise UserError(f'{shown(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
-                        f'not asked (for a hub id, start where no folder {shown(first)} is)')
-
-    patterns = ['*.json', '*.jinja', '*.txt', '*.tiktoken']
-    if weights:
-        patterns.append('*.safetensors')
-    if dataset:
-        patterns = ['*.parquet', '*.arrow']
-        for ending in ('jsonl', 'json', 'csv', 'tsv'):
-            patterns += [f'*.{ending}', f'*.{ending}.gz']
-
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(hub[1], revision=hub[2], repo_type='dataset' if dataset else 'model',
-                                      allow_patterns=patterns))
-    except Exception as error:               # the library lets the errors of its network libraries through
-        first_line = (str(error).splitlines() or [''])[0]
-        raise UserError(f'{path_or_repo}: no such folder, and the hub did not give it '
-                        f'({type(error).__name__}: {first_line[:120]})') from None
 
 
 def member(folder, name):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from formats.huggingface import snapshot
+from formats.hub import snapshot
 from formats.rows import ANSWER_COLUMNS, LONGEST_TEXT, QUESTION_COLUMNS, READERS, ending_of, rows_of
 from support.runtime import UserError, print0, shown
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
-from formats.huggingface import files_along, member, snapshot
+from formats.hub import snapshot
+from formats.huggingface import files_along, member
 from formats.tables import ANOTHER_MODEL, STOP, TOKENIZER, VOCABULARY
 from support.fields import check_fields
 from support.files import read_json

@@ -10,15 +10,18 @@ line. studies/compare.py and studies/figures.py read the same rows: a finished r
 Simpler than usual: no tracker and no copy of the code. A source file is compared by its bytes, so a changed
 comment counts as a change. Weights are compared by about 1 MB of them, because to read 100 GB at every
 start would take minutes: another training run changes nearly every number and is noticed, one flipped bit in
-a large file is not. What it does not look at: the code of torch and of other libraries, apart from their
-versions, and the files in configs/, because a run's config is compared key by key (support/run_folder.py).
+a large file is not. What came from the hub is noted with its commit, and a run that is resumed stays at it.
+What this file does not look at: the code of torch and of other libraries, apart from their versions, and the
+files in configs/, because a run's config is compared key by key (support/run_folder.py).
 
+    stay_at(started_commits(out))                            # formats/hub.py; before anything is read
     record = start_record(cfg, env, train, held_out)
     note_start(run_folder, record)                           # rank 0; a UserError if it is another run
 """
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +32,7 @@ import safetensors
 import tokenizers
 import torch
 
-from formats.huggingface import snapshot
+from formats.hub import commits, snapshot
 from support.files import whole
 from support.jsonl import append_row, read_rows
 from support.runtime import ROOT, UserError, print0
@@ -147,10 +150,13 @@ def start_record(cfg, env, train, held_out):
     cfg: the config, every 'toy' replaced by a path. train: its problems. held_out: {name of a set: problems}.
     """
     record = {'versions': versions(env), 'sources': source_digests(), 'data': problems_digest(train),
-              'eval_data': {name: problems_digest(problems) for name, problems in held_out.items()}}
+              'eval_data': {name: problems_digest(problems) for name, problems in held_out.items()},
+              'problems': {'data': len(train),
+                           'eval_data': {name: len(problems) for name, problems in held_out.items()}}}
     for side in ('student', 'teacher'):
         record[side] = weights_digest(snapshot(cfg[side], weights=True))
     record['bridge'] = weights_digest(cfg['bridge']) if cfg['bridge'] else ''
+    record['commits'] = commits()            # last: by now everything has been read
     return record
 
 
@@ -166,10 +172,22 @@ def read_starts(out):
     for row in rows:
         if not isinstance(row, dict) or type(row.get('step')) is not int:
             raise damage
-        tables = [row.get(key) for key in ('versions', 'sources', 'eval_data')] + [row.get('config', {})]
+        tables = [row.get(key) for key in ('versions', 'sources', 'eval_data')]
+        tables += [row.get(key, {}) for key in ('config', 'problems', 'commits')]    # older runs lack them
         if not all(isinstance(table, dict) for table in tables):
             raise damage
+        for sha in row.get('commits', {}).values():
+            if type(sha) is not str or not re.fullmatch('[0-9a-f]{40}', sha):
+                raise damage
     return rows
+
+
+def started_commits(out):
+    """What a run has taken from the hub -> {id: its commit}, for formats.hub.stay_at; {} of a new run."""
+    found = {}
+    for row in read_starts(out):
+        found |= row.get('commits', {})
+    return found
 
 
 def append_start(out, record, step):
@@ -232,7 +250,7 @@ def check_start(out, record, step):
         other.append('the held-out problems')
     if other:
         raise UserError(f'{out}: changed since this run was started: {" and ".join(other)}; give the same '
-                        'again (of a hub: owner/name@revision), or another out_dir=')
+                        'again, or another out_dir=')
     return [f'changed since step {step} was made: {line}' for line in differences(before, record)]
 
 

@@ -10,7 +10,7 @@ read at once. It does not compare texts with their token ids, and it does not gr
 """
 from pathlib import Path
 
-from formats.huggingface import snapshot
+from formats.hub import snapshot
 from support.fields import Field, check_fields
 from support.files import digest, remove, whole
 from support.jsonl import append_row, read_rows

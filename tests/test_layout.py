@@ -97,7 +97,7 @@ def test_nothing_imports_distill():
 def test_libraries_do_not_know_the_config():
     """Only scripts see the config dict."""
     for file in ('model.py', 'rollout.py', 'losses.py', 'output_losses.py', 'step.py', 'teacher.py', 'formats/tokenizer.py',
-                 'formats/problems.py', 'formats/huggingface.py'):
+                 'formats/problems.py', 'formats/hub.py', 'formats/huggingface.py'):
         assert 'cfg' not in (ROOT / file).read_text(), file
 
 

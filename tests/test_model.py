@@ -25,7 +25,6 @@ from formats.huggingface import (
     parse_config,
     read_config,
     save_model,
-    snapshot,
 )
 from formats.tokenizer import load_tokenizer
 from model import ACTIVATIONS, PRESETS, Cache, Linear, Model, ModelConfig, frequencies, init_weights
@@ -767,53 +766,6 @@ def test_files_without_weights_are_bounded(name, tmp_path):
     with pytest.raises(UserError, match=f'{name}: .* bytes, more than any tokenizer has'):
         use(folder, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
-
-
-# ---- the hub -----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('path', ['out/tyop', 'out/x@main', './x/y', '../x', '.hidden/x', '/x/y', '/nowhere', '~/x', '~me/x', 'here/tyop', 'here/tyop@v1', 'x/y/z',
-                                  'x', '', 'none/problems.jsonl', 'none/train.parquet', 'x/', 'a b/c', 'x' * 100_000, 'a\x00/b', 'a/b\n', '@/@', 'here/' + 'x' * 5000])
-@pytest.mark.parametrize('dataset', [False, True])
-def test_what_looks_local_is_never_asked_of_the_hub(path, dataset, monkeypatch, tmp_path):
-    """out/tyop is a user's repository there: its model would be loaded, or a mistyped name told to the hub."""
-    import huggingface_hub
-
-    def asked(*_, **__):
-        raise AssertionError('the hub was asked')
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', asked)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'here').mkdir()
-    with pytest.raises(UserError, match='no such folder') as error:
-        snapshot(path, dataset=dataset)
-    assert len(str(error.value)) < 300
-
-
-def test_what_is_asked_of_the_hub(monkeypatch, tmp_path):
-    """Revision after @; weights only for load_model; never a pickled file; data sets as data sets."""
-    import huggingface_hub
-    asked = []
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: asked.append((a, k)) or tmp_path)
-    save_model(tiny_model(), tmp_path)
-    read_config('me/model@v1.2')
-    load_model('me/model')
-    snapshot('me/problems', dataset=True)
-    (a, config), (_, weights), (_, data) = asked
-    assert a == ('me/model',) and config['revision'] == 'v1.2' and weights['revision'] is None
-    assert '*.safetensors' in weights['allow_patterns'] and '*.safetensors' not in config['allow_patterns']
-    assert data['repo_type'] == 'dataset' and '*.parquet' in data['allow_patterns']
-    assert not any(p.endswith(('.bin', '.pt', '.py', '*')) for _, k in asked for p in k['allow_patterns'])
-
-
-def test_a_hub_id_that_the_hub_does_not_give(monkeypatch):
-    """No network, or no such repository: one line that names it."""
-    import huggingface_hub
-
-    def offline(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError('no network\nand a long story')
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
-    with pytest.raises(UserError) as e:
-        load_model('nobody/nothing')
-    assert 'nobody/nothing' in str(e.value) and '\n' not in str(e.value)
 
 
 def test_an_index_that_names_a_tensor_its_file_lacks(tmp_path):
