@@ -240,7 +240,7 @@ def leave(code, failed):
         if failed:
             os._exit(code)                   # at once: the other ranks may be waiting in a collective
         if code == 0:
-            barrier()                        # no rank leaves while another still needs it
+            barrier('the run')               # no rank leaves while another still needs it
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(code)
@@ -351,10 +351,11 @@ def all_reduce(x, op='sum'):
     return x
 
 
-def all_gather(obj):
-    """List of every rank's `obj` (small Python data, between our own processes only)."""
+def all_gather(obj, task='its work'):
+    """List of every rank's `obj` (small Python data, between our own processes only). task: see `barrier`."""
     gathered_objects = [obj] * ranks()
     if ranks() > 1:
+        barrier(task)
         dist.all_gather_object(gathered_objects, obj)
     return gathered_objects
 
