@@ -405,7 +405,10 @@ def load_text(cfg, env):
 
 
 def main(cfg):
-    env = start(cfg['device'], cfg['dtype'])
+    env = start(cfg['device'], cfg['dtype'], timeout=cfg['timeout'])
+    if cfg['teacher_shard']:
+        raise UserError('teacher_shard=True: in bridge.py ranks read different numbers of micro-batches, so '
+                        'each needs a whole teacher; set it to False here')
     for key in ('student', 'teacher', 'data', 'bridge'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")

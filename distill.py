@@ -24,8 +24,8 @@ Run again with the same folder, it resumes. Ctrl-C finishes the step, saves and 
 its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600). The random
 numbers of an answer depend on neither batch, ranks nor restarts. In float32 the answer does not either, up
 to a tie in the last bit; in bfloat16 it can differ with the shape of the batch (rollout.py).
-Simpler than usual: one loop, no trainer. What it does not know yet: several teachers, a teacher
-sharded over ranks. The algorithm without everything that makes it fast: minimal.py.
+Simpler than usual: one loop, no trainer. What it does not know yet: several teachers. The algorithm
+without everything that makes it fast: minimal.py.
 
 Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank of a bridge.
 """
@@ -68,6 +68,7 @@ from support.provenance import note_start, start_record, started_commits, versio
 from support.report import first_step_notes, log_names, read_results, step_line, summary
 from support.run_folder import begin, open_run, scores_as_logged, stored_config
 from support.runtime import (
+    LONG_WAIT,
     Clock,
     UserError,
     all_reduce,
@@ -185,23 +186,16 @@ def load_models(cfg, setup, env, longest):
     if env.local == 0:                     # from a hub: once per machine
         for side in ('student', 'teacher'):
             snapshot(cfg[side], weights=True)
-    barrier()
+    barrier('the download of the models', LONG_WAIT)
 
     # The teacher runs in the dtype of forwards. The student keeps float32 weights, gradients and
     # optimizer state; `shard` casts its forwards.
-    teacher = load_model(cfg['teacher'], env.dtype, env.device).requires_grad_(False)
-    student = load_model(cfg['student'], torch.float32, env.device)
-    if not student.config.tied and not ever_positive(cfg['opd_weight']):
-        student.head.requires_grad_(False)   # Eq. (6) never reaches it
+    teacher = load_model(cfg['teacher'], env.dtype, env.device,
+                         partial(prepare_teacher, cfg=cfg, env=env, longest=longest))
+    student = load_model(cfg['student'], torch.float32, env.device,
+                         partial(prepare_student, cfg=cfg, env=env, longest=longest))
 
-    # longrope chooses its frequencies by the longest sequence that may come.
-    student.checkpointing = cfg['checkpointing']
-    student.max_length = longest
-    teacher.max_length = longest
-    if cfg['compile']:                       # before the weights are cut into shards
-        for block in [*student.blocks, *teacher.blocks]:
-            block.compile()
-    shard(student, env)
+    barrier('reading the models')
 
     # AdamW allocates its state now, so a run that does not fit fails before the first rollout.
     output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
@@ -211,11 +205,36 @@ def load_models(cfg, setup, env, longest):
     setup.teacher = teacher
 
 
+def prepare_teacher(model, cfg, env, longest):
+    """A teacher that has no weights yet: it is frozen, and sharded if the config says so."""
+    model.requires_grad_(False)
+    prepare_model(model, cfg, longest)
+    if cfg['teacher_shard']:
+        shard(model, env)
+
+
+def prepare_student(model, cfg, env, longest):
+    """A student that has no weights yet: which of them learn, and FSDP."""
+    if not model.config.tied and not ever_positive(cfg['opd_weight']):
+        model.head.requires_grad_(False)     # Eq. (6) never reaches it
+    model.checkpointing = cfg['checkpointing']
+    prepare_model(model, cfg, longest)
+    shard(model, env)
+
+
+def prepare_model(model, cfg, longest):
+    """What both have in common. longrope chooses its frequencies by the longest sequence that may come."""
+    model.max_length = longest
+    if cfg['compile']:                       # before the weights are cut into shards
+        for block in model.blocks:
+            block.compile()
+
+
 def evaluate_model(cfg, setup, env, name, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
     tok, sets, stop = setup.tok, setup.held_out, setup.stop
     vocab = shared_size(setup.tok, setup.tok_t)
-    if not sets:
+    if not sets or (side == 'teacher' and not cfg['eval_teacher']):
         return {}
     if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
         tok, stop, vocab = setup.tok_t, setup.tok_t.stop_ids, setup.tok_t.size
@@ -240,13 +259,14 @@ def train(cfg, setup, env, run_folder):
     with interruptible() as caught:
         for step in range(run_folder.step + 1, steps + 1):
             clock.start()
-            # 1. prompts: a function of (step, seed). Each slot of the step goes to one rank.
+            # 1. prompts: a function of (step, seed). Answer i of the step is number i % n to slot i // n.
+            # It goes to rank i % world, so the n answers to one hard prompt do not meet on one rank.
             order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
-            slots = range(env.rank, cfg['prompts_per_step'], env.world)
-            problems = [setup.train[order[slot]] for slot in slots]
+            mine = range(env.rank, cfg['prompts_per_step'] * cfg['n'], env.world)
+            problems = [setup.train[order[i // cfg['n']]] for i in mine]
 
             # 2. rollout: the random numbers of an answer are a function of (seed, step, slot, sample).
-            roll = sample_answers(cfg, setup, env, problems, slots, step)
+            roll = sample_answers(cfg, setup, env, problems, mine, step)
             clock.lap('sample')
             clock.update_begins()
 
@@ -304,16 +324,19 @@ def is_diagnosed(step, steps, every):
     return step in (1, steps) or bool(every and step % every == 0)
 
 
-def sample_answers(cfg, setup, env, problems, slots, step):
-    """Step 2: the student's answers to this rank's problems -> Rollout."""
-    total = len(problems) * cfg['n']
-    progress = Progress('rollout', total, 'answers', rank=env.rank, world=env.world,
+def sample_answers(cfg, setup, env, problems, mine, step):
+    """Step 2: the student's answers with the numbers `mine`, one to each of these problems -> Rollout."""
+    slots = [i // cfg['n'] for i in mine]
+    samples = [i % cfg['n'] for i in mine]
+    progress = Progress('rollout', len(mine), 'answers', rank=env.rank, world=env.world,
                         longest=cfg['max_new_tokens'])
     with gathered(setup.student) as sampler, progress:
-        return sample(sampler, [problem.ids for problem in problems], cfg['n'], which=slots, step=step,
+        roll = sample(sampler, [problem.ids for problem in problems], which=slots, samples=samples, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                       max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,
                       vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'], on_poll=progress.update)
+    barrier(f'the rollout of step {step}')
+    return roll
 
 
 def supervised_positions(cfg, setup, roll, problems):
@@ -438,7 +461,7 @@ def rollout_metrics(roll, tok, problems, reading):
 # ---- the script ---------------------------------------------------------------------------------
 
 def main(cfg):
-    env = start(cfg['device'], cfg['dtype'])
+    env = start(cfg['device'], cfg['dtype'], cfg['shard_ranks'], cfg['timeout'])
     print0('config:', ' '.join(f'{key}={value!r}' for key, value in cfg.items() if value != default[key]))
     print0('on:', ' '.join(f'{key}={value}' for key, value in versions(env).items()),
            f'dtype={str(env.dtype)[6:]}')

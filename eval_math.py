@@ -483,7 +483,7 @@ def open_evaluation(cfg, env):
 
 
 def main(cfg, regrade=False):
-    env = start(cfg['device'], cfg['dtype'])
+    env = start(cfg['device'], cfg['dtype'], timeout=cfg['timeout'])
     for key, short in (('student', 'model'), ('eval_data', 'data')):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {short}=")

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from support.runtime import whole_head
+
 KINDS = ('sampled', 'full', 'topk')
 SUPPORTS = ('student', 'teacher', 'union')
 TAILS = ('reward', 'renorm', 'bucket')
@@ -272,23 +274,26 @@ class OutputTerm:
         rows.teacher_ids."""
         return self.objective.teacher_positions(rows)
 
-    def head_rows(self, teacher_h, rows):
-        """The teacher's states (K, d_t) and Rows -> HeadRows."""
-        return HeadRows(teacher_h, self.teacher.head.weight, rows.next_token, rows.weights, rows.answer,
-                        rows.inside, rows.written)
+    def head_rows(self, teacher_h, teacher_W, rows):
+        """The teacher's states (K, d_t), its head and Rows -> HeadRows."""
+        return HeadRows(teacher_h, teacher_W, rows.next_token, rows.weights, rows.answer, rows.inside,
+                        rows.written)
 
     def __call__(self, student_head, h, teacher_h, rows):
         """Student states (K, d) at rows.at -> (loss, statistics (5,)); see HeadLoss.
 
-        The call goes through the head module: FSDP gathers the head's weight for it.
+        The call goes through the head module: FSDP gathers the head's weight for it. The gradient is formed
+        in this forward, so the teacher's head may be gone again when the backward comes.
         """
-        batch = self.head_rows(teacher_h, rows)
-        return student_head(h, lambda h, W: HeadLoss.apply(h, W, self.objective, batch))
+        with whole_head(self.teacher) as teacher_W:
+            batch = self.head_rows(teacher_h, teacher_W, rows)
+            return student_head(h, lambda h, W: HeadLoss.apply(h, W, self.objective, batch))
 
     def statistics(self, student_head, h, teacher_h, rows):
         """The statistics (5,) alone, without a gradient."""
-        batch = self.head_rows(teacher_h, rows)
-        return student_head(h, lambda h, W: head_statistics(h, W, self.objective, batch))
+        with whole_head(self.teacher) as teacher_W:
+            batch = self.head_rows(teacher_h, teacher_W, rows)
+            return student_head(h, lambda h, W: head_statistics(h, W, self.objective, batch))
 
 
 # ---- Eqs. (3)-(5) on a chunk ----------------------------------------------------------------------

@@ -112,9 +112,9 @@ def naive_answer(model, request, sampling):
 
 
 @torch.no_grad()
-def naive(model, prompts, n=1, *, max_new_tokens, which=None, **sampling):
+def naive(model, prompts, n=1, *, max_new_tokens, which=None, samples=None, **sampling):
     """What `sample` computes, one answer after the other. Arguments as in `sample`."""
-    requests = numbered(prompts, n, which)
+    requests = numbered(prompts, n, which, samples)
     answers = []
     for index, request in enumerate(with_limits(requests, max_new_tokens)):
         ids, stopped = naive_answer(model, request, Sampling(**sampling))
@@ -534,15 +534,17 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
                 occupant[slot] = None
 
 
-def sample(model, prompts, n=1, *, max_new_tokens, which=None, **settings):
+def sample(model, prompts, n=1, *, max_new_tokens, which=None, samples=None, **settings):
     """n answers to each prompt -> Rollout of B = len(prompts) * n rows, those of a prompt together.
 
     This is `stream` with as many slots as answers. prompts: lists of ids. max_new_tokens: a number, or a list
     of one for each of the B answers. which: the number of each prompt in its problem set, which fixes its
-    random numbers (default: its index in the list). settings: the fields of `Sampling` (stop is required;
-    seed, step, temperature, top_k, top_p, vocab), and budget, poll_every and on_poll of `stream`.
+    random numbers (default: its index in the list). samples: the sample number of each prompt's first answer
+    (default: 0), so that another rank can sample the others; a list of ids that comes twice, as the same
+    object, is read once. settings: the fields of `Sampling` (stop is required; seed, step, temperature,
+    top_k, top_p, vocab), and budget, poll_every and on_poll of `stream`.
     """
-    requests = numbered(prompts, n, which)
+    requests = numbered(prompts, n, which, samples)
     answers = stream(model, requests, rows=len(requests), max_new_tokens=max_new_tokens, **settings)
     return collect(requests, n, answers, model.embed.weight.device)
 
@@ -566,12 +568,13 @@ def distinct_prompts(requests):
     return prompts, prompt_of
 
 
-def numbered(prompts, n, which):
+def numbered(prompts, n, which, samples):
     """n requests for each prompt: (prompt ids, prompt number, sample number) each."""
     numbers = range(len(prompts)) if which is None else torch.as_tensor(which).tolist()
+    first_samples = [0] * len(prompts) if samples is None else samples
     requests = []
-    for prompt, prompt_number in zip(prompts, numbers, strict=True):
-        for sample_number in range(n):
+    for prompt, prompt_number, first in zip(prompts, numbers, first_samples, strict=True):
+        for sample_number in range(first, first + n):
             requests.append((prompt, prompt_number, sample_number))
     return requests
 

@@ -21,6 +21,11 @@ config = dict(
                                 # into out_dir/profile (support/profile.py)
     ranks=0,                    # of a dry run: estimate for so many ranks, GPUs unless device= says cpu;
                                 # 0 = those that it was started with
+    shard_ranks=0,              # ranks that share one copy of the student's weights, gradients and moments, a
+                                # divisor of all ranks; 0 = those of one machine
+    teacher_shard=False,        # share the teacher's weights likewise, for one that does not fit on a GPU:
+                                # each of its blocks is gathered when it is needed
+    timeout=60.0,               # minutes that ranks wait for each other before the run ends with a message
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
@@ -124,6 +129,7 @@ config = dict(
     eval_temperature=0.7,       # the paper's
     eval_top_p=1.0,             # the authors' scripts use 0.95
     eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
+    eval_teacher=True,          # also the teacher, before the first step: it needs whole weights for that
     eval_rows=64,               # answers sampled at once on a rank; 64 of 16k tokens: 30 GB of cache at 1.5B
     save_every=50,              # steps between checkpoints; the best evaluation so far is one too
     keep=2,                     # how many of the newest checkpoints stay, beside the best
@@ -156,7 +162,7 @@ config = dict(
 positive, natural, share = (1, 10**7), (0, 10**7), (0, 1)
 checks = dict(
     seed=(0, 2**63 - 1), device=('auto', 'cuda', 'cpu', 'mps'), dtype=('auto', 'bfloat16', 'float32'),
-    ranks=(0, 65536), max_prompt_tokens=natural,
+    ranks=(0, 65536), shard_ranks=(0, 65536), timeout=(0.01, 10**5), max_prompt_tokens=natural,
     prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
     temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
     layers=('all', 'last', 'even', 'odd', list),
@@ -184,8 +190,8 @@ checks = dict(
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
-free = ('out_dir', 'device', 'dry_run', 'ranks', 'token_budget', 'head_rows', 'checkpointing', 'compile',
-        'toy_dir', 'report', 'profile')
+free = ('out_dir', 'device', 'dry_run', 'report', 'profile', 'ranks', 'shard_ranks', 'teacher_shard', 'timeout',
+        'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir')
 
 # Keys with which a run may go on differently; its log says from which step.
 later = ('steps', 'lr', 'keep')

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from formats.hub import snapshot
 from formats.tables import (
@@ -241,18 +242,24 @@ def splits(c, name):
 
 # ---- folders in -------------------------------------------------------------------------------
 
-def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
+def load_model(path_or_repo, dtype=torch.float32, device='cpu', shard=None):
     """Model of a Hugging Face folder or hub id, in eval mode.
 
     Weights are memory-mapped and go to dtype and device one tensor at a time. Each mapping is closed again,
     so that host memory holds one copy of the model and its largest tensor. Missing, surplus, misshapen or
     non-finite tensors are a UserError that names them.
+
+    shard: a function that is given the model before it has any weights, and may cut them into shards
+    (support.runtime.shard). Each rank then reads every tensor and keeps its own part, so no rank ever holds a
+    whole model.
     """
     folder = snapshot(path_or_repo, weights=True)
     c = read_config(folder)
     files = tensor_files(folder)
     with torch.device('meta'):
         model = Model(c)
+    if shard is not None:
+        shard(model)
 
     # No tensor may be left over, apart from some that older files carry for nothing.
     names = name_map(c)
@@ -264,7 +271,8 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
             raise UserError(f'{file}: surplus tensor {hf_name!r}; config.json describes another model')
 
     # Read the parts of each parameter and stack them.
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    empty = dict(model.named_parameters())
+    shapes = {name: list(parameter.shape) for name, parameter in empty.items()}
     state = {}
     for name, hf_names in names.items():
         parts = []
@@ -275,6 +283,11 @@ def load_model(path_or_repo, dtype=torch.float32, device='cpu'):
             parts.append(read_tensor(files[hf_name], hf_name, shape))
         is_one = len(parts) == 1
         stacked = parts[0] if is_one else torch.cat(parts)
+        if isinstance(empty[name], DTensor):
+            # All ranks read the same files, so none has to send anything.
+            mesh = empty[name].device_mesh
+            stacked = distribute_tensor(stacked, mesh, empty[name].placements, src_data_rank=None)
+            is_one = True                                        # the part is a view of the whole
         state[name] = stacked.to(device, dtype, copy=is_one)     # a copy: a mapped tensor dies with its file
 
     if c.tied:

@@ -99,7 +99,7 @@ def estimated(arguments, ranks):
     problems = [load_problems(cfg[key], tok) if cfg[key] else [] for key in ('data', 'eval_data')]
     layer_map = {l: l for l in range(1, student.L + 1)}
     work = work_of(cfg, ranks, *problems, shared_size(tok, tok))
-    env = Env(0, ranks, 0, torch.device('cpu'), dtype)
+    env = Env(0, ranks, 0, torch.device('cpu'), dtype, ranks)
     sizes = {'evaluate': 0}
     for phase, parts in phases(Plan(cfg, student, student, layer_map, work, env)).items():
         sizes[phase] = sum(parts.values())

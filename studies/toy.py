@@ -41,7 +41,7 @@ from model import PRESETS, Model, init_weights
 from support.files import digest, locked, read_json, whole, write_json
 from support.plan import check_folder
 from support.provenance import changed_files, shortened, source_digests
-from support.runtime import UserError, barrier, print0, run, start
+from support.runtime import LONG_WAIT, UserError, barrier, print0, run, start
 
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>']
 BOX = '\\boxed{'                                     # one token, as a digit is
@@ -307,7 +307,7 @@ def prepare(cfg, env):
         with locked(folder.with_name(f'.{folder.name}.lock')):
             if not is_whole(folder, cfg):                # another run may have made it in the meantime
                 make(folder, cfg, env.device)
-    barrier()
+    barrier('making the toy', LONG_WAIT)
     note = code_note(folder)
     if note:
         print0(note)

@@ -65,7 +65,7 @@ def save(run, step, student, opt, write_model, keep):
                     append_row(file, row)
         for _ in weights:                    # the other ranks take part in the gathering
             pass
-        barrier()
+        barrier('writing the checkpoint')
 
         # What the checkpoint says of itself: without its own digest, the digest of every other file.
         names = [str(file.relative_to(temporary)) for file in sorted(temporary.rglob('*')) if file.is_file()]
@@ -73,7 +73,7 @@ def save(run, step, student, opt, write_model, keep):
                   'best': run.best, 'files': digests(temporary, names, run.rank)}
         if run.rank == 0:
             write_json(temporary / 'resume.json', record | {'digest': digest(record, 64)})
-        barrier()
+        barrier('writing the checkpoint')
 
     # The links move when all of the checkpoint is on the disk, and older ones go after that.
     if run.rank == 0:
@@ -81,7 +81,7 @@ def save(run, step, student, opt, write_model, keep):
         if run.best:
             link(run.out, 'best', folder_of(run.out, run.best['step']))
         delete_old(run, keep)
-    barrier()
+    barrier('deleting old checkpoints')
 
 
 def folder_of(out, step):

@@ -53,10 +53,10 @@ class Work:
 
 def work_of(cfg, world, train, held_out, vocab):
     """The work of the busiest of `world` ranks. train, held_out: problems with their ids."""
-    prompts = -(-cfg['prompts_per_step'] // world)
+    answers = -(-cfg['prompts_per_step'] * cfg['n'] // world)
     total = -(-len(held_out) * cfg['eval_n'] // world)
     return Work(
-        prompts=prompts, answers=prompts * cfg['n'],
+        prompts=min(cfg['prompts_per_step'], answers), answers=answers,
         prompt=longest_prompt(train), new=cfg['max_new_tokens'],
         eval_answers=min(cfg['eval_rows'], total), eval_total=total,
         eval_prompt=longest_prompt(held_out),

@@ -59,9 +59,10 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
     if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
         lines.append(f"note: warmup={cfg['warmup']} of {cfg['steps']} steps rounds to 0: the first step has "
                      'the full learning rate')
-    if cfg['prompts_per_step'] < env.world:
-        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} is fewer than the {env.world} ranks; "
-                        'raise it')
+    answers = cfg['prompts_per_step'] * cfg['n']
+    if answers < env.world:
+        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} with n={cfg['n']} gives {answers} "
+                        f'answers, fewer than the {env.world} ranks; raise one of them')
     longest = check_lengths(cfg, student, teacher, train, held_out)
     lines += problem_lines(cfg, train, held_out)
 

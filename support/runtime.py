@@ -5,15 +5,20 @@ torchrun gives each process its rank in the environment. Without torchrun there 
 collective below does nothing, so the scripts read the same on a laptop and on eight GPUs.
 
 Simpler than usual: no launcher, no wrapper around the model, no global state apart from torch's process
-group. What it does not do: restart after a lost node, or anything that knows what a model computes.
+group and its store. What it does not do: restart after a lost node, or anything that knows what a model
+computes.
 
     python distill.py configs/toy.py                              one rank: a CPU or one GPU
     torchrun --nproc_per_node=8 distill.py configs/toy.py         eight ranks: GPUs, or CPU processes
+
+Several machines: the same command on each, with --nnodes=4 --node_rank=0 (1, 2, 3) --master_addr=HOST
+--master_port=29500. Each machine then holds one copy of the student's weights, in shards.
 """
 import os
 import re
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,12 +26,14 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +53,14 @@ class Env:
     local: int                  # number of this rank on its machine
     device: torch.device
     dtype: torch.dtype          # of forwards
+    shard_ranks: int            # ranks that share one copy of the student's weights; a divisor of world
 
 
-def start(device='auto', dtype='auto'):
+def start(device='auto', dtype='auto', shard_ranks=0, timeout=60):
     """Join torchrun's ranks if there are any, choose device and dtype -> Env.
 
-    'auto' means CUDA with bfloat16 where there is CUDA, else CPU with float32.
+    device, dtype: 'auto' means CUDA with bfloat16 where there is CUDA, else CPU with float32.
+    shard_ranks: see `ranks_of_a_copy`. timeout: minutes that ranks wait for each other, see `barrier`.
     """
     tasks = os.environ.get('SLURM_NTASKS', '1')
     if tasks not in ('', '1') and 'RANK' not in os.environ:
@@ -72,11 +81,28 @@ def start(device='auto', dtype='auto'):
         own_device = torch.device(device, local)
         torch.cuda.set_device(own_device)
 
-    # The timeout is hours, not the usual ten minutes: ranks wait for each other's longest answer, and for
-    # rank 0 while it makes the toy or writes a checkpoint.
+    shard_ranks = ranks_of_a_copy(shard_ranks, world, os.environ.get('LOCAL_WORLD_SIZE'))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(BACKENDS[device], timeout=timedelta(hours=6))
-    return Env(rank, world, local, own_device, getattr(torch, dtype))
+        join(BACKENDS[device], rank, world, timeout)
+    return Env(rank, world, local, own_device, getattr(torch, dtype), shard_ranks)
+
+
+def ranks_of_a_copy(asked, world, on_machine):
+    """How many ranks share one copy of the student's weights.
+
+    asked: the key shard_ranks; 0 means those of one machine. on_machine: LOCAL_WORLD_SIZE, which torchrun
+    sets; None: unknown. Ranks of one machine have consecutive numbers, so the first copy lies on ranks 0 to
+    shard_ranks - 1.
+    """
+    if asked and world % asked:
+        raise UserError(f'shard_ranks={asked} does not divide the {world} ranks; give a divisor, or 0 for '
+                        'the ranks of one machine')
+    if asked:
+        return asked
+
+    # Machines with unequal numbers of ranks cannot hold a copy each: all ranks share one.
+    size = int(on_machine or world)
+    return world if world % size else size
 
 
 def end_with_torchrun():
@@ -214,7 +240,7 @@ def leave(code, failed):
         if failed:
             os._exit(code)                   # at once: the other ranks may be waiting in a collective
         if code == 0:
-            barrier()                        # no rank leaves while another still needs it
+            barrier('the run')               # no rank leaves while another still needs it
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(code)
@@ -325,10 +351,11 @@ def all_reduce(x, op='sum'):
     return x
 
 
-def all_gather(obj):
-    """List of every rank's `obj` (small Python data, between our own processes only)."""
+def all_gather(obj, task='its work'):
+    """List of every rank's `obj` (small Python data, between our own processes only). task: see `barrier`."""
     gathered_objects = [obj] * ranks()
     if ranks() > 1:
+        barrier(task)
         dist.all_gather_object(gathered_objects, obj)
     return gathered_objects
 
@@ -338,9 +365,77 @@ def day_of_start(*known):
     return all_gather(next(filter(None, known), date.today().isoformat()))[0]
 
 
-def barrier():
+# ---- waiting for each other ---------------------------------------------------------------------
+
+LONG_WAIT = 360                 # minutes: for what one rank does alone, such as a download
+meeting = None                  # the Meeting of this process, if it has several ranks
+
+
+def join(backend, rank, world, timeout):
+    """Connect this rank with the others. timeout: minutes that a collective or `barrier` waits for them."""
+    global meeting
+    limit = timedelta(minutes=timeout)
+    address = os.environ.get('MASTER_ADDR')
+    try:
+        store, *_ = next(rendezvous('env://', rank, world, timeout=limit))
+        meeting = Meeting(dist.PrefixStore('meeting', store), rank, world, timeout, address)
+        meeting.store.set(f'host of {rank}', socket.gethostname())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        reason = cut(str(error).splitlines()[0], 150)
+        raise UserError(f'rank {rank} does not reach the {world} ranks at {address}: {reason}; start all of '
+                        'them, with the same --master_addr and --master_port') from None
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where ranks wait for each other. A collective that waits for a silent rank cannot say which one it is.
+    Here every rank notes its arrival in a store, so those that wait can read who is missing.
+    """
+    store: object               # torch's key-value store, which one process holds and all reach
+    rank: int
+    world: int
+    minutes: float              # that a rank waits, if it is not told otherwise
+    address: str                # where the store is
+
+    def wait(self, task, minutes):
+        """Return when all ranks have called this as often as this rank has. task: what they have done by
+        then. A rank that does not come is a UserError that names it, on every rank that waits.
+        """
+        try:
+            # The rank that comes last opens the door, and removes the door before, which all have passed.
+            number = self.store.add(f'arrivals of {self.rank}', 1)
+            if self.store.add(f'arrived {number}', 1) == self.world:
+                self.store.set(f'door {number}', 'open')
+                self.store.delete_key(f'door {number - 1}')
+                self.store.delete_key(f'arrived {number - 1}')
+                return
+            self.store.wait([f'door {number}'], timedelta(minutes=minutes))
+            return
+        except dist.DistNetworkError:
+            raise UserError(f'after {task}: the first machine, {self.address}, does not answer; look at its '
+                            'log') from None
+        except dist.DistStoreError:          # the time is over
+            missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
+
+        # One rank speaks first, and its end stops the others: rank 0 (see `run`), or the first that is there.
+        first = min(set(range(self.world)) - set(missing))
+        if self.rank != first:
+            time.sleep(3)
+        names = [f"rank {rank} (host {self.store.get(f'host of {rank}').decode()})" for rank in missing]
+        have = 'has' if len(names) == 1 else 'have'
+        raise UserError(f"{cut(', '.join(names), 150)} {have} not finished {task}, and the others waited for "
+                        f'{minutes:g} minutes; look at the log there, or raise timeout=')
+
+    def arrivals(self, rank):
+        """How often a rank has arrived."""
+        return self.store.add(f'arrivals of {rank}', 0)
+
+
+def barrier(task='its work', minutes=0):
+    """Wait until all ranks are here; see `Meeting.wait`. minutes: 0 means those of the key timeout."""
     if ranks() > 1:
-        dist.barrier()
+        meeting.wait(task, minutes or meeting.minutes)
 
 
 # ---- shards -----------------------------------------------------------------------------------
@@ -349,7 +444,8 @@ def shard(model, env):
     """FSDP2: float32 weights, gradients and optimizer state in shards, forwards in env.dtype.
 
     On one rank in float32 the model stays as it is. On one rank in bfloat16 a mesh of one rank gives the
-    same float32 master weights. The head is a group of its own, so an OPRD step never gathers it.
+    same float32 master weights. The head is a group of its own, so an OPRD step never gathers it. A frozen
+    model is sharded in the dtype that it has, and its blocks are gathered for a forward, one after another.
     """
     if env.world == 1 and env.dtype == torch.float32:
         return model
@@ -357,15 +453,31 @@ def shard(model, env):
         dist.init_process_group(BACKENDS[env.device.type], store=dist.HashStore(), rank=0, world_size=1)
 
     wide = torch.promote_types(env.dtype, torch.float32)
-    options = {'mesh': init_device_mesh(env.device.type, (env.world,)),
+    options = {'mesh': mesh_of(env, dist.group.WORLD),
                'mp_policy': MixedPrecisionPolicy(param_dtype=env.dtype, reduce_dtype=wide)}
     for block in model.blocks:
         fully_shard(block, **options)
     if not model.config.tied:
         fully_shard(model.head, **options)
-    fully_shard(model, **options)
+
+    # The rest, embedding and last norm. A backward will need it, so it stays whole after the forward.
+    learns = any(p.requires_grad for p in model.parameters())
+    fully_shard(model, **options, reshard_after_forward=not learns)
     register_fsdp_forward_method(model, 'hidden')
     return model
+
+
+@cache
+def mesh_of(env, group):
+    """The ranks as FSDP arranges them: in a row that shares one copy of the weights, or, where fewer ranks
+    share a copy, in a table (copies, shard_ranks). Weights are gathered within a row of the table, and
+    gradients are averaged over all of it. group: torch's group of all ranks; student and teacher get the
+    same mesh of it.
+    """
+    copies = env.world // env.shard_ranks
+    if copies == 1:
+        return init_device_mesh(env.device.type, (env.world,))
+    return init_device_mesh(env.device.type, (copies, env.shard_ranks), mesh_dim_names=('replicate', 'shard'))
 
 
 @contextmanager
@@ -385,6 +497,22 @@ def gathered(model):
     finally:
         for group in groups:
             group.reshard()
+
+
+@contextmanager
+def whole_head(model):
+    """`with whole_head(model) as weight:` the LM head's weight (V, d), gathered for the time of the block
+    where the model is sharded. All ranks must come here equally often.
+    """
+    if not isinstance(model.head.weight, DTensor):
+        yield model.head.weight
+        return
+    group = model if model.config.tied else model.head       # a tied head lies in the embedding's group
+    group.unshard()
+    try:
+        yield model.head.weight
+    finally:
+        group.reshard()
 
 
 def full(tensor):

@@ -52,7 +52,7 @@ def shape(**keys):
 def plan_of(c, work, world=1, dtype=torch.float32, device='cpu', layers=None, **keys):
     """A Plan between two models of one shape."""
     layer_map = {l: l for l in layers or range(1, c.L + 1)}
-    return Plan(default | dict(positions='all') | keys, c, c, layer_map, work, Env(0, world, 0, torch.device(device), dtype))
+    return Plan(default | dict(positions='all') | keys, c, c, layer_map, work, Env(0, world, 0, torch.device(device), dtype, world))
 
 
 def work_of_answers(answers, prompt, new, vocab=37):

@@ -176,7 +176,7 @@ def test_a_sharded_model_is_plain_only_while_it_is_gathered():
     of one rank shards in bfloat16."""
     assert not dist.is_initialized()
     try:
-        model = shard(tiny_model(), Env(0, 1, 0, torch.device('cpu'), torch.bfloat16))
+        model = shard(tiny_model(), Env(0, 1, 0, torch.device('cpu'), torch.bfloat16, 1))
         ids = torch.tensor([[1, 2, 3]])
         want = tiny_model().to(torch.bfloat16)(ids)
         with pytest.raises(RuntimeError, match=r'use `with gathered\(model\)'):

@@ -27,9 +27,10 @@ PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 def gradient(student, teacher, budget, rank, world, opd='none'):
     """Sample, weigh, accumulate -> {name: gradient}, sums, ids; prompts dealt to the ranks. opd: 'none';
     'probe', the output space looked at; or a kind of output-space term beside OPRD."""
-    mine = list(range(3))[rank::world]
+    mine = range(6)[rank::world]             # answer i is number i % 2 to prompt i // 2
     with gathered(student) as sampler:
-        roll = sample(sampler, [PROMPTS[i] for i in mine], 2, which=mine, max_new_tokens=20, stop=[2], seed=4)    # bf16 draws the same
+        roll = sample(sampler, [PROMPTS[i // 2] for i in mine], which=[i // 2 for i in mine], samples=[i % 2 for i in mine],
+                      max_new_tokens=20, stop=[2], seed=4)                   # bf16 draws the same
     mask = position_mask(roll, 'last_k', 9)
     weights = position_weights(mask, 'sequence', sequences=6, tokens=all_reduce(mask.sum()))
     terms = {}
