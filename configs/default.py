@@ -190,8 +190,8 @@ checks = dict(
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
-free = ('out_dir', 'device', 'dry_run', 'report', 'profile', 'ranks', 'shard_ranks', 'teacher_shard', 'timeout',
-        'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir')
+free = ('out_dir', 'device', 'dry_run', 'report', 'profile', 'ranks', 'shard_ranks', 'teacher_shard',
+        'timeout', 'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir')
 
 # Keys with which a run may go on differently; its log says from which step.
 later = ('steps', 'lr', 'keep')
