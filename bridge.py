@@ -467,4 +467,4 @@ def make_bridge(pair, collection, cfg, env):
 
 
 if __name__ == '__main__':
-    run(main, load_config)
+    run(main, lambda: load_config(script='bridge.py'))

@@ -533,4 +533,4 @@ def show(results):
 
 
 if __name__ == '__main__':
-    run(main, load_config)
+    run(main, lambda: load_config(script='distill.py'))

@@ -1,16 +1,14 @@
 r"""
 Evaluation: how many of a model's sampled answers to held-out problems are right?
 
-    python eval_math.py model=out/toy/last data=out/toy_models/.../eval.jsonl
-    python eval_math.py model=Qwen/Qwen3-4B data=aime24,aime25,aimo enable_thinking=False \
-        max_new_tokens=31744 top_p=0.95                            the paper's sets and settings
-    python eval_math.py configs/toy.py model=out/toy/last          the rest from a config
-    torchrun --nproc_per_node=8 eval_math.py model=...             the answers are shared out over the ranks
+    python eval_math.py configs/toy.py student=out/toy/last        problems and settings of a config
+    python eval_math.py student=Qwen/Qwen3-4B eval_data=aime24,aime25,aimo enable_thinking=False \
+        eval_max_new_tokens=31744 eval_top_p=0.95                  the paper's sets and settings
+    torchrun --nproc_per_node=8 eval_math.py student=...           the answers are shared out over the ranks
     python eval_math.py ... --regrade                              grade the stored answers again
     python eval_math.py ... --dry-run                              load, check, say what is missing, stop
 
-On this command line a key may be given without its `eval_`: data, n, temperature, top_p, max_new_tokens,
-problems and suffix mean eval_data, eval_n and so on; model means student.
+The keys are those of distill.py's evaluation (`eval_*`); model= is another spelling of student=.
 
 Everything is written to out/eval/<model>-<digest>: samples.jsonl holds every answer, appended as it ends,
 and results.json the scores. The same command goes on where it stopped. In float32 an answer does not
@@ -32,6 +30,7 @@ waiting. It does not run code or tools that an answer asks for.
 distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is the script.
 """
 import math
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from statistics import fmean
 
 import torch
 
-from configs import default, load_config
+from configs import load_config
 from formats.hub import commits
 from formats.huggingface import load_model, read_config
 from formats.problems import BOXED, load_problems
@@ -407,22 +406,9 @@ def cell(value):
 # ---- the script ----------------------------------------------------------------------------------
 
 def settings(argv=None):
-    """The command line -> (checked config, grade again?). model= means student=, and a key without its
-    `eval_` means the one of evaluation: n= is eval_n=."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if '-h' in argv or '--help' in argv:
-        print(__doc__)                       # then load_config prints the keys, and ends
-    translated = []
-    for argument in argv:
-        key, equals, value = argument.removeprefix('--').partition('=')
-
-        # Evaluation's key comes first: here `n=8` is never the n of training.
-        full_key = 'student' if key == 'model' else f'eval_{key}'
-        if equals and full_key in default:
-            argument = f'{full_key}={value}'
-        if argument != '--regrade':
-            translated.append(argument)
-    return load_config(translated), '--regrade' in argv
+    """The command line -> checked config. model= is another spelling of student=."""
+    argv = sys.argv[1:] if argv is None else argv
+    return load_config([re.sub('^(--)?model=', 'student=', word) for word in argv], 'eval_math.py')
 
 
 @dataclass(frozen=True)
@@ -464,7 +450,7 @@ def longest_sequence(cfg, numbered):
     context = read_config(cfg['student']).context
     if longest > context:
         raise UserError(f"{cfg['student']}: reads {context} tokens, but the longest prompt and "
-                        f'{new_tokens} new tokens make {longest}; lower max_new_tokens')
+                        f'{new_tokens} new tokens make {longest}; lower eval_max_new_tokens=')
     return longest
 
 
@@ -482,11 +468,11 @@ def open_evaluation(cfg, env):
     return evaluation, samples
 
 
-def main(cfg, regrade=False):
+def main(cfg):
     env = start(cfg['device'], cfg['dtype'], timeout=cfg['timeout'])
-    for key, short in (('student', 'model'), ('eval_data', 'data')):
+    for key in ('student', 'eval_data'):
         if not cfg[key]:
-            raise UserError(f"{key}='': nothing given; set {short}=")
+            raise UserError(f"{key}='': nothing given; set {key}=")
     if toy.ends_dry_run(cfg):
         return
     cfg = toy.prepare(cfg, env)
@@ -501,7 +487,7 @@ def main(cfg, regrade=False):
     if cfg['dry_run']:                       # nothing is written
         print0(f'{there} are there; a run samples the rest')
         return
-    if regrade and len(samples) < evaluation.total:
+    if cfg['regrade'] and len(samples) < evaluation.total:
         raise UserError(f'{there}; run it without --regrade first')
 
     # The folder is made only after the weights are loaded, so that a refused command leaves nothing behind.
@@ -511,10 +497,10 @@ def main(cfg, regrade=False):
         model = load_model(cfg['student'], env.dtype, env.device)
         model.max_length = evaluation.longest      # longrope chooses its factors by the longest sequence
     with owned(evaluation.folder, env.rank):
-        run_in_folder(evaluation, model, env, regrade)
+        run_in_folder(evaluation, model, env)
 
 
-def run_in_folder(evaluation, model, env, regrade):
+def run_in_folder(evaluation, model, env):
     """Sample what is missing or, without a model, nothing; grade again if asked; score. This process and its
     ranks own the folder."""
     # The answers are read again, because another process may have written until a moment ago. Once all ranks
@@ -522,7 +508,7 @@ def run_in_folder(evaluation, model, env, regrade):
     samples = read_samples(evaluation.folder)
     barrier()
     if env.rank == 0:
-        if regrade:
+        if evaluation.cfg['regrade']:
             for (name, number, _), row in samples.items():
                 row |= verdict(row['text'], evaluation.numbered[name, number][1])
         write_samples(evaluation.folder, samples)
@@ -574,4 +560,4 @@ def report(evaluation, samples):
 
 
 if __name__ == '__main__':
-    run(lambda given: main(*given), settings)
+    run(main, settings)

@@ -82,4 +82,4 @@ def check_pair(student, teacher):
 
 
 if __name__ == '__main__':
-    run(main, load_config)
+    run(main, lambda: load_config(script='minimal.py'))

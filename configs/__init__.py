@@ -1,5 +1,5 @@
 """
-argv -> one checked dict:  script.py configs/toy.py lr=1e-3 --steps=50 --dry-run
+argv -> one checked dict:  distill.py configs/toy.py lr=1e-3 --steps=50 --dry-run
 
 A config file is ordinary Python that ends with a dict called `config`, made from configs/default.py.
 Keys are checked once, when they are read: unknown names, wrong types and values out of range
@@ -10,45 +10,66 @@ import difflib
 import sys
 from pathlib import Path
 
-from configs.default import checks, free, later
+from configs.default import checks, free, later, reads
 from configs.default import config as default
+from support.command_help import command, key_lines, show_help, summary
 from support.config_values import check_value
+from support.key_hints import hint, unread
 from support.runtime import ROOT, UserError, cut, run_file, shown
 
-__all__ = ['load_config', 'checks', 'default', 'free', 'later']
+__all__ = ['load_config', 'checks', 'default', 'free', 'later', 'reads']
 
 
-def load_config(argv=None):
+def load_config(argv=None, script=''):
     """The checked config of a command line (default: sys.argv[1:]) -> dict with every key there is.
 
     argv: at most one path of a config file, found from the current folder or from the project's;
     `key=value` or `--key=value`; a bare `--key` sets a switch. `--help` prints the keys and exits.
-    Raises UserError.
+    script: the file that is run, such as 'bridge.py'. A key that it does not read is an error on the command
+    line, and --help prints those that it reads; '' reads all. Raises UserError.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if '-h' in argv or '--help' in argv:
-        print('usage: script.py [configs/x.py] [key=value ...]\n')
-        print((ROOT / 'configs/default.py').read_text().split('\n)\n')[0] + '\n)', flush=True)
-        raise SystemExit(0)
+        show_keys(script)
 
-    # The config file is read first, wherever it stands among the arguments.
-    files = [arg for arg in argv if '=' not in arg and not arg.startswith('-')]
+    # Words first: an option in another program's form (--lr 1e-3) is no config file.
+    files = []
+    given = {}
+    for arg in argv:
+        if '=' in arg or arg.startswith('-'):
+            key, value = read_argument(arg, script)
+            given[key] = value
+        else:
+            files.append(arg)
     if len(files) > 1:
         raise UserError(f'{files[1]}: a second config file, after {files[0]}; give one, then key=value')
-    cfg = check(read_config_file(files[0]), files[0]) if files else dict(default)
 
-    # Then the command line: key=value, or the name of a switch.
-    for arg in argv:
-        if arg not in files:
-            key, equals, text = arg.removeprefix('--').partition('=')
-            key = key if equals else key.replace('-', '_')
-            if not equals and not (key in default and isinstance(default[key], bool)):
-                raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; see --help')
-            cfg[key] = parse(key, text) if equals else True
-    cfg = check(cfg, 'command line')
+    # The config file comes first, wherever it stands: the command line may change what it says.
+    cfg = check(read_config_file(files[0]), files[0]) if files else dict(default)
+    cfg = check(cfg | given, 'command line')
     if cfg['ranks'] and not cfg['dry_run']:
         raise UserError(f'ranks={cfg["ranks"]}: belongs to --dry-run; torchrun starts ranks')
     return cfg
+
+
+def show_keys(script):
+    """Print what a script does and the keys that it reads, and exit."""
+    usage = f'usage: {command(script or "script.py")} [configs/x.py] [key=value ...]'
+    about = summary(script) if script else 'The keys of all scripts.'
+    keys = '\n'.join(key_lines(reads.get(script, default)))
+    show_help(f'{usage}\n\n{about}\n\nKeys and their defaults, from configs/default.py:\n\n{keys}')
+
+
+def read_argument(arg, script):
+    """One word of a command line -> (key, value)."""
+    key, equals, text = arg.removeprefix('--').partition('=')
+    key = key.replace('-', '_')
+    if not equals and not isinstance(default.get(key), bool):
+        advice = f'give {key}=VALUE' if key in default else hint(key, default)
+        raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; {advice}')
+    if script and key in default and key not in reads[script]:
+        raise UserError(unread(key, script, reads))
+    return key, parse(key, text) if equals else True
 
 
 def read_config_file(name):
@@ -85,8 +106,6 @@ def check(cfg, where):
     checked = dict(default)
     for key, value in cfg.items():
         if key not in default:
-            near = difflib.get_close_matches(str(key)[:60], default, 1)
-            hint = f'did you mean {near[0]!r}?' if near else 'see --help for all keys'
-            raise UserError(f'{where}: unknown key {shown(key)}; {hint}')
+            raise UserError(f'{where}: unknown key {shown(key)}; {hint(key, default)}')
         checked[key] = check_value(key, value, default[key], checks.get(key), where)
     return checked

@@ -5,7 +5,9 @@ A config file says only what differs:
     from configs.default import config
     config = config | dict(lr=2e-3, steps=100)
 
-`checks`, below, holds what each key may be; load_config enforces it.
+`checks`, below, holds what each key may be, and `reads` which script reads it; load_config enforces both. The
+--help of a script is made of this file: the keys that it reads, with the comments beside them, under the
+headings of their sections.
 """
 config = dict(
     # run
@@ -130,6 +132,7 @@ config = dict(
     eval_top_p=1.0,             # the authors' scripts use 0.95
     eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
     eval_teacher=True,          # also the teacher, before the first step: it needs whole weights for that
+    regrade=False,              # --regrade: eval_math.py grades the answers that are there once more
     eval_rows=64,               # answers sampled at once on a rank; 64 of 16k tokens: 30 GB of cache at 1.5B
     save_every=50,              # steps between checkpoints; the best evaluation so far is one too
     keep=2,                     # how many of the newest checkpoints stay, beside the best
@@ -191,8 +194,31 @@ checks = dict(
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.
 free = ('out_dir', 'device', 'dry_run', 'report', 'profile', 'ranks', 'shard_ranks', 'teacher_shard',
-        'timeout', 'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir')
+        'timeout', 'token_budget', 'head_rows', 'checkpointing', 'compile', 'toy_dir', 'regrade')
 
 # Keys with which a run may go on differently; its log says from which step.
 later = ('steps', 'lr', 'keep')
 later += tuple(key for key in config if key.startswith(('eval_', 'diagnose_', 'save_', 'log_')))
+
+# The keys that each script reads. Another key on its command line would change nothing, so it is an error; in
+# a config file it is fine, because scripts share those. distill.py reads all but those of a fit: a new key is
+# its own until it is named for other scripts. tests/test_configs.py compares these lists with the code.
+fit = ('bridge_prompts', 'bridge_held_out', 'bridge_fit', 'bridge_ridge', 'bridge_bias', 'bridge_lr')
+toy = tuple(key for key in config if key.startswith('toy_'))
+common = ('seed', 'device', 'dtype', 'dry_run', 'student', 'teacher', *toy)
+reads = {
+    'distill.py': tuple(key for key in config if key not in (*fit, 'regrade')),
+    'bridge.py': (
+        *common, *fit, 'ranks', 'data', 'max_prompt_tokens', 'enable_thinking', 'date', 'max_new_tokens',
+        'temperature', 'top_k', 'top_p',
+        'layers', 'positions', 'last_k', 'first_k', 'last_frac', 'first_frac',
+        'bridge', 'layer_map', 'bridge_rank', 'pair', 'teacher_ids', 'token_budget', 'eval_rows'),
+    'eval_math.py': (
+        *common, 'eval_data', 'enable_thinking', 'date', 'eval_n', 'eval_problems', 'eval_suffix',
+        'eval_temperature', 'eval_top_p', 'eval_max_new_tokens', 'regrade', 'eval_rows'),
+    'minimal.py': (
+        *toy, 'seed', 'student', 'teacher', 'data', 'prompts_per_step', 'n', 'max_new_tokens', 'oprd_weight',
+        'opd_weight', 'rep_loss', 'layers', 'positions', 'steps', 'lr', 'schedule', 'warmup', 'min_lr',
+        'beta1', 'beta2', 'adam_eps', 'weight_decay', 'grad_clip'),
+    'studies/toy.py': (*common, 'data', 'eval_data'),
+}

@@ -4,13 +4,14 @@ distributions alone, by both; ranks and fits.
 
     python -m studies.compare toy_bridge_study    stage 1 for each seed and fit, the runs, table and figure
 """
-pair = ['configs/toy_bridge.py', 'eval_every=100']
+fit = ['configs/toy_bridge.py']
+pair = [*fit, 'eval_every=100']
 alone = ['bridge=', 'oprd_weight=0', 'opd_weight=1', 'steps=300']
 
 seeds = [0, 1, 2]
 bridges = {     # name: command line of bridge.py; a run that says {name} waits for it
-    'ridge': pair,
-    'adamw': [*pair, 'bridge_fit=adamw'],
+    'ridge': fit,
+    'adamw': [*fit, 'bridge_fit=adamw'],
 }
 runs = {
     'bridge, r = 16': [*pair, 'bridge={ridge}'],

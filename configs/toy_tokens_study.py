@@ -3,16 +3,17 @@ The table of unlike tokenizers in docs/results.md: floor pairing, the next byte,
 
     python -m studies.compare toy_tokens_study    stage 1 for each seed and fit, the runs, table and figure
 """
-pair = ['configs/toy_bridge_tokens.py', 'eval_every=100']
+fit = ['configs/toy_bridge_tokens.py']
+pair = [*fit, 'eval_every=100']
 alone = ['bridge=', 'oprd_weight=0', 'opd_weight=1', 'steps=300', 'opd=byte', 'lr=6e-4']
 
 seeds = [0, 1, 2]
 bridges = {
-    'floor': pair,
-    'exact': [*pair, 'pair=exact'],
-    'ids': [*pair, 'teacher_ids=student'],
-    'shuffled': [*pair, 'bridge_fit=shuffled'],
-    'random': [*pair, 'bridge_fit=random'],
+    'floor': fit,
+    'exact': [*fit, 'pair=exact'],
+    'ids': [*fit, 'teacher_ids=student'],
+    'shuffled': [*fit, 'bridge_fit=shuffled'],
+    'random': [*fit, 'bridge_fit=random'],
 }
 runs = {
     'bridge, r = 32': [*pair, 'bridge={floor}'],

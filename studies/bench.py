@@ -55,7 +55,9 @@ from model import PRESETS, Linear, Model
 from output_losses import HeadLoss, HeadRows, OutputTerm, make_objective, opd_rows, rows_at_once
 from rollout import Rollout, Sampling, Slots, naive, sample, stream
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
+from studies.children import log_text, run_logged, show_failure
 from studies.measure import MB, Case, counted, machine, measure
+from support.command_help import OneLineParser
 from support.optimizer import adamw
 from support.provenance import versions
 from support.runtime import ROOT, UserError, gathered, run, shard, shown, start
@@ -427,8 +429,10 @@ def fits(args, env):
             if fit == 'adamw':
                 out.mkdir()
                 shutil.copy(Path(tmp) / 'ridge/rollouts.jsonl', out)
-            subprocess.run([sys.executable, ROOT / 'bridge.py', 'configs/toy_bridge.py', f'bridge={out}',
-                            f'bridge_fit={fit}', *keys], check=True, stdout=subprocess.DEVNULL)
+            log = Path(tmp) / f'{fit}.log'
+            command = ['bridge.py', 'configs/toy_bridge.py', f'bridge={out}', f'bridge_fit={fit}', *keys]
+            if run_logged(command, log) != 0:
+                raise UserError(show_failure('bridge.py', log_text(log)))
             made[fit] = json.loads((out / 'bridge.json').read_text())
     got, ranks = {}, list(made['ridge']['layers']['1']['cos'])
     for fit, m in made.items():
@@ -461,7 +465,7 @@ def in_a_process(name):
     p = subprocess.run([sys.executable, '-m', 'studies.bench', *sys.argv[1:], '--case', name],
                        capture_output=True, text=True, cwd=ROOT)
     if p.returncode:
-        raise RuntimeError((p.stderr.strip().splitlines() or ['ended without a word; out of memory?'])[-1])
+        raise RuntimeError(show_failure(name, p.stderr))
     return json.loads(p.stdout.strip().splitlines()[-1])
 
 
@@ -511,8 +515,11 @@ def main(args):
         began = time.monotonic()
         more = [['update', '--rows', '2']] if env.device.type == 'cuda' else []        # Table 3's 2 x 16k
         for what in [*([t] for t in TABLES), *more]:
-            command = [sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]]
-            subprocess.run(command, check=False, cwd=ROOT)
+            child = subprocess.Popen([sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]], cwd=ROOT)
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                return child.wait()          # Ctrl-C has reached it too: it says so, once
             print(f'[{time.monotonic() - began:.0f} s]\n', flush=True)
         return
     args = sized(args, env)
@@ -558,15 +565,9 @@ def sized(args, env):
     return args
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A command line whose errors are one line, as those of the other scripts are."""
-    def error(self, message):
-        raise UserError(f'{message}; see --help')
-
-
 def arguments():
     """The command line."""
-    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OneLineParser('studies/bench.py', 'WHAT [--option VALUE ...]')
     p.add_argument('what', choices=[*TABLES, 'bridge', 'pair', 'all'])
     p.add_argument('--model', choices=PRESETS, help='shape')
     p.add_argument('--rows', type=int, help='loss, head: supervised rows; update, rollout, step: answers; '

@@ -4,8 +4,8 @@ Run a comparison of methods: many runs of distill.py, then one table and one fig
     python -m studies.compare toy_comparison        every run of configs/toy_comparison.py, one process a core
     python -m studies.compare my/study.py           any Python file of that form
 
-It writes out/<name of the study>/: a run folder for each method and seed, table.md and curves.png. A study
-is a Python file that holds
+It writes out/<name of the study>/: a run folder for each method and seed with a log beside it (what the run
+prints, as it prints it: tail -f), table.md and curves.png. A study is a Python file that holds
 
     seeds     list of numbers; each method runs once with each
     runs      {method: command line of distill.py, as a list}
@@ -19,8 +19,6 @@ Runs that other code has made are not made again: a line under the table says wh
 """
 import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,9 @@ import torch
 from tqdm import tqdm
 
 from configs import load_config
+from studies.children import log_text, run_logged, show_failure
 from studies.figures import accuracy, finish, read_log, require_comparable
+from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import whole
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
@@ -49,16 +49,18 @@ LONGEST_NAME = 100              # a name is part of a folder's name
 
 def launch(script, jobs):
     """Run a script with each {folder: command line}, one process a core with one thread each. A finished
-    folder costs seconds. The first failure is a UserError, once the other runs have ended."""
+    folder costs seconds. A run that fails is told at once; it is a UserError when the others have ended."""
     failures = []
     with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run', disable=None) as bar:
-        waiting = {pool.submit(run_script, script, arguments): folder for folder, arguments in jobs.items()}
+        waiting = {}
+        for folder, arguments in jobs.items():
+            waiting[pool.submit(run_script, script, arguments, folder)] = folder
         try:
             for job in as_completed(waiting):
                 folder = waiting[job]
-                code, last_line = job.result()
-                if code != 0:
-                    failures.append(f'{folder}: {last_line}')
+                if job.result() != 0:
+                    last_line = show_failure(folder, log_text(log_of(folder)))
+                    failures.append(f'{folder}: {last_line}; its log is {log_of(folder)}')
                 bar.update()
                 bar.set_postfix_str(folder.name)
         except KeyboardInterrupt:
@@ -69,13 +71,13 @@ def launch(script, jobs):
         raise UserError(failures[0] + more)
 
 
-def run_script(script, arguments):
-    """One process to its end -> (exit code, last line of its error output)."""
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], env=environment, text=True,
-                          capture_output=True)
-    lines = done.stderr.strip().splitlines()
-    return done.returncode, lines[-1] if lines else 'no message'
+def run_script(script, arguments, folder):
+    """One process to its end -> exit code. What it prints is in a log beside its folder."""
+    return run_logged([script, *arguments], log_of(folder), OMP_NUM_THREADS='1')
+
+
+def log_of(folder):
+    return folder.with_name(f'{folder.name}.log')
 
 
 def workers():
@@ -155,10 +157,10 @@ def filled_in(arguments, stage1):
     return filled
 
 
-def checked_config(folder, arguments):
-    """The config of a command line; an error names the run's folder."""
+def checked_config(script, folder, arguments):
+    """The config of a script's command line; an error names the run's folder."""
     try:
-        return load_config(arguments)
+        return load_config(arguments, script)
     except UserError as error:
         raise UserError(f'{folder}: {error}') from None
 
@@ -167,7 +169,7 @@ def require_one_table(run_jobs, folders, seeds):
     """Before hours of work: can these runs be put in one table and figure?"""
     configs = {}
     for folder, arguments in run_jobs.items():
-        configs[folder] = checked_config(folder, arguments)
+        configs[folder] = checked_config('distill.py', folder, arguments)
         if not configs[folder]['eval_data']:
             raise UserError(f'{folder}: a run without evaluation cannot be put in a table; set eval_data=')
 
@@ -183,7 +185,7 @@ def compare(study):
     out = Path('out') / file.stem
     bridge_jobs, run_jobs, folders = command_lines(plan, out)
     for folder, arguments in bridge_jobs.items():
-        checked_config(folder, arguments)
+        checked_config('bridge.py', folder, arguments)
     require_one_table(run_jobs, folders, plan['seeds'])
     print0(f'{file.stem}: {len(run_jobs)} runs in {out}')
 
@@ -342,4 +344,4 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-    run(main, lambda: sys.argv[1:])
+    run(main, lambda: command_words('studies/compare.py'))

@@ -14,11 +14,11 @@ start from different students, or that are evaluated differently, are refused: i
 would look comparable and are not. Many runs with a table and seeds: studies/compare.py.
 """
 import re
-import sys
 from pathlib import Path
 from statistics import fmean
 
 from configs import default
+from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import read_json, whole
 from support.provenance import mixed_code
@@ -288,4 +288,4 @@ def main(folders):
 
 
 if __name__ == '__main__':
-    run(main, lambda: sys.argv[1:])
+    run(main, lambda: command_words('studies/figures.py'))

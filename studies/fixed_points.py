@@ -16,6 +16,8 @@ Letters: K rows, V vocabulary.
 import torch
 
 from output_losses import likeliest, opd_rows
+from support.command_help import command_words
+from support.runtime import UserError, print0, run, shown
 
 ROWS = 64
 VOCABULARY = 5000
@@ -105,5 +107,11 @@ def table():
     return lines
 
 
+def main(words):
+    if words:
+        raise UserError(f'{shown(words[0])}: this script takes nothing; python -m studies.fixed_points')
+    print0('\n'.join(table()))
+
+
 if __name__ == '__main__':
-    print('\n'.join(table()))
+    run(main, lambda: command_words('studies/fixed_points.py'))

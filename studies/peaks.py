@@ -17,7 +17,6 @@ the processes run with MALLOC_MMAP_THRESHOLD_=131072, which holds that size wher
 
 Linux only. Simpler than usual: no profiler, no hooks. It cannot say which tensor was too large.
 """
-import argparse
 import json
 import os
 import random
@@ -35,7 +34,9 @@ from formats.huggingface import read_config, save_model
 from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer, shared_size
 from model import Model, ModelConfig
+from studies.children import show_failure
 from studies.toy import write_tokenizer
+from support.command_help import OneLineParser
 from support.files import read_json, write_json
 from support.memory import Plan, phases, work_of
 from support.runtime import ROOT, Env, UserError, run
@@ -152,14 +153,18 @@ def measured(arguments, ranks, out, environment):
                                         env=environment | where, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE))
     most = dict.fromkeys(('start', 'step', 'save'), 0)
-    while any(child.poll() is None for child in running):
-        part = part_of(out)
-        for child in running:
-            most[part] = max(most[part], private_memory(child.pid))
-        time.sleep(0.003)
+    try:
+        while any(child.poll() is None for child in running):
+            part = part_of(out)
+            for child in running:
+                most[part] = max(most[part], private_memory(child.pid))
+            time.sleep(0.003)
+    finally:
+        for child in running:                # after Ctrl-C they may still run
+            child.kill()
     for child in running:
         if child.wait():
-            raise UserError(child.stderr.read().strip().splitlines()[-1])
+            raise UserError(show_failure('distill.py', child.stderr.read()))
     return most
 
 
@@ -193,8 +198,7 @@ def main(args):
 
 def arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser('studies/peaks.py', "['NAME' ...] [--allocator default]")
     parser.add_argument('names', nargs='*', choices=[*CASES, []], help='configurations; none: all of them')
     parser.add_argument('--allocator', choices=('fixed', 'default'), default='fixed')
     return parser.parse_args()

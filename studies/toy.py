@@ -1,6 +1,8 @@
 """
 The toy: a task, its tokenizer, and a student and a teacher that are trained here from nothing.
 
+    python -m studies.toy configs/toy.py          make the folder, show three problems, stop
+
 A problem is a chain of arithmetic modulo 10, worked out from left to right:
 
     prompt   <bos>3+7*4-8*2+5-9=
@@ -14,8 +16,6 @@ ids in another order: the same text, other ids.
 
 Everything is written as one folder in the layouts that real runs use (two Hugging Face folders, two .jsonl
 files), so the other scripts do not know that it is a toy. What it does not show: anything about language.
-
-    python -m studies.toy configs/toy.py          make the folder, show three problems, stop
 
 Letters: B sequences, T tokens, V vocabulary.
 """
@@ -329,4 +329,4 @@ def main(cfg):
 
 
 if __name__ == '__main__':
-    run(main, load_config)
+    run(main, lambda: load_config(script='studies/toy.py'))

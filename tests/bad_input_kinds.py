@@ -45,27 +45,27 @@ class Case:
 # ---- good command lines -----------------------------------------------------------------------
 
 TINY_TOY = [f'{key}={value}' for key, value in TINY.items()]
-SMALL = ['steps=2', 'prompts_per_step=3', 'n=2', 'max_new_tokens=20', 'eval_n=1', 'eval_every=0',
-         'save_every=1', 'eval_rows=64',
-         'device=cpu', 'dtype=float32']
-PROBLEMS = ['data=toy/train.jsonl', 'eval_data=toy/eval.jsonl']
-PAIR = ['student=toy/student', 'teacher=toy/teacher', *PROBLEMS]
-UNLIKE = ['student=toy/student', 'teacher=toy/other', *PROBLEMS]
-BRIDGE = [*UNLIKE, *SMALL, 'bridge=stage1', 'bridge_prompts=16', 'bridge_rank=4']
+CPU = ['device=cpu', 'dtype=float32']
+STEPS = ['steps=2', 'prompts_per_step=3', 'n=2', 'max_new_tokens=20']
+EVAL = ['eval_data=toy/eval.jsonl', 'eval_n=1', 'eval_every=0', 'save_every=1', 'eval_rows=64']
+PAIR = ['student=toy/student', 'teacher=toy/teacher', 'data=toy/train.jsonl']
+UNLIKE = ['student=toy/student', 'teacher=toy/other', 'data=toy/train.jsonl']
+BRIDGE = ['bridge=stage1', 'bridge_rank=4']
 LINES = {
-    'distill.py': ['configs/toy.py', *PAIR, *SMALL, 'out_dir=out/new', '--dry-run'],
-    'bridge.py': ['configs/toy_bridge.py', *BRIDGE],
-    'eval_math.py': ['model=toy/student', 'data=toy/eval.jsonl', 'n=2', 'max_new_tokens=20', 'device=cpu',
-                     'dtype=float32',
-                     '--dry-run'],
-    'minimal.py': ['configs/toy.py', *PAIR, *SMALL],
+    'distill.py': ['configs/toy.py', *PAIR, *STEPS, *EVAL, *CPU, 'out_dir=out/new', '--dry-run'],
+    'bridge.py': ['configs/toy_bridge.py', *UNLIKE, *CPU, *BRIDGE, 'bridge_prompts=16', 'max_new_tokens=20',
+                  'eval_rows=64'],
+    'eval_math.py': ['student=toy/student', 'eval_data=toy/eval.jsonl', 'eval_n=2', 'eval_max_new_tokens=20',
+                     *CPU, '--dry-run'],
+    'minimal.py': ['configs/toy.py', *PAIR, *STEPS],
     'studies/toy.py': ['configs/toy.py', 'toy_ops=1', 'toy_layers=1', 'toy_width=8', 'toy_heads=1',
                        'toy_batch=2',
                        'toy_student_steps=1', 'toy_teacher_steps=1', 'toy_train=4', 'toy_eval=2',
                        'toy_dir=out/toys',
                        'device=cpu'],
 }
-WITH_BRIDGE = ['configs/toy_bridge.py', *BRIDGE, 'out_dir=out/new', '--dry-run']     # of distill.py
+WITH_BRIDGE = ['configs/toy_bridge.py', *UNLIKE, *STEPS, *EVAL, *CPU, *BRIDGE, 'out_dir=out/new',
+               '--dry-run']     # of distill.py
 SCRIPTS = list(LINES)
 
 
@@ -88,10 +88,9 @@ def good():
     yield Case('studies/figures.py', ['done'], 'good, one run', expect='fine')
     yield Case('studies/figures.py', ['done', 'run'], 'good, two runs', expect='fine')
     yield Case('studies/figures.py', ['stage1'], 'good, a bridge', expect='fine')
-    for script in SCRIPTS:
+    studies = ('studies/compare.py', 'studies/figures.py', 'studies/bench.py', 'studies/fixed_points.py')
+    for script in (*SCRIPTS, *studies):
         yield Case(script, ['--help'], '--help', expect='fine')
-    for script in ('studies/compare.py', 'studies/figures.py', 'studies/bench.py'):
-        yield Case(script, ['--help'], '--help', expect='either')
 
 
 # ---- command lines ----------------------------------------------------------------------------
@@ -100,6 +99,13 @@ def default_config():
     """-> (every key with its default, what each may be)."""
     from configs import checks, default
     return default, checks
+
+
+def reader_of(key, rng, scripts=SCRIPTS):
+    """One of these scripts that reads a key, drawn; None if there is none."""
+    from configs import reads
+    readers = [script for script in scripts if key in reads[script]]
+    return rng.choice(readers) if readers else None
 
 
 def misspelt(word, rng):
@@ -111,22 +117,32 @@ def misspelt(word, rng):
 
 
 def unknown_keys():
-    """Keys that do not exist: misspelt ones, those of another script, or no words at all."""
+    """Keys that do not exist: misspelt ones, those of other trainers, or no words at all."""
     default, _ = default_config()
     rng = random.Random('unknown keys')
     words = [misspelt(key, rng) for key in default if len(key) > 2]
     words += ['learning_rate', 'num_generations', 'max_completion_length', 'batch_size', 'rows', 'tokens',
-              'what', 'x', 'STEPS',
+              'what', 'x', 'STEPS', 'rollout.n', 'data.train_batch_size', '..', 'a.', 'num_train_epochs', 'beta',
               'steps ', ' steps', 'steps.', 'sté', '', '-', 'a' * 100_000, f'{RED}steps', '\u202esteps',
               'st\neps', '\udcff\udcfe',
               '__class__', '1', 'None', 'steps,lr', '=' * 50]
     for word in words:
         script = rng.choice(SCRIPTS)
-        if word in default or f'eval_{word}' in default:
+        if word in default:
             continue
         dashes = rng.choice(['', '--'])
         yield Case(script, [*LINES[script], f'{dashes}{word}={rng.choice(["1", "x", ""])}'],
                    f'unknown key {word[:30]!r}')
+
+
+def unread_keys():
+    """Keys that a script does not read, with their default as the value: it would be ignored."""
+    from configs import reads
+    default, _ = default_config()
+    for script in SCRIPTS:
+        for key, value in default.items():
+            if key not in reads[script]:
+                yield Case(script, [*LINES[script], f'{key}={value}'], f'{key}, which it does not read')
 
 
 def wrong_types():
@@ -147,7 +163,7 @@ def wrong_types():
                      '[-1]',
                      '[[1]]', '[1e999]', '[' * 500 + ']' * 500]
         for text in texts:
-            script = rng.choice(SCRIPTS)
+            script = reader_of(key, rng)
             yield Case(script, [*LINES[script], f'{key}={text}'], f'{key}={text[:40]}')
 
 
@@ -166,7 +182,7 @@ def out_of_range():
         if high != INF:
             texts += [repr(high * 2), '1e300' if isinstance(default[key], float) else str(2**64)]
         for text in texts:
-            script = rng.choice(SCRIPTS)
+            script = reader_of(key, rng)
             yield Case(script, [*LINES[script], f'{key}={text}'],
                        f'{key}={text[:12]}{"..." * (len(text) > 12)}')
 
@@ -179,8 +195,9 @@ def huge_numbers():
         if type(value) is not int or key.startswith('toy_'):
             continue
         for text in (str(10**7), str(10**12), str(2**63 - 1), str(10**30)):
-            script = rng.choice(['distill.py', 'eval_math.py'])
-            yield Case(script, [*LINES[script], f'{key}={text}'], f'{key}={text}', expect='either')
+            script = reader_of(key, rng, ['distill.py', 'eval_math.py']) or 'bridge.py'
+            dry = {*LINES[script], '--dry-run'} - {*LINES[script]}
+            yield Case(script, [*LINES[script], *dry, f'{key}={text}'], f'{key}={text}', expect='either')
     for steps in (10**6, 10**9, 10**12):
         yield Case('distill.py', [*LINES['distill.py'], f'steps={steps}', 'oprd_weight=[[0,1],[0.5,0]]',
                                   'opd_weight=[[0,0],[1,1]]',
@@ -214,15 +231,14 @@ def odd_text():
                                              'rep_loss')]
     paths += [('minimal.py', key) for key in ('student', 'teacher', 'data', 'rep_loss')]
     paths += [('bridge.py', key) for key in ('student', 'teacher', 'data')]
-    paths += [('eval_math.py', 'model'), ('eval_math.py', 'data')]
-    for script, key in [*paths, *((rng.choice(SCRIPTS), key) for key in words)]:
+    paths += [('eval_math.py', 'student'), ('eval_math.py', 'model'), ('eval_math.py', 'eval_data')]
+    for script, key in [*paths, *((reader_of(key, rng), key) for key in words)]:
         for text in odd:
             yield Case(script, [*LINES[script], f'{key}={text}'], f'{key}={text[:20]!r}')
     for text in odd:
-        yield Case('eval_math.py', [*LINES['eval_math.py'], f'suffix={text}'], f'suffix={text[:20]!r}',
-                   expect='either')
-        yield Case('distill.py', [*LINES['distill.py'], f'eval_suffix={text}'],
-                   f'eval_suffix={text[:20]!r}', expect='either')
+        for script in ('eval_math.py', 'distill.py'):
+            yield Case(script, [*LINES[script], f'eval_suffix={text}'], f'eval_suffix={text[:20]!r}',
+                       expect='either')
 
 
 def command_lines():
@@ -350,9 +366,9 @@ CROSS_KEYS = [
     ('bridge.py', 'layer_map=[1]'), ('bridge.py', 'seed=5'), ('bridge.py', 'temperature=0.5'),
     ('bridge.py', 'device=cuda'),
     ('bridge.py', 'max_new_tokens=100000 bridge=out/b'), ('bridge.py', 'max_prompt_tokens=1 bridge=out/b'),
-    ('eval_math.py', 'max_new_tokens=100000'), ('eval_math.py', 'device=cuda'),
-    ('eval_math.py', 'data=toy/eval.jsonl,toy/eval.jsonl'),
-    ('eval_math.py', 'data=toy/eval.jsonl,'), ('eval_math.py', 'data=,'),
+    ('eval_math.py', 'eval_max_new_tokens=100000'), ('eval_math.py', 'device=cuda'),
+    ('eval_math.py', 'eval_data=toy/eval.jsonl,toy/eval.jsonl'),
+    ('eval_math.py', 'eval_data=toy/eval.jsonl,'), ('eval_math.py', 'eval_data=,'),
     ('eval_math.py', 'teacher=toy/nope seed=3'), ('eval_math.py', 'device=mps'),
     ('minimal.py', 'layers=last'), ('minimal.py', 'positions=last'), ('minimal.py', 'oprd_weight=2.0'),
     ('minimal.py', 'opd_weight=1'),
@@ -363,7 +379,7 @@ CROSS_KEYS = [
     ('studies/toy.py', 'toy_heads=64'), ('studies/toy.py', 'toy_teacher_width=9'),
     ('studies/toy.py', 'device=cuda'), ('studies/toy.py', 'device=mps'),
 ]
-MAY_PASS = ('layers=[1,1]', 'layers=[2,1]', 'bridge_rank=1000', 'data=toy/eval.jsonl,',
+MAY_PASS = ('layers=[1,1]', 'layers=[2,1]', 'bridge_rank=1000', 'eval_data=toy/eval.jsonl,',
             'max_new_tokens=100000')
 
 
@@ -371,7 +387,7 @@ def cross_keys():
     """Keys that are fine one by one, and not together, or not for these models. With --dry-run and without: a dry
     run refuses what the run would refuse."""
     for script, keys in CROSS_KEYS:
-        expect = 'either' if keys in MAY_PASS and script != 'eval_math.py' or keys == 'data=toy/eval.jsonl,' else 'refused'
+        expect = 'either' if keys in MAY_PASS else 'refused'
         small = ['toy_train=8', 'toy_eval=2', 'toy_batch=2', 'toy_student_steps=1', 'toy_teacher_steps=1',
                  'toy_dir=out/toys']
         more = [*small, *keys.split()] if 'student=toy ' in keys else keys.split()
@@ -551,7 +567,7 @@ def models_case(what, change, expect, rng, seconds=2.0):
                     seconds=seconds)
     if how == 1:
         return Case('minimal.py', real('minimal.py'), what, change, expect, seconds=seconds)
-    return Case('eval_math.py', [*real('eval_math.py'), 'n=1', 'seed=1'], what, change, expect,
+    return Case('eval_math.py', [*real('eval_math.py'), 'eval_n=1', 'seed=1'], what, change, expect,
                 seconds=seconds)
 
 
@@ -876,7 +892,7 @@ def weights_case(what, change, expect, rng):
     if rng.random() < 0.2:
         return Case('distill.py', LINES['distill.py'], f'{what} (dry run)', change, 'either')
     script = rng.choice(['minimal.py', 'eval_math.py', 'distill.py'])
-    more = ['n=1', 'seed=1'] if script == 'eval_math.py' else []
+    more = ['eval_n=1', 'seed=1'] if script == 'eval_math.py' else []
     return Case(script, [*real(script), *more], what, change, expect)
 
 
@@ -1010,7 +1026,7 @@ BAD_LINES = {
 def problems_case(what, name, change, expect, rng, **more):
     """A broken problem set, as the one to evaluate on or to train on."""
     if rng.random() < 0.6:
-        return Case('eval_math.py', [*LINES['eval_math.py'], f'data={name}'], what, change, expect, **more)
+        return Case('eval_math.py', [*LINES['eval_math.py'], f'eval_data={name}'], what, change, expect, **more)
     # Training needs no answers, and leaves out prompts that are too long.
     key = rng.choice(['data', 'eval_data'])
     may_be_skipped = 'answer' in what or 'long question' in what
@@ -1159,13 +1175,13 @@ def model_paths():
     for path in LOCAL_PATHS:
         if path in ('toy', 'toy/student', 'toy/student/', 'run/last'):
             continue                         # a model
-        for script, key in (('distill.py', 'student'), ('distill.py', 'teacher'), ('eval_math.py', 'model'),
+        for script, key in (('distill.py', 'student'), ('distill.py', 'teacher'), ('eval_math.py', 'student'),
                             ('bridge.py', 'teacher'), ('minimal.py', 'student')):
             if rng.random() < 0.5:
                 yield Case(script, [*LINES[script], f'{key}={path}'], f'{key} at {path}')
     for name in ('nobody/nothing-here', 'nobody/nothing@v1', 'Qwen/Qwen3-4B'):
-        yield Case('eval_math.py', [*LINES['eval_math.py'], f'model={name}'], f'hub id {name}', hub=True)
-    yield Case('eval_math.py', [*LINES['eval_math.py'], 'model=empty'], 'an empty folder',
+        yield Case('eval_math.py', [*LINES['eval_math.py'], f'student={name}'], f'hub id {name}', hub=True)
+    yield Case('eval_math.py', [*LINES['eval_math.py'], 'student=empty'], 'an empty folder',
                lambda folder: (folder / 'empty').mkdir())
 
 
@@ -1588,12 +1604,12 @@ def bench_arguments():
                  'loss --model \x07', 'pair --tokenizers toy/student toy/student'):
         yield Case('studies/bench.py', line.split(), f'arguments {line[:40]!r}')
     for args in (['x'], ['--nope'], ['steps=3'], [RED], ['a', 'b']):
-        yield Case('studies/fixed_points.py', args, f'arguments {args}', expect='either')
+        yield Case('studies/fixed_points.py', args, f'arguments {args}')
 
 
 # ---- all of them ------------------------------------------------------------------------------
 
-KINDS = [good, unknown_keys, wrong_types, out_of_range, huge_numbers, odd_text, command_lines, config_files,
+KINDS = [good, unknown_keys, unread_keys, wrong_types, out_of_range, huge_numbers, odd_text, command_lines, config_files,
          cross_keys, model_config, generation_config, tokenizer_files, tokenizer_config, templates, weights,
          index_files, links, problem_rows, problem_lines, problem_parquets, problem_paths, model_paths,
          bridge_files, rollouts, samples, results, resume, folders, studies, figure_folders,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs import load_config
+from configs import load_config, reads
 from cross_tokenizer.next_byte import NextByte
 from losses import BridgeTerm, HiddenTerm
 from model import Model, ModelConfig, init_weights
@@ -103,6 +103,11 @@ def argv(toy_dir, out, **keys):
     keys = TINY | dict(toy_dir=toy_dir, out_dir=out, steps=4, prompts_per_step=3, max_new_tokens=20, eval_n=2,
                        eval_every=2, save_every=2) | keys
     return ['configs/toy.py', *(f'{k}={v}' for k, v in keys.items())]
+
+
+def for_script(script, arguments):
+    """A command line of distill.py without the keys that another script does not read."""
+    return [word for word in arguments if '=' not in word or word.split('=')[0] in reads[script]]
 
 
 def with_other_stop(folder, out, stop=(2, 20)):

@@ -33,7 +33,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib.pyplot  # noqa: F401 (this and the three scripts: imported once, here, for all forks)
 import torch
-from conftest import argv
+from conftest import argv, for_script
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -94,7 +94,7 @@ def job_of(kind, place, shared=None, **more):
         keys['bridge'] = (place if script == 'bridge' else shared) / 'bridge'
     if script == 'eval_math':
         keys['eval_max_new_tokens'] = 20
-    arguments = argv(shared / 'toys', place / 'run', **keys | more)
+    arguments = for_script(f'{script}.py', argv(shared / 'toys', place / 'run', **keys | more))
     out = {'distill': place / 'run', 'bridge': place / 'bridge', 'eval_math': place / 'out/eval'}[script]
     return Job(script, arguments, place, out)
 
@@ -398,7 +398,8 @@ class Reference:
 
 def make_shared(kind, shared):
     """Make what a kind of run reads: the toy's models, and the bridge if it goes through one."""
-    needed = [Job('studies/toy', job_of(kind, shared).arguments, shared, shared / 'toys')]
+    arguments = for_script('studies/toy.py', job_of(kind, shared).arguments)
+    needed = [Job('studies/toy', arguments, shared, shared / 'toys')]
     if kind == 'through bridge':
         needed.append(job_of('bridge', shared))
     for job in needed:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import argv, opd_loss
+from conftest import argv, for_script, opd_loss
 
 from configs import load_config
 from studies.bench import TABLES, arguments, liger_scheme, main
@@ -76,8 +76,8 @@ def test_counts_of_an_update_and_a_token(capsys):
 def test_bridge_and_pair(toy_dir, tmp_path):
     """Both fits read the same answers: 21 forwards to 1. Pairing of a vocabulary with itself is all exact,
     with the merged one not."""
-    keys = [a for a in argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, toy_teacher_tokens='merged')
-            if '=' in a and not a.startswith('out_dir')]
+    keys = [a for a in for_script('bridge.py', argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, toy_teacher_tokens='merged'))
+            if '=' in a]
     lines = bench('bridge', '--rows', '20', '--keys', *keys).splitlines()
     got = json.loads(lines[-1])
     assert (got['ridge']['forwards'], got['adamw']['forwards']) == (1, 21) and '21x the forwards' in lines[-2]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, log_of, step_sums, tiny_model, with_other_stop
+from conftest import argv, for_script, log_of, step_sums, tiny_model, with_other_stop
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_losses import rollout
@@ -345,7 +345,7 @@ def test_only_a_folder_of_a_bridge_is_written_to(toy_dir, made, tmp_path):
             saved.check_folder(tmp_path / name, 'x')
     shutil.copy(made / 'rollouts.jsonl', tmp_path / 'run')
     with owned(tmp_path / 'run'):
-        p = subprocess.run([sys.executable, 'bridge.py', *args(toy_dir, tmp_path / 'run')], cwd=ROOT, capture_output=True, text=True)
+        p = subprocess.run([sys.executable, 'bridge.py', *for_script('bridge.py', args(toy_dir, tmp_path / 'run'))], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 2 and f'in use by process {os.getpid()} on' in p.stderr and p.stderr.count('\n') == 1
 
 
@@ -421,7 +421,7 @@ def test_two_ranks_make_the_same_bridge(made, toy_dir, tmp_path):
     shutil.copytree(made, tmp_path / 'one')
     main(load_config(args(toy_dir, tmp_path / 'one', token_budget=1)))
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'bridge.py',
-                        *args(toy_dir, tmp_path / 'two', token_budget=1)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+                        *for_script('bridge.py', args(toy_dir, tmp_path / 'two', token_budget=1))], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr
     assert (tmp_path / 'two/rollouts.jsonl').read_text() == (made / 'rollouts.jsonl').read_text()
     one, two = (read_json(out / 'bridge.json') for out in (tmp_path / 'one', tmp_path / 'two'))

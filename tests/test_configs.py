@@ -1,7 +1,22 @@
-"""load_config: every key known, typed and in range, from any directory."""
-import pytest
+"""load_config: every key known, typed, in range and read by the script, from any directory. What --help says, and hints."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from functools import cache
 
-from configs import check, checks, default, free, load_config
+import pytest
+from conftest import argv
+
+import bridge
+import distill
+import eval_math
+import minimal
+from configs import check, checks, default, free, load_config, reads
+from studies import toy
+from support.command_help import command, header, key_lines
+from support.key_hints import SAME, SENTENCES, hint
 from support.runtime import ROOT, UserError
 
 
@@ -34,11 +49,266 @@ def test_every_config_file_loads(name):
 
 
 def test_help_prints_the_keys(capsys):
-    with pytest.raises(SystemExit) as e:
-        load_config(['--help'])
-    assert e.value.code == 0
-    out = capsys.readouterr().out
-    assert all(f'{key}=' in out for key in default)
+    """Of a script those that it reads, each with its comment, and no others; without a script all of them."""
+    for script in ('', *reads):
+        with pytest.raises(SystemExit) as e:
+            load_config(['--help', 'nope=3'], script)
+        assert e.value.code == 0
+        printed = capsys.readouterr().out
+        shown = re.findall(r'^(\w+)=', printed, re.MULTILINE)
+        assert shown == [key for key in default if not script or key in reads[script]]
+        assert script == '' or printed.startswith(f'usage: {command(script)} ')
+        assert printed.count('\n') < 75 + len(shown) * 1.6 and max(map(len, printed.splitlines())) <= 110
+
+
+def test_help_shows_a_key_with_its_comment_under_its_heading():
+    """The first key of a section was shown without the heading, or the last one with that of the next section."""
+    assert key_lines(['min_lr', 'adam_eps', 'dtype']) == [
+        '# run',
+        "dtype='auto',               # of forwards: 'auto' (bfloat16 on CUDA, else float32), 'bfloat16', 'float32';",
+        '                            # weights, gradients and optimizer state are float32', '',
+        '# update: AdamW', 'min_lr=0.0,                 # where the schedule ends, as a share of lr',
+        'adam_eps=1e-8,              # added to the root mean square of a gradient; gradients of nmse lie below it']
+
+
+# ---- which script reads which key --------------------------------------------------------------------------
+
+MAINS = {'distill.py': distill.main, 'bridge.py': bridge.main, 'eval_math.py': eval_math.main, 'minimal.py': minimal.main,
+         'studies/toy.py': toy.main}
+
+# Keys that a script looks at, and that change nothing there: on its command line they are refused all the same.
+WITHOUT_EFFECT = {
+    'bridge.py': {
+        'out_dir': 'must be another folder than bridge=', 'eval_data': "toy.prepare fills in every 'toy'",
+        'n': 'one answer to each problem (preflight_bridge)', 'prompts_per_step': 'its answers at once are eval_rows',
+        'opd_weight': 'a Plan has it; bridge_phases does not ask', 'eval_n': 'work_of an evaluation of no problems',
+        'eval_max_new_tokens': 'likewise'},
+    'eval_math.py': {
+        'data': "toy.prepare fills in every 'toy'",
+        'max_new_tokens': 'what eval_max_new_tokens=0 means; on its command line the latter says it'},
+    'minimal.py': {
+        'eval_data': "toy.prepare fills in every 'toy'", 'dry_run': 'refused: it has none', 'dtype': 'a key of config.json',
+        **dict.fromkeys(('last_k', 'first_k', 'last_frac', 'first_frac'), 'rules of step.POSITIONS; it has one'),
+        **dict.fromkeys(('opd', 'opd_future', 'opd_baseline', 'position_offset', 'bridge', 'temperature', 'top_k', 'top_p',
+                         'teacher_ids', 'kl_direction', 'opd_tail', 'opd_k', 'opd_support', 'student_temperature'),
+                        'check_objective compares it with other keys')},
+}
+
+
+@cache
+def names_of(module):
+    """What the names in a module of this project are: {name: a node of its syntax tree, or (module, name)}; {} of others."""
+    path = ROOT / module.replace('.', '/')
+    file = path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
+    if not file.exists():
+        return {}
+    tree = ast.parse(file.read_text())
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def keys_named(script):
+    """The keys that stand in quotes in a script's main(), or in any function, class or constant of this project that it
+    can reach by name."""
+    waiting = [(script.removesuffix('.py').replace('/', '.'), 'main')]
+    seen = set()
+    found = set()
+    while waiting:
+        module, name = waiting.pop()
+        if (module, name) in seen or module.startswith('configs'):
+            continue
+        seen.add((module, name))
+        names = names_of(module)
+        node = names.get(name)
+        if isinstance(node, tuple):
+            waiting.append(node)
+        for part in ast.walk(node) if isinstance(node, ast.AST) else ():
+            if isinstance(part, ast.Name):
+                waiting.append((module, part.id))
+            elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+                # toy.prepare, after `from studies import toy`
+                origin = names.get(part.value.id)
+                waiting.append(('.'.join(origin) if isinstance(origin, tuple) else '', part.attr))
+            elif isinstance(part, ast.Constant):
+                found.add(part.value)
+            elif isinstance(part, ast.Subscript) and isinstance(part.slice, ast.JoinedStr):
+                # cfg[f'toy_{name}_steps']
+                texts = [re.escape(text.value) if isinstance(text, ast.Constant) else r'\w+' for text in part.slice.values]
+                found |= {key for key in default if re.fullmatch(''.join(texts), key)}
+    return found & set(default)
+
+
+@pytest.mark.parametrize('script', reads)
+def test_a_script_reads_the_keys_that_it_says(script):
+    """A new key that bridge.py reads would be refused on its command line until it is named there; one that no code reads
+    any more would be accepted and ignored."""
+    named = keys_named(script)
+    declared = set(reads[script])
+    silent = sorted(declared - named)
+    assert not silent, f"{script} does not read {silent}: take it out of reads['{script}'] in configs/default.py"
+    new = sorted(named - declared - set(WITHOUT_EFFECT.get(script, ())))
+    assert not new, f"{script} reads {new}: name it in reads['{script}'] in configs/default.py"
+    assert set(WITHOUT_EFFECT.get(script, ())) <= named - declared, 'an entry of WITHOUT_EFFECT is not needed any more'
+
+
+class Recording(dict):
+    """A config that notes which keys are read; so do those that are made of it."""
+    def __init__(self, values, read):
+        super().__init__(values)
+        self.read = read
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __or__(self, other):
+        return Recording(dict(self) | other, self.read)
+
+
+@pytest.mark.parametrize('script, keys', [
+    ('distill.py', dict(steps=1, opd_weight=1, opd='full')), ('distill.py', dict(steps=1, dry_run=True)),
+    ('bridge.py', dict(bridge='b', bridge_prompts=8)), ('eval_math.py', dict(eval_n=1)),
+    ('minimal.py', dict(steps=1, positions='all')), ('studies/toy.py', {})])
+def test_what_a_run_reads_is_among_the_keys_that_were_found(toy_dir, tmp_path, monkeypatch, script, keys):
+    """The search through the sources, held against real runs: a way to reach a function that it does not follow would hide
+    keys from the test above."""
+    monkeypatch.chdir(tmp_path)
+    read = set()
+    MAINS[script](Recording(load_config(argv(toy_dir, 'out', **keys)), read))
+    assert {'seed', 'student', 'toy_ops'} <= read <= keys_named(script)
+
+
+@pytest.mark.parametrize('script, given, says', [
+    ('eval_math.py', 'n=8', 'eval_math.py does not read n=; did you mean eval_n=?'),
+    ('eval_math.py', '--regrade=5', "regrade='5'"),
+    ('bridge.py', 'lr=1', 'bridge.py does not read lr=; did you mean bridge_lr=?'),
+    ('bridge.py', 'eval_temperature=1', 'bridge.py does not read eval_temperature=; did you mean temperature=?'),
+    ('bridge.py', '--steps=1', 'bridge.py does not read steps=, a key of distill.py and minimal.py; leave it out, or see --help'),
+    ('minimal.py', '--dry-run', 'minimal.py does not read dry_run=, a key of distill.py and bridge.py and eval_math.py'),
+    ('distill.py', '--regrade', 'distill.py does not read regrade=, a key of eval_math.py;'),
+    ('distill.py', 'bridge_ridge=1', 'distill.py does not read bridge_ridge=, a key of bridge.py;'),
+    ('studies/toy.py', 'ranks=2', 'studies/toy.py does not read ranks=, a key of distill.py and bridge.py;'),
+])
+def test_a_key_that_a_script_does_not_read_is_refused(script, given, says):
+    """It was ignored: bridge.py steps=1 took as long as ever, and eval_math.py had an n of its own."""
+    with pytest.raises(UserError) as error:
+        load_config(['configs/toy.py', given], script)
+    assert says.replace("'5'", '5') in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_config_file_may_hold_keys_of_other_scripts(tmp_path):
+    """One file serves distill.py and eval_math.py."""
+    file = tmp_path / 'mine.py'
+    file.write_text('config = dict(student="x", lr=1e-3, bridge_ridge=0.5, ranks=0)')
+    for script in reads:
+        assert load_config([str(file)], script)['bridge_ridge'] == 0.5
+
+
+# ---- hints -------------------------------------------------------------------------------------------------
+
+def test_hints_name_keys_that_exist():
+    """A hint that leads to the next error is worse than none."""
+    assert set(SAME.values()) <= set(default) and not {*SAME, *SENTENCES} & set(default)
+    assert not set(SAME) & set(SENTENCES)
+    for name, sentence in SENTENCES.items():
+        assert set(re.findall(r'(\w+)=', sentence)) <= set(default) | {'nproc_per_node'}, name
+
+
+@pytest.mark.parametrize('name, says', [
+    ('learning_rate', "did you mean 'lr'"), ('num_generations', "did you mean 'n'"), ('rollout.n', "did you mean 'n'"),
+    ('max_completion_length', "did you mean 'max_new_tokens'"), ('batch_size', "did you mean 'prompts_per_step'"),
+    ('data.train_batch_size', "did you mean 'prompts_per_step'"), ('data.train_files', "did you mean 'data'"),
+    ('actor_rollout_ref.actor.optim.lr', "did you mean 'lr'"), ('teacher_model_name_or_path', "did you mean 'teacher'"),
+    ('num_train_epochs', 'give steps='), ('bf16', 'give dtype=bfloat16'), ('lmbda', 'there is no such key'),
+    ('per_device_train_batch_size', 'give prompts_per_step='), ('beta', 'give oprd_weight='), ('max_iters', "mean 'steps'"),
+    ('learning_rat', "did you mean 'lr'"), ('gradient-checkpointing', "did you mean 'checkpointing'"), ('STEPS', "mean 'steps'"),
+    ('token_budgets', "did you mean 'token_budget'"), ('zzz', 'see --help for all keys'), ('a.', 'see --help'),
+])
+def test_names_of_other_trainers_get_a_hint(name, says):
+    assert says in hint(name, default)
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_config([f'--{name}=1'], 'distill.py')
+
+
+@pytest.mark.parametrize('words, says', [
+    (['--lr', '1e-3'], '--lr: not key=value, and not a switch; give lr=VALUE'),
+    (['--learning_rate', '1e-3'], "--learning_rate: not key=value, and not a switch; did you mean 'lr'?"),
+    (['--num_train_epochs', '3'], 'give steps=; a step takes'),
+])
+def test_an_option_with_a_blank_is_told_in_our_form(words, says):
+    """The number was taken for a config file: "1e-3: no such config file"."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_config(words, 'distill.py')
+
+
+# ---- --help of every command -------------------------------------------------------------------------------
+
+COMMANDS = [str(file.relative_to(ROOT)) for folder in ('.', 'studies') for file in sorted((ROOT / folder).glob('*.py'))
+            if "__name__ == '__main__'" in file.read_text()]
+
+# Runs each script with --help in a fork of one process that has imported them all -> JSON on its output: {script: [exit
+# code, error output, help]}. At first the pipe is closed before anything is written.
+HELP = """
+import importlib, json, os, runpy, sys
+for script in sys.argv[1:]:
+    importlib.import_module(script[:-3].replace('/', '.'))
+told = {}
+for script in sys.argv[1:]:
+    ends = []
+    for closed in (True, False):
+        (out, into), (err, into_err) = os.pipe(), os.pipe()
+        child = os.fork()
+        if not child:
+            os.dup2(into, 1), os.dup2(into_err, 2)
+            for end in (out, into, err, into_err):
+                os.close(end)
+            sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
+            sys.argv = [script, '--help']
+            code = 1
+            try:
+                runpy.run_path(script, run_name='__main__')
+            except SystemExit as end:
+                code = end.code or 0
+                sys.stdout.flush()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(into), os.close(into_err)
+        if closed:
+            os.close(out)
+        text = '' if closed else os.fdopen(out).read()
+        ends += [os.fdopen(err).read(), text, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+    told[script] = ends
+print(json.dumps(told))
+"""
+
+
+def test_every_command_has_a_help_of_its_own_that_fits_a_pipe():
+    """All printed the same keys, figures had none, and `--help | head` was "Broken pipe" with exit code 2."""
+    assert {*reads, 'studies/compare.py', 'studies/figures.py', 'studies/bench.py'} <= set(COMMANDS)
+    done = subprocess.run([sys.executable, '-c', HELP, *COMMANDS], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert set(told) == set(COMMANDS)
+    for script, (err, _, code, err_open, text, code_open) in told.items():
+        assert (err, code, err_open, code_open) == ('', 0, '', 0), script
+        first_paragraph = header(script).split('\n\n')[0]
+        commands = re.findall(rf'{re.escape(command(script))}\b', text)
+        assert first_paragraph in text and len(commands) >= 1, script
+
+
+@pytest.mark.parametrize('script', COMMANDS)
+def test_every_command_goes_through_run(script):
+    """support.runtime.run turns errors, a closed pipe and Ctrl-C into one line."""
+    last = ast.parse((ROOT / script).read_text()).body[-1]
+    assert isinstance(last, ast.If) and [ast.unparse(line).split(',')[0] for line in last.body] == ['run(main']
 
 
 def test_a_config_may_build_on_another(tmp_path):

@@ -10,7 +10,7 @@ import time
 from statistics import fmean
 
 import pytest
-from conftest import argv
+from conftest import argv, for_script
 
 import eval_math
 from configs import load_config
@@ -198,10 +198,10 @@ def test_known_answers_that_do_not_equal_themselves_are_counted_and_shown():
 
 
 def test_command_line(tmp_path, toy_cfg):
-    """Short keys mean the ones of evaluation; sets by name, by file, several at once."""
-    cfg, regrade = settings(['model=x/y', 'data=aime24,aimo', 'n=8', 'temperature=0.6', 'max_new_tokens=99', 'seed=4', '--regrade'])
-    got = [cfg[k] for k in ('student', 'eval_data', 'eval_n', 'eval_temperature', 'eval_max_new_tokens', 'seed', 'temperature')]
-    assert got == ['x/y', 'aime24,aimo', 8, 0.6, 99, 4, 1.0] and regrade and not settings(['model=x'])[1]
+    """The keys of distill.py's evaluation; model is student. Sets by name, by file, several at once."""
+    cfg = settings(['model=x/y', 'eval_data=aime24,aimo', 'eval_n=8', '--regrade', 'seed=4'])
+    got = [cfg[key] for key in ('student', 'eval_data', 'eval_n', 'n', 'seed', 'regrade')]
+    assert got == ['x/y', 'aime24,aimo', 8, 2, 4, True] and settings(['--model=x'])['student'] == 'x'
     tok = load_tokenizer(toy_cfg['student'])
     for name in 'ab':
         (tmp_path / f'{name}.jsonl').write_text('{"problem": "1+1", "answer": "2"}\n')
@@ -216,22 +216,24 @@ def test_command_line(tmp_path, toy_cfg):
         load_eval_sets(f'{tmp_path}/a.jsonl', tok, 0, '')
     (tmp_path / 'c,d.jsonl').write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2", "answer": "3"}\n')
     assert len(load_eval_sets(f'{tmp_path}/c,d.jsonl', tok, 1, '')['c,d']) == 1
-    assert settings(['--dry-run', '--regrade', 'top_k=4'])[0]['dry_run'], 'keys without an eval_ form stay as they are'
 
 
-def test_help_names_the_keys_of_this_script(capsys):
-    """The short keys and --regrade stand in no other place than this file's header."""
-    with pytest.raises(SystemExit) as end:
-        settings(['--help'])
-    printed = capsys.readouterr().out
-    assert end.value.code == 0 and '--regrade' in printed and 'model=' in printed and 'eval_n=16' in printed
+@pytest.mark.parametrize('key', ['n', 'data', 'temperature', 'top_p', 'max_new_tokens'])
+def test_a_key_of_training_is_refused(key):
+    """n= was evaluation's here and training's elsewhere. Ignored, it would leave an evaluation of 16 answers."""
+    with pytest.raises(UserError, match=f'eval_math.py does not read {key}=; did you mean eval_{key}='):
+        settings([f'{key}=1'])
+
+
+def arguments(toy_dir, **keys):
+    """A command line for the tiny toy."""
+    return for_script('eval_math.py', argv(toy_dir, 'unused', **dict(eval_n=12, eval_rows=5, eval_max_new_tokens=20) | keys))
 
 
 def script(cwd, toy_dir, *more, wait=True, ranks=0):
     """eval_math.py on the tiny toy, 12 answers a problem, five places."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else []
-    args = [a for a in argv(toy_dir, 'unused', eval_n=12, eval_rows=5) if 'max_new' not in a]
-    p = subprocess.Popen([sys.executable, *torchrun, ROOT / 'eval_math.py', *args, 'max_new_tokens=20', *more], cwd=cwd, text=True,
+    p = subprocess.Popen([sys.executable, *torchrun, ROOT / 'eval_math.py', *arguments(toy_dir), *more], cwd=cwd, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if wait:
         out, err = p.communicate(timeout=300)
@@ -348,9 +350,8 @@ def test_rows_that_do_not_belong_to_an_evaluation_are_refused(evaluated, toy_dir
     folder = tmp_path / 'out/eval' / evaluated[0].name
     write_rows(folder / 'samples.jsonl', change(list(read_samples(evaluated[0]).values())))
     before = (folder / 'samples.jsonl').read_bytes()
-    args = [a for a in argv(toy_dir, 'unused', eval_n=12, eval_rows=5) if 'max_new' not in a]
     with pytest.raises(UserError, match=says) as error:
-        eval_math.main(*settings([*args, 'max_new_tokens=20']))
+        eval_math.main(settings(arguments(toy_dir)))
     assert len(str(error.value)) < 250 + len(str(folder)) and '\n' not in str(error.value)
     assert (folder / 'samples.jsonl').read_bytes() == before and sorted(p.name for p in folder.iterdir()) == ['samples.jsonl']
 
@@ -394,11 +395,10 @@ def test_an_evaluation_that_goes_on_the_next_day_asks_as_on_the_first(evaluated,
     good = [row | {'date': '2020-02-29'} for row in read_samples(evaluated[0]).values()]
     folder = tmp_path / 'out/eval' / evaluated[0].name
     write_rows(folder / 'samples.jsonl', good[:70])
-    args = [a for a in argv(toy_dir, 'unused', eval_n=12, eval_rows=5) if 'max_new' not in a]
-    eval_math.main(*settings([*args, 'max_new_tokens=20']))
+    eval_math.main(settings(arguments(toy_dir)))
     assert [day for day in told if day][-1] == '2020-02-29'
     assert list(read_samples(folder).values()) == good
-    eval_math.main(*settings([*args, 'max_new_tokens=20', 'date=2021-01-01', '--dry-run']))
+    eval_math.main(settings([*arguments(toy_dir), 'date=2021-01-01', '--dry-run']))
     assert [day for day in told if day][-1] == '2021-01-01' and len(list((tmp_path / 'out/eval').iterdir())) == 1
 
 
@@ -417,24 +417,23 @@ def test_a_dry_run_and_a_refused_command_leave_nothing(toy_dir, tmp_path, capsys
     the known answers: that it says what `check_answers` found is told here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eval_math, 'check_answers', lambda problems: [f'{len(problems)} answers were checked'])
-    args = [a for a in argv(toy_dir, 'unused') if 'max_new' not in a]
-    eval_math.main(*settings([*args, 'max_new_tokens=20', '--dry-run']))
+    args = arguments(toy_dir, eval_n=2)
+    eval_math.main(settings([*args, '--dry-run']))
     out = capsys.readouterr().out
     assert '0 of 12 answers are there' in out and '  eval: 6 answers were checked' in out
-    for more in (['max_new_tokens=500'], ['max_new_tokens=500', '--dry-run']):
-        with pytest.raises(UserError, match='lower max_new_tokens'):
-            eval_math.main(*settings([*args, *more]))
+    for more in (['eval_max_new_tokens=500'], ['eval_max_new_tokens=500', '--dry-run']):
+        with pytest.raises(UserError, match='lower eval_max_new_tokens='):
+            eval_math.main(settings([*args, *more]))
     with pytest.raises(UserError, match='run it without --regrade first'):
-        eval_math.main(*settings([*args, 'max_new_tokens=20', '--regrade']))
+        eval_math.main(settings([*args, '--regrade']))
     assert not (tmp_path / 'out').exists()
 
 
 def test_bad_input(toy_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = [a for a in argv(toy_dir, 'unused') if 'max_new' not in a]
-    for more, says in ((['model='], 'set model='), (['data='], 'set data='), (['max_new_tokens=500'], 'lower max_new_tokens'),
-                       (['data=none.jsonl'], 'none.jsonl'), (['nn=3'], "unknown key 'nn'")):
+    for more, says in ((['model='], 'set student='), (['eval_data='], 'set eval_data='), (['eval_max_new_tokens=500'], 'lower eval_max_new_tokens='),
+                       (['eval_data=none.jsonl'], 'none.jsonl'), (['nn=3'], "unknown key 'nn'")):
         with pytest.raises(SystemExit) as e:
-            run(lambda given: eval_math.main(*given), lambda more=more: settings([*args, *more]))
+            run(eval_math.main, lambda more=more: settings([*arguments(toy_dir), *more]))
         err = capsys.readouterr().err
         assert e.value.code == 2 and says in err and err.startswith('error: ') and err.count('\n') == 1, err

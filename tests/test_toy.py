@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, argv
+from conftest import TINY, argv, for_script
 
 from configs import load_config
 from cross_tokenizer.pairing import pair_text
@@ -180,7 +180,7 @@ def test_an_unlike_teacher_begins_on_its_own(tmp_path):
 
 def test_two_runs_at_once_make_the_folder_once(tmp_path):
     """The second waits for the first; neither sees half a folder."""
-    args = [sys.executable, '-m', 'studies.toy', *argv(tmp_path, 'x')]
+    args = [sys.executable, '-m', 'studies.toy', *for_script('studies/toy.py', argv(tmp_path, 'x'))]
     two = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out = [p.communicate()[0] for p in two]
     assert [p.returncode for p in two] == [0, 0] and sum('making student' in o for o in out) == 1
