@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -368,6 +369,24 @@ def test_the_largest_text_files(tmp_path, monkeypatch):
     assert f'unpack to more than {len(content) - 1}' in refusal(tmp_path / 'p.jsonl.gz')
     monkeypatch.setattr(Path, 'read_bytes', None)
     assert f'p.jsonl: {len(content)} bytes, and texts of at most {len(content) - 1} are read' in refusal(tmp_path / 'p.jsonl')
+
+
+@pytest.mark.parametrize('ending', ['csv', 'jsonl', 'json', 'tsv', 'jsonl.gz'])
+def test_a_text_file_is_in_memory_once(tmp_path, ending):
+    """Most of this file is a column that is not read. A csv file was in memory six times: as bytes, as a text, and as the
+    text's four bytes for each character. A .json file, parsed as a whole, and a .gz file, joined from pieces, are there twice."""
+    rows = [{'question': f'q {number}', 'answer': '1', 'generations': chr(97 + number % 26) * 100_000} for number in range(100)]
+    content = json.dumps(rows).encode() if ending == 'json' else jsonl(rows)
+    if 'sv' in ending:
+        content = table(rows, delimiter='\t' if ending == 'tsv' else ',')
+    file = tmp_path / f'p.{ending}'
+    file.write_bytes(gzip.compress(content, 1) if ending.endswith('gz') else content)
+    tracemalloc.start()
+    assert len(load(file)) == 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    most = 3.5 if ending == 'json' else 2.5 if ending.endswith('gz') else 1.3
+    assert peak < most * len(content)
 
 
 def test_a_table_becomes_objects_a_piece_at_a_time(tmp_path, monkeypatch):
