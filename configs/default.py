@@ -32,10 +32,10 @@ config = dict(
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
     teacher='',                 # Hugging Face folder or id; frozen
-    data='',                    # training problems: .parquet, .jsonl, .json, .txt, or a data set's id;
-                                # prompt, question or problem; answer, reward_model.ground_truth or solution
-    eval_data='',               # held-out problems, same layouts; '' = no evaluation; several with commas
-                                # between; by name: aime24, aime25, aimo, amc23, math500 (eval_math.py)
+    data='',                    # training problems: a file (.parquet, .arrow, .jsonl, .json, .csv, .tsv,
+                                # .txt, .gz), a folder, a data set's id, or several with commas; docs/data.md
+    eval_data='',               # held-out problems, likewise, each a set of its own; '' = no evaluation;
+                                # by name: aime24, aime25, aimo, amc23, math500 (eval_math.py)
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
     date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on

@@ -304,8 +304,10 @@ def tally_line(source, tally, problems, longest):
     """How many problems there are, what was left out, and which columns they came from, in one line."""
     parts = [f'{source}: {len(problems)} problems']
     if tally.repeated or tally.long:
-        parts = [f'{source}: {tally.rows} rows, {tally.repeated} of them repeated, {tally.long} prompts '
-                 f'longer than {longest} tokens', f'{len(problems)} problems left']
+        parts = [f'{source}: {tally.rows} rows, {tally.repeated} of them repeated']
+        if longest:
+            parts[0] += f', {tally.long} prompts longer than {longest} tokens'
+        parts.append(f'{len(problems)} problems left')
     columns = f'columns {", ".join(tally.questions)} (question)'
     if tally.answers:
         columns += f', {", ".join(tally.answers)} (answer)'

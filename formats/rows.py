@@ -166,9 +166,9 @@ def unpacked(file, size):
 
 def lines_of(file, content):
     """(where, line) of the lines of a text file that are not blank. content: its bytes."""
-    # Split at newlines only: str.splitlines would also split at U+2028, which JSON texts may hold.
-    for number, line in enumerate(content.split(b'\n'), 1):
-        line = line.removesuffix(b'\r')                  # Windows ends its lines with '\r\n'
+    # BytesIO ends a line at a newline only: str.splitlines would also split at U+2028, which JSON texts hold.
+    for number, line in enumerate(io.BytesIO(content), 1):
+        line = line.removesuffix(b'\n').removesuffix(b'\r')          # Windows writes both
         if line.strip():
             yield f'{file}:{number}', line
 
@@ -204,29 +204,10 @@ def json_rows(file):
 
 def csv_rows(file):
     """(where, row) of a .csv or .tsv file. Its first line names the columns; an empty cell is no value."""
-    separator = '\t' if ending_of(file) == '.tsv' else ','
-    content = content_of(file)
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b'\n', 0, error.start) + 1
-        raise UserError(f'{file}:{line}: {cut(str(error), 100)}; save the file as UTF-8') from None
-    csv.field_size_limit(LONGEST_TEXT)                   # of the whole process
-
-    # A quoted cell may hold newlines, so the reader gets the text as it is, and says where each row ends.
-    reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator, strict=True)
-    header = None
-    last = 0                                             # last line of the row before
-    while True:
-        where = f'{file}:{last + 1}'
-        with readable(where, 'look for a quote there that is not closed or is not doubled'):
-            cells = next(reader, None)
-        last = reader.line_num
-        if cells is None:
-            return
-        if not cells:                                    # a blank line
-            continue
-        if header is None:
+    wanted = {}                                          # filled in from the header
+    header = []
+    for where, cells in csv_cells(file):
+        if not header:
             header = cells
             wanted = wanted_columns(header, where)
             continue
@@ -240,12 +221,36 @@ def csv_rows(file):
         yield where, row
 
 
+def csv_cells(file):
+    """(where, [cell, ...]) of the rows of a .csv or .tsv file that are not blank; `where` is a row's first
+    line."""
+    separator = '\t' if ending_of(file) == '.tsv' else ','
+    csv.field_size_limit(LONGEST_TEXT)                   # of the whole process
+    lines = (line.decode() for line in io.BytesIO(content_of(file)))
+
+    # The reader takes as many lines as a row has: a quoted cell may hold newlines.
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    while True:
+        where = f'{file}:{reader.line_num + 1}'
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f'{where}: {cut(str(error), 100)}; save the file as UTF-8') from None
+        except csv.Error as error:
+            raise UserError(f'{where}: {cut(str(error), 100)}; look for a quote there that is not closed, or '
+                            'not doubled inside of quotes') from None
+        if cells:
+            yield where, cells
+
+
 @contextmanager
 def readable(where, advice='fix the line or delete it'):
     """Turn an error of a parser into one line. What is not UTF-8 is a ValueError."""
     try:
         yield
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{where}: {cut(str(error), 100)}; {advice}') from None
 
 

@@ -12,6 +12,7 @@ folders that need a network.
     done/, run/                  a finished run of distill.py; the same before it wrote its results
     out/eval/...                 an evaluation
 """
+import gzip
 import json
 import math
 import os
@@ -1022,6 +1023,17 @@ BAD_LINES = {
     'not UTF-8 at all': b'\x80' * 10_000,
 }
 
+BAD_TABLES = {
+    'an open quote': b'question,answer\n"1+2-3,0\n', 'a quote inside': b'question,answer\n"1"+2,3\n',
+    'a cell too many': b'question,answer\n1+2-3,0,0\n', 'a cell too few': b'question,answer\n1+2-3\n',
+    'other columns': b'text,label\n1+2-3,0\n', 'semicolons': b'question;answer\n1+2-3;0\n',
+    'two columns of one name': b'question,Question\n1,2\n', 'no rows': b'question,answer\n',
+    'no names': b'1+2-3,0\n4+5-6,3\n', 'not UTF-8': b'question,answer\n\xff,0\n',
+    'UTF-16': 'question,answer\n1+2-3,0\n'.encode('utf-16'), 'control characters': RED.encode() + b',\x07\n1,2\n',
+    'a cell of 2 MB': b'question,answer\n' + b'1+' * 10**6 + b',0\n', 'JSON': b'{"question": "1", "answer": "7"}\n',
+    'printed messages': b'prompt,answer\n"[{\'role\': \'user\', \'content\': \'1\'}]",7\n',
+}
+
 
 def problems_case(what, name, change, expect, rng, **more):
     """A broken problem set, as the one to evaluate on or to train on."""
@@ -1064,7 +1076,7 @@ def problem_lines():
         yield problems_case(f'json: {what}', 'bad.json', write('bad.json', line), 'refused', rng)
     for what, data in BROKEN_JSON.items():
         yield problems_case(f'json is {what}', 'bad.json', write('bad.json', data), 'refused', rng)
-    for ending in ('jsonl', 'json', 'txt', 'parquet'):
+    for ending in ('jsonl', 'json', 'txt', 'parquet', 'csv', 'tsv', 'arrow', 'jsonl.gz', 'csv.gz'):
         for what, data in (('empty', b''), ('blank lines', b'\n\n \n'), ('CR alone', b'\r\r')):
             yield problems_case(f'{ending} is {what}', f'bad.{ending}', write(f'bad.{ending}', data),
                                 'either' if what == 'CR alone' else 'refused', rng)
@@ -1074,6 +1086,16 @@ def problem_lines():
                         'either', rng)
     yield problems_case('json with a BOM', 'bad.json', write('bad.json', b'\xef\xbb\xbf[' + fine + b']'),
                         'either', rng)
+    for what, data in BAD_TABLES.items():
+        yield problems_case(f'csv with {what}', 'bad.csv', write('bad.csv', data), 'refused', rng)
+        yield problems_case(f'csv.gz with {what}', 'bad.csv.gz', write('bad.csv.gz', gzip.compress(data)), 'refused', rng)
+    table = b'Question,Answer\r\n4+5-6,3\r\n'
+    for name, data in (('csv', b'\xef\xbb\xbf' + table), ('csv.gz', gzip.compress(table)), ('tsv', table.replace(b',', b'\t')),
+                       ('jsonl.gz', gzip.compress(fine)), ('json.gz', gzip.compress(b'[' + fine + b']'))):
+        yield problems_case(f'a good {name} file', f'bad.{name}', write(f'bad.{name}', data), 'fine', rng)
+    for name in ('csv', 'jsonl', 'json'):
+        yield problems_case(f'{name}.gz of 64 MiB of newlines', f'bad.{name}.gz',
+                            lambda folder, name=name: write(f'bad.{name}.gz', gzip.compress(b'\n' * 2**26))(folder), 'refused', rng)
 
     # A .txt file has questions alone, so it is for training. The prompt is printed: nothing of the line's end may be in it.
     for what, data, absent in (('CRLF', b'1+2-3\r\n4+5-6\r\n', '\\r'),
@@ -1150,7 +1172,7 @@ def problem_paths():
     rng = random.Random('problem paths')
     for path in LOCAL_PATHS:
         if path != 'toy':                    # the toy's own problems
-            expect = 'either' if path == 'toy/' else 'refused'
+            expect = 'either' if path in ('toy/', '.', '..') else 'refused'      # folders with problems in them
             yield problems_case(f'problems at {path}', path, None, expect, rng)
     for ending in ('csv', 'tsv', 'xlsx', 'jsonl.gz', 'JSONL', 'arrow', 'py', 'pkl', 'md', 'x' * 200, ''):
         name = f'bad.{ending}' if ending else 'bad'
