@@ -475,8 +475,8 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
     requests: (prompt ids, prompt number, sample number) each; see `Request`. rows: the number of slots, which
     bounds the memory of the cache. max_new_tokens: a number, or a list of one for each request. budget: the
     most prompt tokens that are read at once. poll_every: decode steps between two polls; each poll waits
-    for the device; 0: 32 on CUDA, else 1. on_poll(ended answers, sampled tokens): called after each poll, with
-    the numbers so far. sampling: the fields of `Sampling`; stop is required.
+    for the device; 0: 32 on CUDA, else 1. on_poll(ended answers, sampled tokens): called after each poll,
+    with the numbers so far. sampling: the fields of `Sampling`; stop is required.
     """
     requests = with_limits(requests, max_new_tokens)
     on_cuda = model.embed.weight.is_cuda

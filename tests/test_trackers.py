@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,8 +67,9 @@ def wandb_records(file):
 
 
 def wandb_runs(out):
-    """{W&B run: [(step, {name: number})] as they were sent} of all starts in a run folder, and {W&B run: config}."""
-    sent, configs = {}, {}
+    """{W&B run: [(step, {name: number})] as they were sent} of all starts in a run folder, and {W&B run: config}. The x axis
+    of all charts is the row's own step."""
+    sent, configs, axes = {}, {}, {}
     for file in sorted((out / 'wandb').glob('offline-run-*/*.wandb')):
         for record in wandb_records(file):
             if record.HasField('run'):
@@ -75,8 +77,10 @@ def wandb_runs(out):
                 configs[run_id] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             if record.HasField('history'):
                 row = {(item.key or '/'.join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
-                step = row['_step']
-                sent.setdefault(run_id, []).append((step, {name: x for name, x in row.items() if name[0] != '_'}))
+                sent.setdefault(run_id, []).append((row['step'], {name: x for name, x in row.items() if name[0] != '_'}))
+            if record.HasField('metric') and record.metric.glob_name:
+                axes[record.metric.glob_name] = record.metric.step_metric
+    assert axes == {'*': 'step'}
     return sent, configs
 
 
@@ -100,7 +104,7 @@ def assert_told(rows, out, name):
     sent, _ = wandb_runs(out)
     assert sent[name] == [(row['step'], numbers_of(row)) for row in rows]
     told, _ = tensorboard_rows(out)
-    expected = [(row['step'], key, float32(number)) for row in rows for key, number in numbers_of(row).items()]
+    expected = [(row['step'], key, float32(number)) for row in rows for key, number in numbers_of(row).items() if key != 'step']
     assert [event[:3] for event in told] == sorted(expected)
 
 
@@ -229,19 +233,20 @@ def test_steps_that_are_taken_again(tmp_path, offline):
     out = tmp_path / 'run'
     out.mkdir()
     both = 'wandb,tensorboard'
-    run, context = start(out, both)
-    with pytest.raises(RuntimeError), context:
-        for step in range(5):
-            run.log(row(step, float(step)))
-        raise RuntimeError                   # as good as a kill: nothing was saved
-    told = list(run.rows)
-    run, context = start(out, both, 2, run.rows[:3])
+    code = ('import os, sys, time; from pathlib import Path\nfrom support.run_folder import begin\n'
+            'from support.trackers import tracked\n'
+            'run = begin(Path(sys.argv[1]), {"lr": 1.0}, ("lr",), 0)\n'
+            'with tracked(run, "wandb,tensorboard"):\n'
+            '    for step in range(5): run.log({"step": step, "loss": float(step), "none": None, "text": "x"})\n'
+            '    time.sleep(1.5)\n    os.kill(os.getpid(), 9)')
+    assert subprocess.run([sys.executable, '-c', code, out]).returncode == -signal.SIGKILL
+    run, context = start(out, both, 2, log_rows(out / 'log.jsonl')[:3])
     with context:
         for step in range(3, 6):
             run.log(row(step, float(step)))
-    first = [(step, {'loss': float(step)}) for step in range(6)]
-    sent = {name: [(step, {'loss': x['loss']}) for step, x in rows] for name, rows in wandb_runs(out)[0].items()}
-    assert sent == {run.name: first} and len(told) == 5
+    first = [(step, float(step)) for step in range(6)]
+    sent = {name: [(step, x['loss']) for step, x in rows] for name, rows in wandb_runs(out)[0].items()}
+    assert sent == {run.name: first}
     assert [event[:3] for event in tensorboard_rows(out)[0] if event[1] == 'loss'] == [(s, 'loss', float(s)) for s in range(6)]
 
     run, context = start(out, both, 3, run.rows[:4], {'lr': [2.0, 1.0]})
@@ -250,7 +255,7 @@ def test_steps_that_are_taken_again(tmp_path, offline):
             run.log(row(step, -1.0))
     assert_told(run.rows, out, f'{run.name}-2')
     sent, _ = wandb_runs(out)
-    assert [(step, {'loss': x['loss']}) for step, x in sent[run.name]] == first and len(sent) == 2
+    assert [(step, x['loss']) for step, x in sent[run.name]] == first and len(sent) == 2
     assert 'none' not in sent[run.name][0][1] and 'text' not in sent[run.name][0][1]
     assert service_processes() == []
 
@@ -353,7 +358,7 @@ def test_an_unknown_tracker_is_refused(toy_dir, tmp_path, report):
 
 def test_names_of_trackers():
     assert tracker_names('') == [] and tracker_names('wandb, tensorboard,wandb') == ['wandb', 'tensorboard']
-    assert numbers_of({'step': 3, 'a': 1, 'b': 0.5, 'c': None, 'd': 'x', 'e': [1.0], 'f': {}}) == {'a': 1, 'b': 0.5}
+    assert numbers_of({'step': 3, 'a': 1, 'b': 0.5, 'c': None, 'd': 'x', 'e': [1.0], 'f': {}}) == {'step': 3, 'a': 1, 'b': 0.5}
 
 
 def test_the_packages_are_imported_only_if_wanted():
