@@ -218,7 +218,7 @@ def test_a_trace_has_a_short_rollout(toy_dir, tmp_path, capsys):
 
 def start(out, report, step=0, rows=(), changed=None):
     """A RunFolder as support.checkpoints.resume leaves it, and a context in which its rows are told."""
-    run = begin(out, {'lr': 1.0}, ('lr',), 0)
+    run = begin(out, {'lr': 1.0}, ('lr',), 0, ['step', 'loss', 'none'])
     run.step, run.rows = step, list(rows)
     run.changed = changed or {}
     return run, tracked(run, report)
@@ -228,22 +228,20 @@ def test_steps_that_are_taken_again(tmp_path, offline):
     """A killed run had sent steps 3 and 4, and its checkpoint was step 2. They were lost or doubled. As it was, W&B keeps
     the rows that it has. With another lr the rows are other rows: they belong to another W&B run, with all of the log.
     TensorBoard always shows the log as it is."""
-    def row(step, loss):
-        return {'step': step, 'loss': loss, 'none': None, 'text': 'x'}
     out = tmp_path / 'run'
     out.mkdir()
     both = 'wandb,tensorboard'
     code = ('import os, sys, time; from pathlib import Path\nfrom support.run_folder import begin\n'
             'from support.trackers import tracked\n'
-            'run = begin(Path(sys.argv[1]), {"lr": 1.0}, ("lr",), 0)\n'
+            'run = begin(Path(sys.argv[1]), {"lr": 1.0}, ("lr",), 0, ["step", "loss", "none"])\n'
             'with tracked(run, "wandb,tensorboard"):\n'
-            '    for step in range(5): run.log({"step": step, "loss": float(step), "none": None, "text": "x"})\n'
+            '    for step in range(5): run.log({"step": step, "loss": float(step)})\n'
             '    time.sleep(1.5)\n    os.kill(os.getpid(), 9)')
     assert subprocess.run([sys.executable, '-c', code, out]).returncode == -signal.SIGKILL
     run, context = start(out, both, 2, log_rows(out / 'log.jsonl')[:3])
     with context:
         for step in range(3, 6):
-            run.log(row(step, float(step)))
+            run.log({'step': step, 'loss': float(step)})
     first = [(step, float(step)) for step in range(6)]
     sent = {name: [(step, x['loss']) for step, x in rows] for name, rows in wandb_runs(out)[0].items()}
     assert sent == {run.name: first}
@@ -252,11 +250,11 @@ def test_steps_that_are_taken_again(tmp_path, offline):
     run, context = start(out, both, 3, run.rows[:4], {'lr': [2.0, 1.0]})
     with context:
         for step in range(4, 6):
-            run.log(row(step, -1.0))
+            run.log({'step': step, 'loss': -1.0})
     assert_told(run.rows, out, f'{run.name}-2')
     sent, _ = wandb_runs(out)
     assert [(step, x['loss']) for step, x in sent[run.name]] == first and len(sent) == 2
-    assert 'none' not in sent[run.name][0][1] and 'text' not in sent[run.name][0][1]
+    assert run.rows[4]['changed'] and sent[f'{run.name}-2'][4][1].keys() == {'step', 'loss', 'elapsed'}      # numbers alone
     assert service_processes() == []
 
 
@@ -331,7 +329,7 @@ def test_no_login_is_a_line(tmp_path, offline, monkeypatch, capsys):
 
 def test_rank_0_alone_speaks(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, 'TRACKERS', {'wandb': None})       # calling it would fail
-    run = begin(tmp_path, {}, (), 1)
+    run = begin(tmp_path, {}, (), 1, ['step'])
     with tracked(run, 'wandb'):
         run.log({'step': 0})
     check_trackers('', 0)
