@@ -475,9 +475,8 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
     requests: (prompt ids, prompt number, sample number) each; see `Request`. rows: the number of slots, which
     bounds the memory of the cache. max_new_tokens: a number, or a list of one for each request. budget: the
     most prompt tokens that are read at once. poll_every: decode steps between two polls; each poll waits
-    for the device; 0: 32 on CUDA, else 1. on_poll(answers, tokens): called after each poll with the number of
-    answers that have ended, and of the tokens sampled so far, those of the other answers included.
-    sampling: the fields of `Sampling`; stop is required.
+    for the device; 0: 32 on CUDA, else 1. on_poll(ended answers, sampled tokens): called after each poll,
+    with the numbers so far. sampling: the fields of `Sampling`; stop is required.
     """
     requests = with_limits(requests, max_new_tokens)
     on_cuda = model.embed.weight.is_cuda
@@ -493,8 +492,7 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
     compact_at = 0.5 if on_cuda else 0.75
     waiting = deque(range(len(requests)))    # indices of requests
     occupant = [None] * B                    # the index of the request in each slot; None: the slot is free
-    ended = 0                                # answers
-    ended_tokens = 0                         # in them
+    ended = []                               # lengths of the answers that have ended
     done, stopped, count, length = slots.poll()
     while waiting or any(index is not None for index in occupant):
         free = [slot for slot, index in enumerate(occupant) if index is None]
@@ -523,11 +521,10 @@ def stream(model, requests, *, rows, max_new_tokens, budget=32768, poll_every=0,
         busy = [slot for slot, index in enumerate(occupant) if index is not None]
         finished = [slot for slot in busy if done[slot]]
         if on_poll:
-            on_poll(ended + len(finished), ended_tokens + sum(count[slot] for slot in busy))
+            on_poll(len(ended) + len(finished), sum(ended) + sum(count[slot] for slot in busy))
 
         # 3. Retire the finished answers.
-        ended += len(finished)
-        ended_tokens += sum(count[slot] for slot in finished)
+        ended += [count[slot] for slot in finished]
         if finished:
             for slot, ids in zip(finished, slots.retire(finished), strict=True):
                 yield occupant[slot], ids[:count[slot]], bool(stopped[slot])

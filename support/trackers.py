@@ -28,6 +28,8 @@ from support.files import read_json, write_json
 from support.runtime import UserError, cut, print0, shown
 
 FINISH_SECONDS = 60             # how long the end of a run waits for the last rows to be uploaded
+FLUSH_SECONDS = 0.5             # how long W&B may keep a row in memory
+FLUSH_KEY = 'x_transaction_log_flush_interval'
 
 
 class WandB:
@@ -55,21 +57,27 @@ class WandB:
         # Its files are in the run folder, also those that it would write into the home folder.
         for name in ('CACHE', 'DATA'):
             os.environ.setdefault(f'WANDB_{name}_DIR', str(run.out / 'wandb' / name.lower()))
-        settings = wandb.Settings(console='off', silent=True, finish_timeout=FINISH_SECONDS,
-                                  finish_timeout_raises=True)
+        options = dict(console='off', silent=True, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
+
+        # Newer versions keep up to 15 seconds of rows in memory, which a kill would take.
+        if FLUSH_KEY in wandb.Settings.model_fields:
+            options[FLUSH_KEY] = FLUSH_SECONDS
         self.wandb_run = wandb.init(
             project=os.environ.get('WANDB_PROJECT', 'nanoOPRD'), id=run.name + suffix,
             name=run.out.name + suffix, resume='allow', dir=str(run.out), config=run.config,
-            allow_val_change=True, settings=settings)
+            allow_val_change=True, settings=wandb.Settings(**options))
         online = self.wandb_run.settings.mode == 'online'
         print0(f"  wandb: {self.wandb_run.url if online else run.out / 'wandb'}")
 
+        # W&B numbers the rows that it is sent. The x axis is the row's own step instead.
+        self.wandb_run.define_metric('step')
+        self.wandb_run.define_metric('*', step_metric='step')
+
     def log(self, rows):
-        """Send the rows that W&B does not have. Its own counter is set to the training step; it never goes
-        back, and rows of a lower step are dropped."""
+        """Send the rows that W&B does not have."""
         rows = [row for row in rows if row['step'] > self.sent['step']]
         for row in rows:
-            self.wandb_run.log(numbers_of(row), step=row['step'], commit=True)
+            self.wandb_run.log(numbers_of(row))
         if rows:
             self.sent['step'] = rows[-1]['step']
             write_json(self.memory, self.sent)
@@ -103,7 +111,8 @@ class TensorBoard:
         began = time.time() - self.run.seconds()
         for row in rows:
             for name, number in numbers_of(row).items():
-                self.writer.add_scalar(name, number, row['step'], walltime=began + row['elapsed'])
+                if name != 'step':
+                    self.writer.add_scalar(name, number, row['step'], walltime=began + row['elapsed'])
         self.writer.flush()
 
     def end(self, failed):
@@ -180,5 +189,5 @@ def tracker_names(report):
 
 
 def numbers_of(row):
-    """A row of the log without its step, without texts, and without what was not measured."""
-    return {name: value for name, value in row.items() if name != 'step' and isinstance(value, int | float)}
+    """A row of the log without texts, and without what was not measured."""
+    return {name: value for name, value in row.items() if isinstance(value, int | float)}

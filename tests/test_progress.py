@@ -41,11 +41,11 @@ def test_the_counts_are_those_of_the_answers(rows, poll_every):
     to the next request, and against a line that stays at 0 until the first answer has ended."""
     polls = []
     handed_out = []
-    how = HOW | dict(rows=rows, poll_every=poll_every, on_poll=lambda *counts: polls.append(counts))
+    how = HOW | dict(max_new_tokens=20, rows=rows, poll_every=poll_every, on_poll=lambda *counts: polls.append(counts))
     for _, ids, _ in stream(tiny_model(), requests_of(3), **how):
         handed_out.append(len(ids))
         ended, tokens = polls[-1]
-        assert len(handed_out) <= ended and sum(handed_out) <= tokens <= sum(handed_out) + 30 * (12 - len(handed_out))
+        assert len(handed_out) <= ended and sum(handed_out) <= tokens <= sum(handed_out) + 20 * (12 - len(handed_out))
     assert polls[-1] == (12, sum(handed_out))
     for before, after in zip(polls, polls[1:], strict=False):
         assert before[0] <= after[0] and before[1] < after[1]
@@ -201,7 +201,7 @@ def test_all_long_work_shows_it(toy_dir, tmp_path, capsys, monkeypatch):
         assert any('% right' in line for line in lines) == (label != 'rollout')
 
     bridge.main(load_config(['configs/toy_bridge.py', *argv(toy_dir, tmp_path / 'run')[1:], f'bridge={tmp_path / "bridge"}',
-                             'bridge_prompts=12', 'eval_rows=5', 'bridge_fit=adamw', 'toy_teacher_layers=0']))
+                             'bridge_prompts=12', 'eval_rows=5', 'bridge_fit=adamw', 'toy_teacher_layers=0', 'toy_teacher_width=0']))
     printed = capsys.readouterr().out
     collected = [line for line in printed.splitlines() if line.startswith('  collect: ')]
     assert all(' of 12 answers, ' in line for line in collected) and '12 of 12 answers' in collected[-1]
