@@ -29,9 +29,11 @@ from torch.distributed import DistError, distributed_c10d
 from support.files import whole
 from support.runtime import UserError, cut, print0, ranks, shown
 
-DATA_ENDINGS = ('.parquet', '.jsonl', '.json', '.txt', '.safetensors')       # of files; no hub id has them
+# Of files; no hub id has them.
+DATA_ENDINGS = ('.parquet', '.arrow', '.jsonl', '.json', '.csv', '.tsv', '.txt', '.gz', '.safetensors')
 TEXT_PATTERNS = ('*.json', '*.jinja', '*.txt', '*.tiktoken')     # what a model folder has beside its weights
-DATA_PATTERNS = ('*.parquet', '*.jsonl', '*.json')
+DATA_PATTERNS = ('*.parquet', '*.arrow', '*.jsonl', '*.jsonl.gz', '*.json', '*.json.gz', '*.csv', '*.csv.gz',
+                 '*.tsv', '*.tsv.gz')
 TIMEOUT = 10                    # seconds in which the hub must answer a question
 TOKENS = 'https://huggingface.co/settings/tokens'
 
