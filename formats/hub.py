@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed import distributed_c10d
+from torch.distributed import DistError, distributed_c10d
 
 from support.files import whole
 from support.runtime import UserError, cut, print0, ranks, shown
@@ -32,8 +32,8 @@ from support.runtime import UserError, cut, print0, ranks, shown
 # Of files; no hub id has them.
 DATA_ENDINGS = ('.parquet', '.arrow', '.jsonl', '.json', '.csv', '.tsv', '.txt', '.gz', '.safetensors')
 TEXT_PATTERNS = ('*.json', '*.jinja', '*.txt', '*.tiktoken')     # what a model folder has beside its weights
-DATA_PATTERNS = ('*.parquet', '*.arrow', '*.jsonl', '*.json', '*.csv', '*.tsv',
-                 '*.jsonl.gz', '*.json.gz', '*.csv.gz', '*.tsv.gz')
+DATA_PATTERNS = ('*.parquet', '*.arrow', '*.jsonl', '*.jsonl.gz', '*.json', '*.json.gz', '*.csv', '*.csv.gz',
+                 '*.tsv', '*.tsv.gz')
 TIMEOUT = 10                    # seconds in which the hub must answer a question
 TOKENS = 'https://huggingface.co/settings/tokens'
 
@@ -158,10 +158,13 @@ def made_once(key, is_maker, make):
         store.set(key, json.dumps({'result': result}))
         return result
 
-    # If the maker dies, torchrun ends the waiting processes.
-    while not store.check([key]):
-        time.sleep(0.05)
-    answer = json.loads(store.get(key))
+    # If the maker dies, torchrun ends the waiting processes; and the store may go before them.
+    try:
+        while not store.check([key]):
+            time.sleep(0.05)
+        answer = json.loads(store.get(key))
+    except DistError:
+        raise UserError(f'{key}: the process that fetches it has ended; look at its messages') from None
     if 'error' in answer:
         raise UserError(answer['error'])
     return answer['result']
@@ -184,8 +187,9 @@ def resolve(source, patterns):
         if folder is None:
             raise UserError(reason) from None
         if not is_offline():
-            print0(f'  note: {source}: the hub does not give it ({type(error).__name__}); the cache does, '
-                   f'commit {folder.name[:12]} (with HF_HUB_OFFLINE=1 the hub is not asked)')
+            why = status_of(error) or type(error).__name__
+            print0(f'  note: {source}: the hub does not give it ({why}); the cache does, commit '
+                   f'{folder.name[:12]} (with HF_HUB_OFFLINE=1 the hub is not asked)')
         return folder.name, reason
 
     if stays and stays != info.sha:
@@ -241,6 +245,11 @@ def is_offline():
     return constants.HF_HUB_OFFLINE
 
 
+def status_of(error):
+    """The number of an answer that was an error, such as 404; 0: there was no answer."""
+    return getattr(getattr(error, 'response', None), 'status_code', 0)
+
+
 def explain(error, source):
     """An error of huggingface_hub, or of what it is built on -> one line that says what to do."""
     from huggingface_hub import constants, errors
@@ -248,7 +257,7 @@ def explain(error, source):
     # The library says "not in the cache" where the reason is that it could not ask.
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
-    status = getattr(getattr(error, 'response', None), 'status_code', 0)
+    status = status_of(error)
     what = 'model' if source.kind == 'model' else 'data set'
     cache = constants.HF_HUB_CACHE
     fetch = f'fetch it where there is a network (`{source.command()}`), and set the same HF_HOME'

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import default
-from formats.hub import TIMEOUT, TOKENS, HubId, explain, first_line
+from formats.hub import TIMEOUT, TOKENS, HubId, explain, first_line, status_of
 from formats.huggingface import files_along, member, read_config, tensor_files
 from support.files import read_json
 from support.provenance import differences, lasting_starts, read_starts
@@ -368,7 +368,7 @@ def explain_upload(error, repo):
     """An error while uploading -> one line that says what to do."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__              # of one of several files
-    status = getattr(getattr(error, 'response', None), 'status_code', 0)
+    status = status_of(error)
     owner = repo.split('/')[0]
     if status == 401:
         return (f'{repo}: the hub does not know the token that was sent (401); set HF_TOKEN to one that may '

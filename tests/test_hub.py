@@ -287,8 +287,9 @@ def test_what_looks_local_is_never_asked_of_the_hub(path, dataset, monkeypatch, 
     assert len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize('name', ['me--you/model', 'x' * 97 + '/y', '../a/b'[3:] + '..'])
-def test_an_id_that_the_library_refuses_is_one_line(name, server):
+@pytest.mark.parametrize('name', ['me--you/model', 'me/model..', 'me/mod@a/../../b'])
+def test_an_id_that_no_repository_can_have_is_one_line(name, server):
+    """The dots would lead out of the cache."""
     assert name in error_of(snapshot, name) and server.asked == []
 
 
@@ -323,10 +324,10 @@ def test_an_id_means_one_commit_for_the_life_of_a_process(server):
     first = snapshot('me/model')
     asked = len(server.asked)
     repository = server.repositories['me/model']
-    repository.branches['main'] = 'c' * 40
+    repository.branches |= {'main': 'c' * 40, 'old': 'a' * 40}
     assert snapshot('me/model') == first and len(server.asked) == asked
     assert snapshot('me/model', weights=True) == first and commits() == {'me/model': 'a' * 40}
-    assert server.count('GET', '/api/models/me/model') == 2          # which commit, and which files; the second of them once
+    assert server.asked.count(('GET', '/api/models/me/model')) == 1  # which commit is main?
     forget()
     assert snapshot('me/model').name == 'c' * 40
 
@@ -525,16 +526,17 @@ def test_one_rank_asks_and_downloads_and_an_error_is_one_line(server, tmp_path):
         environment = os.environ | home | {key: str(value) for key, value in ranks.items()}
         processes.append(subprocess.Popen([sys.executable, '-c', TWO_RANKS], cwd=ROOT, env=environment, text=True,
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    # As torchrun does: the first that ends in an error ends the other.
-    stdout, stderr = processes[0].communicate(timeout=60)
+    # As torchrun does: the first that ends in an error ends the other, which has at most the same to say.
+    stdout, stderr = processes[0].communicate(timeout=300)
     processes[1].terminate()
-    other, other_errors = processes[1].communicate(timeout=60)
+    other, other_errors = processes[1].communicate(timeout=300)
     assert stdout.strip() == 'rank 0: aaaa' and other.strip() == 'rank 1: aaaa', stderr + other_errors
     assert processes[0].returncode == 2 and stderr.startswith('error: me/gated: a gated model; ask for access at ')
-    assert stderr.count('\n') == 1 and other_errors == ''
+    assert stderr.count('\n') == 1 and 'Traceback' not in other_errors
+    assert [line for line in other_errors.splitlines() if line.startswith('error')] in ([], [stderr.strip()])
     for file in ('config.json', 'model.safetensors', 'tokenizer.json'):
         assert server.count('GET', f'/me/model/resolve/{"a" * 40}/{file}') == 1
-    assert server.count('GET', '/api/models/me/model') == 2
+    assert server.asked.count(('GET', '/api/models/me/model')) == 1
 
 
 # ---- a run ----------------------------------------------------------------------------------------
@@ -712,12 +714,18 @@ def test_texts_of_others_are_no_markup(run):
         elif not fence:
             outside.append(line)
     assert fence == '' and len(outside) > 30
+    columns = 0                              # of the table that goes on
     for line in outside:
         plain = re.sub(r'\\[^a-zA-Z0-9\s]', '', line)
         if line.startswith('#'):
             assert line in ('# new', '## Sources', '## Scores', '## Training', '## Use')
         assert not re.search(r'[<>\[\]!~]|\*\*|http:', plain), line
-        assert plain.count('|') in (0, 3, 4, 1 + 2 * 3 + 1, 6), line
+        if line.startswith('|'):
+            columns = columns or plain.count('|')
+            assert plain.count('|') == columns, line
+        else:
+            assert '|' not in plain
+            columns = 0
 
 
 def test_older_files_of_another_model_go(run, server, monkeypatch):
