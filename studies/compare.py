@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from configs import load_config
-from studies.figures import accuracy, finish, read_log, require_comparable
+from studies.figures import accuracy, finish, new_figure, read_log, require_comparable
 from support.fields import Field, check_fields
 from support.files import whole
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
@@ -303,12 +303,7 @@ def step_times(seeds):
 
 def comparison_figure(logs, panels, file):
     """Accuracy over steps, mean over seeds with their range; a panel for each {title: methods}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, (axes,) = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), constrained_layout=True,
-                                   sharey=True, squeeze=False)
+    figure, axes = new_figure(len(panels), sharey=True)
     for panel, (title, names) in zip(axes, panels.items(), strict=True):
         for number, name in enumerate(names):
             # Every seed is evaluated at the same steps.
