@@ -39,7 +39,7 @@ from bridge_parts.saved import fingerprint, load_bridge
 from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
-from eval_math import check_answers, evaluate, load_eval_sets, table
+from eval_math import check_answers, load_eval_sets, sample_and_grade, shared_scores, table
 from formats.hub import snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
 from formats.problems import load_problems, prompt_order
@@ -58,6 +58,7 @@ from step import (
     position_weights,
 )
 from studies import figures, toy
+from support.answers import keep_answers
 from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
 from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
@@ -230,8 +231,9 @@ def prepare_model(model, cfg, longest):
             block.compile()
 
 
-def evaluate_model(cfg, setup, env, name, side='student'):
-    """Held-out scores of one of the models, the same on every rank; {} without eval_data."""
+def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
+    """Held-out scores of one of the models, the same on every rank; {} without eval_data. Its answers
+    are kept in the run folder."""
     tok, sets, stop = setup.tok, setup.held_out, setup.stop
     vocab = shared_size(setup.tok, setup.tok_t)
     if not sets or (side == 'teacher' and not cfg['eval_teacher']):
@@ -241,10 +243,13 @@ def evaluate_model(cfg, setup, env, name, side='student'):
         sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     # Whole weights on every rank while it samples; each rank answers its share of the problems.
     with gathered(getattr(setup, side)) as model:
-        return evaluate(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
-                        top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
-                        max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
-                        rows=cfg['eval_rows'], rank=env.rank, world=env.world, label=f'evaluate {name}')
+        rows = sample_and_grade(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
+                                top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
+                                max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
+                                rows=cfg['eval_rows'], rank=env.rank, world=env.world,
+                                label=f'evaluate {side}, step {step}')
+    keep_answers(run_folder.out, side, step, rows, list(sets), cfg['eval_show'])
+    return shared_scores(rows, sets, cfg['eval_n'])
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -366,11 +371,14 @@ def finish_step(cfg, setup, env, row, run_folder, clock):
     # What is measured only now and then.
     if is_diagnosed(step, steps, cfg['diagnose_every']):
         row['adam/below_eps'] = share_below_eps(setup.opt)
-    if setup.held_out and (step == steps or (cfg['eval_every'] and step % cfg['eval_every'] == 0)):
-        row |= scores_as_logged(evaluate_model(cfg, setup, env, f'step {step}'), 'eval')
+    evaluates = step == steps or bool(cfg['eval_every'] and step % cfg['eval_every'] == 0)
+    if setup.held_out and evaluates:
+        row |= scores_as_logged(evaluate_model(cfg, setup, env, run_folder, step), 'eval')
 
     # Every step is a line of log.jsonl; the terminal shows some of them.
     run_folder.log(row)
+    if evaluates and env.rank == 0:
+        figures.redraw(run_folder.out)
     if step == 1:
         for line in first_step_notes(row, cfg['adam_eps']):
             print0(line)
@@ -507,7 +515,9 @@ def run_in_folder(cfg, setup, env, run_folder):
 
     # At the start, the scores of both models.
     if not run_folder.rows:
-        scores = {side: evaluate_model(cfg, setup, env, side, side) for side in ('student', 'teacher')}
+        scores = {}
+        for side in ('student', 'teacher'):
+            scores[side] = evaluate_model(cfg, setup, env, run_folder, 0, side)
         run_folder.log({'step': 0, **scores_as_logged(scores['student'], 'eval'),
                         **scores_as_logged(scores['teacher'], 'teacher')})
         print0('\n'.join(table(scores if setup.held_out else {})))
@@ -517,7 +527,6 @@ def run_in_folder(cfg, setup, env, run_folder):
     if env.rank == 0:
         out = run_folder.out
         results = summary(run_folder.rows)
-        figures.curve([out], out / 'curve.png')
         write_json(out / 'results.json', results)
         print0('\n'.join(show(results)))
         print0(f"{out}: {results['seconds']:.0f} s from step 0 on; model in last/, figure in curve.png")

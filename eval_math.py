@@ -27,7 +27,8 @@ waiting. It does not run code or tools that an answer asks for.
     dist-4g     distinct share of whitespace 4-grams, pooled per problem, as the authors' code has it
     dist-4g/256 the same over the first 256 words of each answer, because long texts repeat themselves
 
-distill.py calls `load_eval_sets`, `check_answers` and `evaluate`; the rest is the script.
+distill.py calls `load_eval_sets`, `check_answers`, `sample_and_grade` and `shared_scores`; the rest is the
+script.
 """
 import math
 import re
@@ -47,6 +48,7 @@ from formats.tokenizer import check_ids, load_tokenizer, shared_size, stop_set
 from grading.grader import equal, grade, judge
 from rollout import stream
 from studies import toy
+from support.answers import NAMES
 from support.files import owned, write_json
 from support.jsonl import append_row
 from support.progress import Progress
@@ -187,30 +189,47 @@ def with_shares(rows, progress):
         yield row
 
 
-def evaluate(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, label='evaluate', **how):
+def evaluate(model, tokenizer, sets, per_problem, **how):
     """Sample n = `per_problem` answers to every problem of {name: [Problem]} -> flat dict of scores, the same
-    on every rank. This is what the training loop logs.
+    on every rank. how: as in `sample_and_grade`."""
+    rows = sample_and_grade(model, tokenizer, sets, per_problem, **how)
+    return shared_scores(rows, sets, per_problem)
 
-    One set:       'avg@n' and 'best@n' in per cent, 'len' in tokens, over all problems.
-    Several sets:  the same three of each set, such as 'avg@16/aime24', after the plain ones; 'avg@16',
-                   'best@16' and 'len' are then the mean over SETS, not over problems, because 83 of the 143
-                   problems of aime24,aime25,aimo are AIMO's and would make 58% of the number.
-    label: of the line that shows how far it is. how: as in rollout.stream; max_new_tokens is a number.
+
+def sample_and_grade(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, label='evaluate',
+                     **how):
+    """Sample `per_problem` answers to every problem of {name: [Problem]} -> a dict for each answer of this
+    rank's share, as support/answers.py writes it. rows, rank, world: as in `answers`. label: of the line that
+    shows how far it is. how: as in rollout.stream; max_new_tokens is a number.
     """
     numbered = number_problems(sets)
     share = len(range(0, len(numbered) * per_problem, world))        # answers of rank 0, which shows them
     longest = how.get('max_new_tokens', 0)
 
     # This rank samples its share; nothing runs until the loop below asks for the rows.
-    mine = []                                # (set, problem, correct, length)
+    mine = []
     with Progress(label, share, 'answers', rank=rank, world=world, longest=longest) as progress:
         new = answers(model, numbered, per_problem, rows=rows, rank=rank, world=world,
                       on_poll=progress.update, **how)
         graded = graded_rows(new, tokenizer, numbered, how.get('seed', 0))
 
-        # Keep four numbers of each answer: texts are not sent between ranks.
+        # Token ids are many times as large as the text that they stand for.
         for row in with_shares(graded, progress):
-            mine.append((row['set'], row['problem'], row['correct'], row['length']))
+            mine.append({name: row[name] for name in NAMES})
+    return mine
+
+
+def shared_scores(rows, sets, per_problem):
+    """This rank's answers -> flat dict of scores over all ranks, the same on every rank. This is what the
+    training loop logs.
+
+    One set:       'avg@n' and 'best@n' in per cent, 'len' in tokens, over all problems.
+    Several sets:  the same three of each set, such as 'avg@16/aime24', after the plain ones; 'avg@16',
+                   'best@16' and 'len' are then the mean over SETS, not over problems, because 83 of the 143
+                   problems of aime24,aime25,aimo are AIMO's and would make 58% of the number.
+    """
+    # Four numbers of each answer are sent between the ranks, without the texts.
+    mine = [(row['set'], row['problem'], row['correct'], row['length']) for row in rows]
     results = [result for part in all_gather(mine) for result in part]
 
     # Every rank computes the same scores from the same numbers.

@@ -134,6 +134,8 @@ config = dict(
     eval_teacher=True,          # also the teacher, before the first step: it needs whole weights for that
     regrade=False,              # --regrade: eval_math.py grades the answers that are there once more
     eval_rows=64,               # answers sampled at once on a rank; 64 of 16k tokens: 30 GB of cache at 1.5B
+    eval_show=1,                # how many answers of an evaluation are printed, each to another problem; the
+                                # run folder has them all
     save_every=50,              # steps between checkpoints; the best evaluation so far is one too
     keep=2,                     # how many of the newest checkpoints stay, beside the best
     diagnose_every=10,          # steps between looks at what the objective leaves out: KL, entropies, top-16
@@ -185,6 +187,7 @@ checks = dict(
     weight_decay=(0, 10), grad_clip=(0, 1e9), token_budget=(1, 10**9),
     eval_every=natural, eval_n=(1, 10**4), eval_problems=natural, eval_temperature=(0, 1e3),
     eval_top_p=(1e-6, 1), eval_max_new_tokens=natural, eval_rows=(1, 10**5),
+    eval_show=(0, 1000),
     save_every=positive, keep=(1, 10**6), log_every=positive,
     toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=(1, 10**5),
     toy_teacher_layers=(0, 64), toy_teacher_width=(0, 4096), toy_teacher_tokens=('same', 'merged'),

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from configs import load_config
 from studies.children import log_text, run_logged, show_failure
-from studies.figures import accuracy, finish, read_log, require_comparable
+from studies.figures import accuracy, finish, new_figure, read_log, require_comparable
 from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import whole
@@ -305,12 +305,7 @@ def step_times(seeds):
 
 def comparison_figure(logs, panels, file):
     """Accuracy over steps, mean over seeds with their range; a panel for each {title: methods}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, (axes,) = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), constrained_layout=True,
-                                   sharey=True, squeeze=False)
+    figure, axes = new_figure(len(panels), sharey=True)
     for panel, (title, names) in zip(axes, panels.items(), strict=True):
         for number, name in enumerate(names):
             # Every seed is evaluated at the same steps.

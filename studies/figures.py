@@ -6,7 +6,8 @@ Figures from run folders: what distill.py and bridge.py have logged, drawn by ma
     python -m studies.figures out/toy_bridge_stage1   one bridge, or several: out/toy_bridge_stage1/bridge.png
 
 A run. Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's Figure 4).
-Right: mean cosine of the matched states, and a thin line for each layer (Figure 6).
+Right: cosine of the matched states, a line for each layer, and their mean (Figure 6). distill.py draws it
+anew at every evaluation.
 A bridge. Left: held-out cosine against rank (Figure 12). Right: each layer at the rank that is used.
 
 Simpler than usual: it reads log.jsonl, config.json and bridge.json, and no tracker or event file. Runs that
@@ -14,6 +15,7 @@ start from different students, or that are evaluated differently, are refused: i
 would look comparable and are not. Many runs with a table and seeds: studies/compare.py.
 """
 import re
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +25,7 @@ from support.fields import Field, check_fields
 from support.files import read_json, whole
 from support.provenance import mixed_code
 from support.run_folder import log_rows, scores_of
-from support.runtime import UserError, print0, printable, run, shown
+from support.runtime import UserError, cut, print0, printable, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
 BRIDGE_LINES = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs',
@@ -34,6 +36,7 @@ BRIDGE = {'rank': Field(int, 1, LARGEST), 'used': Field(int, 1, LARGEST),
           'layers': Field(dict, 1, items=Field(dict))}
 CONFIG = {'config': Field(dict)}                         # config.json
 MOST_MARKERS = 40               # with more points than these, a line is drawn without markers
+MOST_LABELS = 10                # with more layers than these, a color bar says which line is which
 
 
 # ---- what a run folder says ----------------------------------------------------------------------
@@ -125,8 +128,10 @@ def evaluation_keys(first, other):
     """The keys that must be equal in two configs."""
     keys = ['student']
     if first.get('eval_data') and other.get('eval_data'):
-        # How often and how many at once changes no score; a run without evaluation draws no accuracy.
-        keys += [key for key in default if key.startswith('eval_') and key not in ('eval_every', 'eval_rows')]
+        # How often, how many at once and what is printed changes no score; a run without evaluation draws no
+        # accuracy.
+        harmless = ('eval_every', 'eval_rows', 'eval_show')
+        keys += [key for key in default if key.startswith('eval_') and key not in harmless]
 
     # A toy's student and problems are made by its own keys and the seed. Its teacher is part of the method.
     if 'toy' in (first.get('student'), first.get('eval_data')):
@@ -150,29 +155,50 @@ def read_configs(folders):
 
 # ---- figures -------------------------------------------------------------------------------------
 
-def two_panels():
-    """-> (figure, left axes, right axes). matplotlib is imported here: it takes a second, and the training
-    loop imports this file."""
-    import matplotlib
-    matplotlib.use('Agg')                    # no display is needed
-    from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    return figure, left, right
+def new_figure(count, width=5.0, sharey=False):
+    """-> (figure, a list of `count` axes side by side, each so many inches wide).
+
+    The figure is made without pyplot, which would keep it until it is closed: one that is given up half-way
+    is simply forgotten, and no display is looked for. matplotlib is imported here: it takes a second, and the
+    training loop imports this file.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width * count, 3.8), layout='constrained')
+    (axes,) = figure.subplots(1, count, sharey=sharey, squeeze=False)
+    return figure, list(axes)
 
 
 def curve(folders, file):
     """Accuracy and cosine curves of one run or several -> a PNG."""
     if len(folders) > 1:
         require_comparable(read_configs(folders))
-    figure, left, right = two_panels()
-    for number, folder in enumerate(folders):
-        rows = read_log(folder)
-        color = f'C{number}'
-        draw_accuracy(left, rows, Path(folder).name, color, first=number == 0, alone=len(folders) == 1)
-        draw_cosines(right, rows, Path(folder).name, color)
+    logs = [read_log(folder) for folder in folders]      # one that is refused ends here
+    figure, (left, right) = new_figure(2)
+    alone = len(folders) == 1
+    for number, (folder, rows) in enumerate(zip(folders, logs, strict=True)):
+        name = Path(folder).name
+        draw_accuracy(left, rows, name, f'C{number}', first=number == 0, alone=alone)
+        if alone:
+            draw_layers(figure, right, rows)
+        else:
+            draw_cosines(right, rows, name, f'C{number}')
+    thin = 'one line a layer' if alone else 'thin: each layer'
     left.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
-    right.set(xlabel='step', ylabel='cosine to the teacher', title='representation match (thin: each layer)')
+    right.set(xlabel='step', ylabel='cosine to the teacher', title=f'representation match ({thin})')
+    for panel in (left, right):
+        panel.xaxis.get_major_locator().set_params(integer=True)
     finish(figure, (left, right), file)
+
+
+def redraw(folder):
+    """Draw the figure of a run that goes on. A training run must not end because of its figure, whatever goes
+    wrong here, from a full disk to a damaged installation of matplotlib. That is a line."""
+    file = Path(folder) / 'curve.png'
+    try:
+        curve([folder], file)
+    except Exception as error:
+        print0(f'  note: {file} could not be drawn ({type(error).__name__}: {cut(str(error), 100)}); to draw '
+               f'it later: python -m studies.figures {folder}')
 
 
 def draw_accuracy(axes, rows, name, color, first, alone):
@@ -198,15 +224,62 @@ def draw_accuracy(axes, rows, name, color, first, alone):
 
 
 def draw_cosines(axes, rows, name, color):
-    """One run's cosines. A run through another objective looks at them now and then only, or never."""
-    looked = [row for row in rows if row.get('rep/cos') is not None]
-    if not looked:
+    """One of several runs: its cosines in its color. A run through another objective looks at them now and
+    then only, or never."""
+    steps, by_layer, mean = cosines(rows)
+    for values in by_layer.values():
+        axes.plot(steps, values, color=color, lw=0.6, alpha=0.35)
+    if steps:
+        axes.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
+
+
+def draw_layers(figure, axes, rows):
+    """A single run: the cosine of each layer in the color of its depth. Few layers have their names at the
+    right end of their lines; of many a color bar says which is which."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    steps, by_layer, mean = cosines(rows)
+    if not steps:
         return
-    steps = [row['step'] for row in looked]
-    for layer in layer_names(rows):
-        axes.plot(steps, [row[layer] for row in looked], color=color, lw=0.6, alpha=0.35)
-    mean = [row['rep/cos'] for row in looked]
-    axes.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
+
+    # From dark blue, the first layer, to green. The yellow end of the map cannot be seen on white.
+    dark = colormaps['viridis']([0.88 * number / 255 for number in range(256)])
+    scale = ScalarMappable(Normalize(min(by_layer), max(by_layer)), ListedColormap(dark))
+    for layer, values in by_layer.items():
+        axes.plot(steps, values, color=scale.to_rgba(layer), lw=1)
+    axes.plot(steps, mean, color='0.15', ls='--', lw=1.8, label='mean over layers')
+    if len(by_layer) > MOST_LABELS:
+        figure.colorbar(scale, ax=axes, label='student layer', pad=0.02)
+        return
+
+    low, high = axes.get_ylim()
+    ends = {layer: (values[-1] - low) / (high - low) for layer, values in by_layer.items()}
+    for layer, height in spread(ends, 0.055).items():
+        axes.text(1.01, height, f'layer {layer}', color=scale.to_rgba(layer), fontsize=8, va='center',
+                  transform=axes.transAxes)
+
+
+def spread(heights, gap):
+    """{name: height between 0 and 1} -> the same, moved so that neighbours are at least `gap` apart: upwards
+    where they meet, and down again from the upper end."""
+    upwards = sorted(heights, key=heights.get)
+    placed = dict(heights)
+    for lower, name in pairwise(upwards):
+        placed[name] = max(placed[name], placed[lower] + gap)
+    placed[upwards[-1]] = min(placed[upwards[-1]], 1.0)
+    for upper, name in pairwise(reversed(upwards)):
+        placed[name] = min(placed[name], placed[upper] - gap)
+    return placed
+
+
+def cosines(rows):
+    """-> (steps in which the cosines were measured, {layer: cosines}, their means over layers)."""
+    looked = [row for row in rows if row.get('rep/cos') is not None]
+    by_layer = {}
+    for name in layer_names(rows):
+        by_layer[int(name.removeprefix('rep/cos/'))] = [row[name] for row in looked]
+    return [row['step'] for row in looked], by_layer, [row['rep/cos'] for row in looked]
 
 
 def bridges(folders, file):
@@ -216,7 +289,7 @@ def bridges(folders, file):
     shows in the right half, at the last layer, and not in the mean.
     """
     bridges_made = [read_bridge(folder) for folder in folders]           # a damaged one ends here
-    figure, left, right = two_panels()
+    figure, (left, right) = new_figure(2)
     alone = len(folders) == 1
     color_number = 0
     largest = 1                              # rank, over all folders
@@ -252,7 +325,6 @@ def bridges(folders, file):
 
 def finish(figure, axes, file):
     """Grid, legends, and the file, written completely or not at all."""
-    from matplotlib import pyplot as plt
     from matplotlib.text import Text
     for panel in axes:
         panel.grid(alpha=0.25)
@@ -266,7 +338,6 @@ def finish(figure, axes, file):
         text.set_parse_math(False)
     with whole(file) as temporary:
         figure.savefig(temporary, dpi=130, format='png')
-    plt.close(figure)
 
 
 def main(folders):

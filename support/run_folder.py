@@ -29,6 +29,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.answers import forget_later
 from support.fields import Field, check_fields
 from support.files import existing_above, read_json, whole, write_json
 from support.jsonl import append_row, read_rows
@@ -196,6 +197,7 @@ def rewrite_log(run, rows):
         run.names = list(dict.fromkeys([*rows[0], *run.names]))
     run.rows = [{name: row.get(name) for name in run.names} for row in rows]
     if run.rank == 0:
+        forget_later(run.out, len(rows) - 1)
         with whole(run.out / 'log.jsonl') as temporary, temporary.open('w') as file:
             for row in run.rows:
                 append_row(file, row)

@@ -360,6 +360,15 @@ def all_gather(obj, task='its work'):
     return gathered_objects
 
 
+def gather(obj):
+    """List of every rank's `obj` on rank 0, None on the others: for data too large to be everywhere."""
+    gathered_objects = [obj]
+    if ranks() > 1:
+        gathered_objects = [None] * ranks() if dist.get_rank() == 0 else None
+        dist.gather_object(obj, gathered_objects)
+    return gathered_objects
+
+
 def day_of_start(*known):
     """The first of these dates that is not '', else today's, YYYY-MM-DD: as rank 0 has it, on all ranks."""
     return all_gather(next(filter(None, known), date.today().isoformat()))[0]

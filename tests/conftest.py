@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from configs import load_config, reads
@@ -136,6 +137,18 @@ def toy_cfg(toy_dir):
 
 
 @pytest.fixture
+def kept(monkeypatch):
+    """The figures of matplotlib that are saved, in order."""
+    figures, save = [], Figure.savefig
+
+    def recorded_save(figure, *a, **k):
+        figures.append(figure)
+        save(figure, *a, **k)
+    monkeypatch.setattr(Figure, 'savefig', recorded_save)
+    return figures
+
+
+@pytest.fixture
 def disk(monkeypatch):
     """What is asked of the operating system, in order: ('fsync', inode, size then) and ('rename', inode, new name)."""
     events, fsync, replace = [], os.fsync, os.replace
@@ -165,6 +178,12 @@ def log_of(out):
     for row in rows:
         assert list(row) == list(rows[0]) and not any(isinstance(value, (dict, list)) for value in row.values())
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def assert_all_measured(out):
+    """Every name in the log of a whole run was measured in some step: what cannot occur in a run has no column."""
+    measured = set().union(*log_of(out))
+    assert set(json.loads((out / 'log.jsonl').read_text().splitlines()[0])) - measured <= {'changed'}
 
 
 def write_log(out, rows):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, for_script, log_of, step_sums, tiny_model, with_other_stop
+from conftest import argv, assert_all_measured, for_script, log_of, step_sums, tiny_model, with_other_stop
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_losses import rollout
@@ -786,6 +786,7 @@ def test_training_through_a_bridge(made, toy_dir, tmp_path):
     before = (made / 'bridge.safetensors').read_bytes()
     distill.main(load_config(run_args(toy_dir, made, tmp_path / 'one')))
     log = log_of(tmp_path / 'one')
+    assert_all_measured(tmp_path / 'one')
     assert all(0.5 < row['align'] < 0.95 and {'rep/cos/1', 'rep/cos/2', 'rep/cos/3'} <= row.keys() and 'opd/kl' not in row for row in log[1:])
     assert (made / 'bridge.safetensors').read_bytes() == before
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'distill.py',
@@ -932,6 +933,7 @@ def test_next_byte_kl_across_tokenizers(made, toy_dir, tmp_path, through):
     for name, budget in (('a', 10**6), ('b', 30)):
         distill.main(load_config(run_args(toy_dir, made, tmp_path / name, **keys, token_budget=budget)))
         logs.append(log_of(tmp_path / name)[1:])
+        assert_all_measured(tmp_path / name)
     for a, b in zip(*logs, strict=True):
         assert a['loss/opd'] == pytest.approx(b['loss/opd'], rel=1e-4) and a['opd/kl'] == pytest.approx(a['loss/opd'], rel=1e-5)
         assert ('rep/cos' in a) == (through == 'bridge') and 'opd/overlap16' not in a and a['loss/opd'] > 0

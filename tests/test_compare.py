@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from conftest import argv, write_log
-from matplotlib import pyplot as plt
 
 from studies.compare import comparison_figure, comparison_table, main, notes_under_table, read_finished_log
 from support.provenance import append_start, source_digests
@@ -74,9 +73,7 @@ def test_a_table_of_several_sets_shows_their_mean():
     assert comparison_table(logs) == comparison_table({'a': seeds(50.0, 60.0)})
 
 
-def test_comparison_figure_draws_means_and_ranges(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(plt, 'close', kept.append)
+def test_comparison_figure_draws_means_and_ranges(tmp_path, kept):
     logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}
     comparison_figure(logs, {'both': ['a', 'b'], 'one': ['b']}, tmp_path / 'c.png')
     both, one = kept[0].axes

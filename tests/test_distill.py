@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv, log_of, resume_state, with_other_stop
+from conftest import argv, assert_all_measured, log_of, resume_state, with_other_stop
 from safetensors.torch import load_file
 
 import distill
@@ -39,6 +39,10 @@ def timeless(rows):
     return [{k: v for k, v in r.items() if not k.startswith('time/') and k != 'elapsed'} for r in rows]
 
 
+def answers_of(out):
+    return {file.name: file.read_bytes() for file in (out / 'answers').iterdir()}
+
+
 @pytest.fixture(scope='module')
 def finished(toy_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'whole'
@@ -50,7 +54,9 @@ def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
     best = max((row for row in log_of(finished)[1:] if 'eval/avg@2' in row), key=lambda row: row['eval/avg@2'])['step']
     kept = {f'ckpt-{step:06d}' for step in (6, 7, best)}
     assert {p.name for p in finished.iterdir()} == {'.lock', 'config.json', 'starts.jsonl', 'log.jsonl', 'results.json',
-                                                    'curve.png', 'last', 'best', *kept}
+                                                    'curve.png', 'answers', 'last', 'best', *kept}
+    assert sorted(p.name for p in (finished / 'answers').iterdir()) == [
+        '000000.jsonl', '000002.jsonl', '000004.jsonl', '000006.jsonl', '000007.jsonl', 'teacher.jsonl']
     assert (finished / 'best').resolve() == finished / f'ckpt-{best:06d}/model'
     r = read_json(finished / 'results.json')
     assert set(r) == {'student', 'teacher', 'distilled', 'steps', 'seconds', 'rep_cos'} and r['steps'] == 7
@@ -58,6 +64,13 @@ def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
         assert set(r[side]) == {'avg@2', 'best@2', 'len'} and 0 <= r[side]['avg@2'] <= r[side]['best@2'] <= 100
     rows = log_of(finished)
     assert [row['step'] for row in rows] == list(range(8))
+    assert_all_measured(finished)
+    assert list(json.loads((finished / 'log.jsonl').read_text().splitlines()[0])) == [
+        'step', 'loss', 'loss/oprd', 'loss/layer/1', 'loss/layer/2', 'loss/layer/3', 'rep/cos', 'rep/cos/1', 'rep/cos/2',
+        'rep/cos/3', 'opd/kl', 'entropy/student', 'entropy/teacher', 'opd/overlap16', 'len/mean', 'finish', 'tokens',
+        'acc/rollout', 'lr', 'grad_norm', 'adam/below_eps', 'eval/avg@2', 'eval/best@2', 'eval/len', 'teacher/avg@2',
+        'teacher/best@2', 'teacher/len', 'time/sample', 'time/diagnose', 'time/teacher', 'time/student', 'time/update',
+        'elapsed', 'changed']
     assert [name for name in rows[1] if name.startswith('rep/cos')] == ['rep/cos', 'rep/cos/1', 'rep/cos/2', 'rep/cos/3']
     assert r['rep_cos'] == [rows[1]['rep/cos'], rows[7]['rep/cos']]
     assert [row['step'] for row in rows if 'eval/avg@2' in row] == [0, 2, 4, 6, 7]
@@ -98,11 +111,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, toy_dir, tmp_path, m
         main(load_config(args))
     monkeypatch.setattr(distill, 'accumulate', real)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    (out / 'answers/000005.jsonl').write_text('of an evaluation that the checkpoint does not know')
     assert log_of(out)[-1]['step'] == stop_at and not (out / 'results.json').exists()
     with (out / 'log.jsonl').open('a') as f:
         f.write(json.dumps({'step': stop_at + 1, 'loss': -1.0}) + '\n{"step": ')
     main(load_config(args[:-1] + ['save_every=100', 'token_budget=100000']))
-    assert timeless(log_of(out)) == timeless(log_of(finished))
+    assert timeless(log_of(out)) == timeless(log_of(finished)) and answers_of(out) == answers_of(finished)
     a, b = resume_state(out), resume_state(finished)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert (out / 'last/model.safetensors').read_bytes() == (finished / 'last/model.safetensors').read_bytes()
@@ -208,7 +222,9 @@ def test_a_student_from_the_hub_keeps_its_tokenizer(toy_dir, tmp_path, monkeypat
 def test_without_evaluation_data(toy_dir, tmp_path, capsys):
     main(load_config(argv(toy_dir, tmp_path / 'r', steps=2, eval_data='')))
     assert read_json(tmp_path / 'r/results.json')['distilled'] == {}
-    assert 'no eval_data' in capsys.readouterr().out
+    assert 'no eval_data' in capsys.readouterr().out and not (tmp_path / 'r/answers').exists()
+    assert_all_measured(tmp_path / 'r')
+    assert not any(name.startswith(('eval/', 'teacher/')) for name in log_of(tmp_path / 'r')[1])
 
 
 def test_dry_run_writes_nothing(toy_dir, tmp_path, capsys):
@@ -318,6 +334,7 @@ def test_an_opd_run(toy_dir, tmp_path, opd):
     and cosines, which it does not need, every diagnose_every steps and at both ends."""
     main(load_config(argv(toy_dir, tmp_path / 'r', **OPD | {'opd': opd}, opd_k=4, steps=5)))
     rows = log_of(tmp_path / 'r')[1:]
+    assert_all_measured(tmp_path / 'r')
     assert all(HEADS | {'loss/opd', 'time/teacher', 'time/student', 'time/update'} <= row.keys() for row in rows)
     assert [row['step'] for row in rows if 'rep/cos' in row] == [1, 3, 5] and not any('loss/oprd' in row for row in rows)
     assert all(row['loss'] == row['loss/opd'] and row['opd/kl'] > 0 and 0 < row['opd/overlap16'] <= 1 for row in rows)
@@ -375,6 +392,7 @@ def test_scheduled_weights_resume_bit_for_bit(toy_dir, tmp_path, monkeypatch):
                 oprd_weight='[[0,1],[0.5,1],[0.5,0.1]]', opd_weight='[[0,0],[0.5,0],[0.5,1]]', positions='drift')
     main(load_config(argv(toy_dir, tmp_path / 'whole', **keys)))
     rows = log_of(tmp_path / 'whole')[1:]
+    assert_all_measured(tmp_path / 'whole')
     assert [row['step'] for row in rows if 'loss/opd' in row] == [4, 5, 6]
     assert all(row['loss'] == pytest.approx(0.1 * row['loss/oprd'] + row['loss/opd'], rel=1e-5) for row in rows[3:])
     real, steps = distill.accumulate, []
@@ -548,8 +566,9 @@ def test_no_room_for_a_checkpoint(toy_dir, tmp_path):
                        capture_output=True, text=True)
     assert p.returncode == 2 and p.stderr.startswith('error: ') and p.stderr.count('\n') == 1, p.stderr
     assert (tmp_path / 'r/last').resolve().parent.name == 'ckpt-000002'
-    assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['.lock', 'best', 'ckpt-000002', 'config.json', 'last',
-                                                                  'log.jsonl', 'starts.jsonl']
+    assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['.lock', 'answers', 'best', 'ckpt-000002', 'config.json',
+                                                                  'curve.png', 'last', 'log.jsonl', 'starts.jsonl']
+    assert f'note: {tmp_path}/r/curve.png could not be drawn (OSError: ' in p.stdout, 'a figure must not end a run'
     load_model(tmp_path / 'r/last')
 
 

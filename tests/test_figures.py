@@ -2,12 +2,14 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from conftest import write_log as write_rows
-from matplotlib import pyplot as plt
+from matplotlib import pyplot
 
 from configs import load_config
+from studies import figures
 from studies.figures import bridges, curve, main
 from support.provenance import append_start
 from support.runtime import UserError, run
@@ -27,10 +29,8 @@ def write_log(folder, shift=0.0, evaluate=True, **keys):
     return folder
 
 
-def test_lines_are_the_logged_numbers(tmp_path, monkeypatch):
+def test_lines_are_the_logged_numbers(tmp_path, kept):
     """Student and teacher lines, evaluated points, mean and per-layer cosines, for two runs."""
-    kept = []
-    monkeypatch.setattr(plt, 'close', kept.append)
     curve([write_log(tmp_path / 'a'), write_log(tmp_path / 'b', 0.1)], tmp_path / 'c.png')
     acc, rep = kept[0].axes
     lines = {line.get_label(): line.get_ydata() for line in acc.lines}
@@ -41,19 +41,71 @@ def test_lines_are_the_logged_numbers(tmp_path, monkeypatch):
     assert (tmp_path / 'c.png').stat().st_size > 10_000
 
 
+@pytest.mark.parametrize('layers', [[2, 5, 9], list(range(1, 37))], ids=['few', 'many'])
+def test_layers_can_be_told_apart(tmp_path, kept, layers):
+    """By names at the ends of their lines, each in the color of its line and none over another; of many layers by a color
+    bar of the student's layer numbers. They were thin lines of one color."""
+    folder = write_log(tmp_path / 'a')
+    ends = {l: 0.9 + 0.001 * (l % 7) for l in layers}
+    rows = [{'step': 0}] + [{'step': s, 'rep/cos': 0.9, **{f'rep/cos/{l}': end for l, end in ends.items()}} for s in (1, 2)]
+    write_rows(folder, rows)
+    curve([folder], tmp_path / 'c.png')
+    _, panel, *rest = kept[0].axes
+    lines = dict(zip(layers, panel.lines[:-1], strict=True))
+    assert {l: line.get_ydata()[-1] for l, line in lines.items()} == ends and panel.lines[-1].get_label() == 'mean over layers'
+    assert len({line.get_color() for line in lines.values()}) == len(layers)
+    if len(layers) > 10:
+        bar, = rest
+        assert bar.get_ylabel() == 'student layer' and bar.get_ylim() == (1, 36) and not panel.texts
+        return
+    assert not rest
+    names = {text.get_text(): text for text in panel.texts}
+    assert {f'layer {l}': line.get_color() for l, line in lines.items()} == {name: text.get_color() for name, text in names.items()}
+    heights = sorted(text.get_position()[1] for text in names.values())
+    assert heights[0] >= 0 and heights[-1] <= 1 and min(high - low for low, high in pairwise(heights)) >= 0.055 - 1e-9
+    by_height = sorted(ends, key=ends.get)
+    assert [f'layer {l}' for l in by_height] == sorted(names, key=lambda name: names[name].get_position()[1])
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_line(tmp_path, capsys, monkeypatch):
+    """During a run, whatever is wrong with it: hours of training must not end because of a picture."""
+    folder = write_log(tmp_path / 'a')
+    figures.redraw(folder)
+    assert (folder / 'curve.png').exists() and capsys.readouterr().out == ''
+    for error in (OSError(28, 'No space left on device', 'x'), ImportError('no matplotlib'), ZeroDivisionError('\x1b[2J' + 'y' * 1000)):
+        def broken(*_, error=error):
+            raise error
+        monkeypatch.setattr(figures, 'finish', broken)
+        figures.redraw(folder)
+        line = capsys.readouterr().out
+        assert line.startswith(f'  note: {folder}/curve.png could not be drawn ({type(error).__name__}: ') and '\x1b' not in line
+        assert line.endswith(f'python -m studies.figures {folder}\n') and line.count('\n') == 1 and len(line) < 400
+
+
+def test_figures_are_not_kept_open(tmp_path, monkeypatch):
+    """A log that was refused left its figure open, and after twenty of them matplotlib warned about memory."""
+    damaged = write_log(tmp_path / 'a')
+    (damaged / 'log.jsonl').write_text('{"step": 1}\n')
+    with pytest.raises(UserError):
+        curve([damaged], tmp_path / 'c.png')
+    monkeypatch.setattr(figures, 'draw_layers', lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        curve([write_log(tmp_path / 'b')], tmp_path / 'c.png')
+    assert pyplot.get_fignums() == []
+
+
 def test_a_run_without_evaluation_is_drawn_too(tmp_path):
     curve([write_log(tmp_path / 'a', evaluate=False)], tmp_path / 'c.png')
     assert (tmp_path / 'c.png').exists()
 
 
-def test_steps_without_cosines_are_passed_over(tmp_path, monkeypatch):
+def test_steps_without_cosines_are_passed_over(tmp_path, kept):
     """An OPD run looks at hidden states now and then only; one between unlike widths never."""
-    folder, kept = write_log(tmp_path / 'a'), []
+    folder = write_log(tmp_path / 'a')
     rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     for row in rows[2:4]:
         row |= {'rep/cos': None, 'rep/cos/1': None, 'rep/cos/2': None}
     write_rows(folder, rows)
-    monkeypatch.setattr(plt, 'close', kept.append)
     curve([folder], tmp_path / 'c.png')
     assert [list(line.get_xdata()) for line in kept[0].axes[1].lines] == [[1, 4]] * 3
     write_rows(folder, [{k: v for k, v in r.items() if k[:3] != 'rep'} for r in rows])
@@ -117,11 +169,9 @@ def test_a_config_that_describes_no_run_is_refused(tmp_path, config):
         main([str(folder) for folder in runs])
 
 
-def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, recwarn):
+def test_names_are_drawn_as_they_are(tmp_path, kept, recwarn):
     """A '$' began a formula of matplotlib, which may be wrong, and a control character reached the terminal in a
     warning."""
-    kept = []
-    monkeypatch.setattr(plt, 'close', kept.append)
     main([str(write_log(tmp_path / '$\\x$\x1b'))])
     labels = [line.get_label() for line in kept[0].axes[0].lines]
     legend = [text.get_text() for text in kept[0].axes[0].get_legend().get_texts()]
@@ -165,15 +215,14 @@ def test_runs_that_differ_in_the_method_are_drawn(tmp_path):
         curve(real, tmp_path / 'd.png')
 
 
-def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, monkeypatch):
+def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, kept):
     """The plain name comes first and is the mean over sets."""
-    runs, kept = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b')], []
+    runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b')]
     for folder in runs:
         rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
         for row, name in ((rows[0], 'eval/avg@4'), (rows[0], 'teacher/avg@4'), (rows[4], 'eval/avg@4')):
             row |= {f'{name}/aime24': row[name] - 8, f'{name}/me/set': row[name] + 8}
         write_rows(folder, rows)
-    monkeypatch.setattr(plt, 'close', kept.append)
     curve(runs[:1], tmp_path / 'c.png')
     curve(runs, tmp_path / 'd.png')
     lines = {line.get_label(): list(line.get_ydata()) for line in kept[0].axes[0].lines}
@@ -191,11 +240,9 @@ def write_bridge(folder, used, shift):
     return folder
 
 
-def test_bridges_side_by_side(tmp_path, monkeypatch):
+def test_bridges_side_by_side(tmp_path, kept):
     """Mean over layers at every rank, each layer at the rank that is used; one alone has its controls and
     Theorem 3's rank."""
-    kept = []
-    monkeypatch.setattr(plt, 'close', kept.append)
     a, b = write_bridge(tmp_path / 'a', 4, 0.0), write_bridge(tmp_path / 'b', 1, 0.5)
     main([str(a), str(b)])
     rank, layer = kept[0].axes
@@ -209,11 +256,9 @@ def test_bridges_side_by_side(tmp_path, monkeypatch):
     assert len(labels) == 7 and len(layer.lines) == 4
 
 
-def test_a_bridge_judged_at_every_rank_up_to_3072_is_drawn(tmp_path, monkeypatch):
+def test_a_bridge_judged_at_every_rank_up_to_3072_is_drawn(tmp_path, kept):
     """The paper's widest model. Ticks at the powers of two of the widest folder, also if it is not the last;
     no marker at each of 3072 points."""
-    kept = []
-    monkeypatch.setattr(plt, 'close', kept.append)
     folders = []
     for name, width in (('wide', 3072), ('narrow', 6)):
         values = {key: {str(rank): rank / width for rank in range(1, width + 1)} for key in ('cos', 'before', 'shuffled', 'mean_only')}

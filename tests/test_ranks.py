@@ -119,6 +119,12 @@ def assert_same_run(a, b):
         assert (p - q).norm() <= 1e-5 * p.norm()
 
 
+def assert_same_answers(a, b):
+    """The ranks' answers are gathered into the files that one rank writes: none twice, none missing, in one order."""
+    files = [{file.name: file.read_bytes() for file in (out / 'answers').iterdir()} for out in (a, b)]
+    assert files[0] == files[1] and set(files[0]) == {'teacher.jsonl', '000000.jsonl', '000002.jsonl', '000004.jsonl'}
+
+
 def test_a_whole_run_on_two_ranks_and_on_one(toy_dir, tmp_path):
     """Through the `config` link: rank 0 alone speaks, and log and weights agree with one process. A
     run that two ranks began goes on on one, and the other way round."""
@@ -128,6 +134,7 @@ def test_a_whole_run_on_two_ranks_and_on_one(toy_dir, tmp_path):
     out = torchrun('distill.py', *args('two'))
     assert out.count('Avg@2') == 2 and out.count('step 0004') == 1
     assert_same_run(tmp_path / 'one', tmp_path / 'two')
+    assert_same_answers(tmp_path / 'one', tmp_path / 'two')
 
     # A mean over all tokens of the step: over those of one rank, the two ranks would each count as half.
     by_token = ['loss_average=token', 'rep_loss=cosine', 'adam_eps=1e-5', 'eval_data=']
