@@ -495,7 +495,7 @@ def run_in_folder(cfg, setup, env, run_folder):
         for side in ('student', 'teacher'):
             row[side] = evaluate_model(cfg, setup, env, side, side)
         run_folder.log(row)
-        scores = {side: row[side] for side in ('student', 'teacher')} if setup.held_out else {}
+        scores = {side: row[side] for side in ('student', 'teacher') if row[side]}
         print0('\n'.join(table(scores)))
 
     # The loop, then table and figure.
