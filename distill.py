@@ -520,7 +520,7 @@ def run_in_folder(cfg, setup, env, run_folder):
             scores[side] = evaluate_model(cfg, setup, env, run_folder, 0, side)
         run_folder.log({'step': 0, **scores_as_logged(scores['student'], 'eval'),
                         **scores_as_logged(scores['teacher'], 'teacher')})
-        print0('\n'.join(table(scores if setup.held_out else {})))
+        print0('\n'.join(table({side: values for side, values in scores.items() if values})))
 
     # The loop, then table and figure.
     train(cfg, setup, env, run_folder)

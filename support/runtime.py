@@ -524,6 +524,18 @@ def whole_head(model):
         group.reshard()
 
 
+def bytes_on_rank(model, opt):
+    """What this rank holds of a model and its optimizer -> {'weights', 'gradients', 'optimizer': bytes}."""
+    def held(tensors):
+        local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        return sum(x.numel() * x.itemsize for x in local)
+
+    weights = list(model.parameters())
+    gradients = [p.grad for p in weights if p.grad is not None]
+    states = [x for state in opt.state.values() for x in state.values()]
+    return {'weights': held(weights), 'gradients': held(gradients), 'optimizer': held(states)}
+
+
 def full(tensor):
     """A tensor that may be sharded -> the whole of it on the CPU. Every rank must call this."""
     if isinstance(tensor, DTensor):

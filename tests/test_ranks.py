@@ -1,79 +1,171 @@
-"""Two ranks on gloo against one process: the same answers, gradient, log and checkpoint."""
+"""Several ranks on gloo against one process: the same answers, gradient, log and checkpoint. Two ranks, and two
+torchrun nodes of two ranks each, where the default is a 2 x 2 mesh; each is started once for all that it shall do."""
+import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY_SUMS, argv, log_of, rounding, tiny_model
+from on_ranks import gradient
 from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from two_ranks import gradient
 
 from configs import load_config
-from distill import main
+from distill import evaluate_model, main
 from formats.huggingface import load_model, save_model
-from support.runtime import ROOT, Env, all_reduce, gathered, shard
+from support.runtime import ROOT, Env, Meeting, UserError, all_reduce, gathered, ranks_of_a_copy, shard
+
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
 
 
-def torchrun(*args, code=0):
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                        *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert p.returncode == code, p.stdout + p.stderr
-    return p.stdout
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
 
 
-def on_two_ranks(tmp_path, student, teacher, budget, dtype, recompute, opd='none'):
-    """A gradient (two_ranks.py) -> {name: gradient}, sums."""
-    file = tmp_path / 'gradient.safetensors'
-    torchrun('tests/two_ranks.py', 'gradient', file, student, teacher, budget, dtype, recompute, opd)
-    tensors = load_file(file)
-    sums = {name.removeprefix('sum '): tensors.pop(name) for name in list(tensors) if name.startswith('sum ')}
-    return tensors, sums
+def torchrun(*args, nodes=1):
+    """Two ranks on each node, all on this machine -> what rank 0 has printed."""
+    address = ['--master_addr=127.0.0.1', f'--master_port={free_port()}'] if nodes > 1 else ['--standalone']
+    started = []
+    for node in range(nodes):
+        command = [*TORCHRUN, f'--nnodes={nodes}', f'--node_rank={node}', *address, *map(str, args)]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    printed = [p.communicate(timeout=300) for p in started]
+    for p, (out, err) in zip(started, printed, strict=True):
+        assert p.returncode == 0, out + err
+    return printed[0][0]
 
 
-def assert_same_gradient(got, want, got_sums, want_sums):
-    """Both in one dtype. What is logged is float32 at most, and a sum over fewer than 100 positions."""
+# ---- gradients ----------------------------------------------------------------------------------
+
+def case(ranks, models='toy', **arguments):
+    return dict(ranks=ranks, models=models, arguments=arguments)
+
+
+GRADIENTS = {
+    # With a small budget some ranks need fewer micro-batches than others, and run empty ones.
+    'one micro-batch': case(2, budget=10**6),
+    'micro-batches, blocks recomputed': case(2, recompute=True),
+    'float32': case(2, 'untied', dtype='float32', recompute=True),
+    'topk, tied': case(2, 'tied', opd='topk', recompute=True),
+    'sampled, untied': case(2, 'untied', opd='sampled', recompute=True),
+    'probe, untied': case(2, 'untied', opd='probe', recompute=True),
+    'probe, tied': case(2, 'tied', opd='probe', recompute=True),
+    'bfloat16': case(2, budget=10**6, dtype='bfloat16'),
+    'bfloat16, topk': case(2, 'untied', dtype='bfloat16', opd='topk'),
+    'bfloat16, probe': case(2, 'untied', dtype='bfloat16', opd='probe'),
+    # A 2 x 2 mesh by default, since LOCAL_WORLD_SIZE is 2.
+    '2 x 2': case(4, recompute=True),
+    '2 x 2, sharded teacher': case(4, 'untied', teacher_shard=True),
+    '2 x 2, sharded teacher, full, untied': case(4, 'untied', opd='full', teacher_shard=True, recompute=True),
+    '2 x 2, sharded teacher, topk, tied': case(4, 'tied', opd='topk', teacher_shard=True),
+    '2 x 2, sharded teacher, probe, tied': case(4, 'tied', opd='probe', teacher_shard=True),
+    '1 x 4, sharded teacher, sampled': case(4, 'untied', opd='sampled', shard_ranks=4, teacher_shard=True),
+    '4 x 1': case(4, 'tied', opd='topk', shard_ranks=1),
+    '2 x 2, bfloat16, sharded teacher': case(4, budget=10**6, dtype='bfloat16', teacher_shard=True),
+}
+
+
+@pytest.fixture(scope='module')
+def started(toy_dir, toy_cfg, tmp_path_factory):
+    """What was asked of four ranks, and then of two -> the folder with all of it, 'models' of each kind."""
+    folder = tmp_path_factory.mktemp('ranks')
+    models = {'toy': (toy_cfg['student'], toy_cfg['teacher'])}
+    for kind in ('tied', 'untied'):
+        models[kind] = folder / kind / 'student', folder / kind / 'teacher'
+        for path, seed in zip(models[kind], (0, 1), strict=True):
+            save_model(tiny_model(seed, tied=kind == 'tied'), path)
+    jobs = {2: {'gradients': []}, 4: {'gradients': []}}
+    for name, one in GRADIENTS.items():
+        student, teacher = map(str, models[one['models']])
+        jobs[one['ranks']]['gradients'].append(
+            dict(out=str(folder / f'{name}.safetensors'), student=student, teacher=teacher, **one['arguments']))
+
+    # Whole runs, and runs that go on on another mesh: 2 x 2, one rank, two ranks.
+    def job(name, *more, **keys):
+        return dict(name=name, args=arguments(toy_dir, folder / name, *more), **keys)
+    jobs[4]['runs'] = [job('four', 'teacher_shard=True'), job('four, one, two', 'shard_ranks=2', interrupt_at=1),
+                       job('bytes on four', *BYTES, f'toy_dir={folder / "merged"}', 'teacher_shard=True')]
+    jobs[2]['runs'] = [job('two'), job('two by token', *BY_TOKEN), job('four, one, two'), job('one, two'),
+                       job('two, one', interrupt_at=3)]
+    torch.set_num_threads(1)
+    main(load_config(arguments(toy_dir, folder / 'one')))
+    main(load_config(arguments(toy_dir, folder / 'one by token', *BY_TOKEN)))
+    main(load_config(arguments(toy_dir, folder / 'bytes on one', *BYTES, f'toy_dir={folder / "merged"}')))
+    printed = {}
+    for ranks, one in jobs.items():
+        (folder / f'{ranks}.json').write_text(json.dumps(one))
+    printed[4] = torchrun('tests/on_ranks.py', folder / '4.json', nodes=2)
+    alone(folder, 'four, one, two', 1, toy_dir)
+    alone(folder, 'one, two', 1, toy_dir)
+    printed[2] = torchrun('tests/on_ranks.py', folder / '2.json')
+    main(load_config(arguments(toy_dir, folder / 'two, one')))
+    return folder, models, printed
+
+
+def alone(folder, name, interrupt_at, toy_dir):
+    """One step of a run on one rank."""
+    job = dict(name=name, args=arguments(toy_dir, folder / name), interrupt_at=interrupt_at)
+    (folder / 'alone.json').write_text(json.dumps({'runs': [job]}))
+    env = {**os.environ, 'RANK': '0', 'WORLD_SIZE': '1'}
+    p = subprocess.run([sys.executable, 'tests/on_ranks.py', folder / 'alone.json'], cwd=ROOT, env=env, capture_output=True,
+                       text=True)
+    assert p.returncode == 0 and 'stopped after step' in p.stdout, p.stdout + p.stderr
+
+
+@pytest.fixture(scope='module')
+def on_one(started):
+    """(kind of models, dtype, kind of output-space term) -> gradient, sums and rollout on one rank."""
+    @cache
+    def computed(models, dtype, opd):
+        student, teacher = (load_model(path, dtype) for path in started[1][models])
+        student.head.requires_grad_(student.config.tied or opd not in ('none', 'probe'))
+        return gradient(student, teacher.requires_grad_(False), 10**6, 0, 1, opd)
+    return computed
+
+
+def read(started, name):
+    """A gradient that several ranks have written -> {name: gradient}, sums, the rest."""
+    tensors = load_file(started[0] / f'{name}.safetensors')
+    rest = {key: tensors.pop(key) for key in ('norm', 'bytes', 'answers')}
+    sums = {key.removeprefix('sum '): tensors.pop(key) for key in list(tensors) if key.startswith('sum ')}
+    return tensors, sums, rest
+
+
+@pytest.mark.parametrize('name', [name for name in GRADIENTS if 'bfloat16' not in name])
+def test_gradient_does_not_depend_on_the_ranks(started, on_one, name):
+    """Answers, gradient, its norm and the sums, against one rank in one micro-batch. In float64, where a wrong weight of
+    one row in a million would show, and within float32's rounding in the dtype that a run on CPUs has.
+
+    Ranks hold unequal numbers of rows: the poorer ones run empty micro-batches, and nothing hangs. The head's gradient is
+    formed inside its own FSDP group, or, tied, inside the root's; a probe gathers the frozen head and leaves no gradient. A
+    sharded teacher's head is gathered apart from its blocks."""
+    arguments = GRADIENTS[name]['arguments']
+    dtype = getattr(torch, arguments.get('dtype', 'float64'))
+    want, want_sums, roll = on_one(GRADIENTS[name]['models'], dtype, arguments.get('opd', 'none'))
+    got, got_sums, rest = read(started, name)
+    assert [ids[:len(answer)] for ids, answer in zip(rest['answers'].tolist(), roll.answers(), strict=True)] == roll.answers()
     assert got.keys() == want.keys()
-    for name, g in want.items():
-        assert got[name].dtype == g.dtype and (got[name] - g).norm() <= rounding(g, TINY_SUMS), name
+    for key, grad in want.items():
+        assert got[key].dtype == grad.dtype and (got[key] - grad).norm() <= rounding(grad, TINY_SUMS), key
+    norm = torch.nn.utils.get_total_norm(want.values())
+    assert abs(rest['norm'] - norm) <= rounding(norm, TINY_SUMS)
+
+    # What is logged is float32 at most, and a sum over fewer than 100 positions.
     assert got_sums.keys() == want_sums.keys()
-    for name, value in want_sums.items():
-        assert (got_sums[name] - value).norm() <= rounding(value.float(), 100), name
-
-
-@pytest.mark.parametrize('budget, recompute', [(10**6, False), (25, True)])
-def test_gradient_does_not_depend_on_the_number_of_ranks(toy_cfg, tmp_path, budget, recompute):
-    """Ranks hold 4 and 2 rows, so with a small budget they need different numbers of micro-batches:
-    the poorer one runs empty ones, and nothing hangs; blocks recomputed under FSDP included. In float64, where
-    a wrong weight of one row in a million would show."""
-    got, got_sums = on_two_ranks(tmp_path, toy_cfg['student'], toy_cfg['teacher'], budget, 'float64', recompute)
-    student, teacher = (load_model(toy_cfg[side], torch.float64) for side in ('student', 'teacher'))
-    want, sums, _ = gradient(student, teacher, 10**6, 0, 1)
-    assert_same_gradient(got, want, got_sums, sums)
-
-
-def test_gradient_in_float32_on_two_ranks(tmp_path):
-    """The dtype that a run on CPUs has: as above, within float32's rounding."""
-    for name, seed in (('student', 0), ('teacher', 1)):
-        save_model(tiny_model(seed), tmp_path / name)
-    got, got_sums = on_two_ranks(tmp_path, tmp_path / 'student', tmp_path / 'teacher', 25, 'float32', True)
-    want, sums, _ = gradient(load_model(tmp_path / 'student'), load_model(tmp_path / 'teacher'), 10**6, 0, 1)
-    assert_same_gradient(got, want, got_sums, sums)
-
-
-@pytest.mark.parametrize('opd, tied', [('topk', True), ('sampled', False), ('probe', False), ('probe', True)])
-def test_output_space_gradient_on_two_ranks(tmp_path, opd, tied):
-    """The head's gradient is formed inside its own FSDP group, or, tied, inside the root's; a rank that
-    runs an empty micro-batch calls it too. A probe gathers the frozen head and leaves no gradient."""
-    for name, seed in (('student', 0), ('teacher', 1)):
-        save_model(tiny_model(seed, tied=tied), tmp_path / name)
-    got, got_sums = on_two_ranks(tmp_path, tmp_path / 'student', tmp_path / 'teacher', 25, 'float64', True, opd)
-    student, teacher = (load_model(tmp_path / name, torch.float64) for name in ('student', 'teacher'))
-    want, sums, _ = gradient(student, teacher, 10**6, 0, 1, opd)
-    assert sums['statistics'][0] > 0 and ('head.weight' in want) == (opd != 'probe' and not tied)
-    assert_same_gradient(got, want, got_sums, sums)
+    for key, value in want_sums.items():
+        assert (got_sums[key] - value).norm() <= rounding(value.float(), 100), key
+    if arguments.get('opd', 'none') != 'none':
+        assert want_sums['statistics'][0] > 0
 
 
 def assert_near_in_bfloat16(got, want, cosine):
@@ -86,34 +178,53 @@ def assert_near_in_bfloat16(got, want, cosine):
     assert torch.cosine_similarity(ours, exact, dim=0) > cosine
 
 
-@pytest.mark.parametrize('opd', ['topk', 'probe'])
-def test_output_space_gradient_in_bfloat16(tmp_path, opd):
-    """What GPUs run: bf16 weights gathered for the head, fp32 chunks, fp32 reduction. The layers of the
-    hidden-state term are 1 and 3; with a probe the frozen head is gathered without a gradient."""
-    for name, seed in (('student', 0), ('teacher', 1)):
-        save_model(tiny_model(seed), tmp_path / name)
-    got, got_sums = on_two_ranks(tmp_path, tmp_path / 'student', tmp_path / 'teacher', 25, 'bfloat16', False, opd)
-    student, teacher = (load_model(tmp_path / name) for name in ('student', 'teacher'))
-    want, sums, _ = gradient(student, teacher, 10**6, 0, 1, opd)
-    assert all(torch.allclose(got_sums[name], value, rtol=0.1, atol=0.02) for name, value in sums.items())
-    assert_near_in_bfloat16(got, want, 0.9)  # a reward is a small difference of two rounded log-probabilities
+@pytest.mark.parametrize('name', [name for name in GRADIENTS if 'bfloat16' in name])
+def test_bfloat16_forwards_keep_float32_gradients(started, on_one, name):
+    """What GPUs run: bf16 weights gathered for blocks and head, fp32 chunks, fp32 reduction. Of the hidden-state term the
+    layers are 1 and 3; with a probe the frozen head is gathered without a gradient."""
+    opd = GRADIENTS[name]['arguments'].get('opd', 'none')
+    want, sums, _ = on_one(GRADIENTS[name]['models'], torch.float32, opd)
+    got, got_sums, _ = read(started, name)
+    if opd != 'none':        # a reward is a small difference of two rounded log-probabilities
+        assert all(torch.allclose(got_sums[key], value, rtol=0.1, atol=0.02) for key, value in sums.items())
+    assert_near_in_bfloat16(got, want, 0.98 if opd == 'none' else 0.9)
 
 
-def test_bfloat16_forwards_keep_float32_gradients(toy_cfg, tmp_path):
-    """Mixed precision: near the float32 gradient, and reduced in float32."""
-    got, _ = on_two_ranks(tmp_path, toy_cfg['student'], toy_cfg['teacher'], 10**6, 'bfloat16', False)
-    want, *_ = gradient(load_model(toy_cfg['student']), load_model(toy_cfg['teacher']), 10**6, 0, 1)
-    assert_near_in_bfloat16(got, want, 0.98)
+@pytest.mark.parametrize('name, shards', [('float32', 2), ('2 x 2', 2), ('1 x 4, sharded teacher, sampled', 4), ('4 x 1', 1)])
+def test_each_rank_holds_its_part(started, name, shards):
+    """Bytes of weights, gradients and AdamW's moments. FSDP cuts the first axis, rounded up: no part is larger than that."""
+    model = load_model(started[1][GRADIENTS[name]['models']][0])
+    _, _, rest = read(started, name)
+    size = 4 if 'dtype' in GRADIENTS[name]['arguments'] else 8
+    whole = sum(p.numel() for p in model.parameters()) * size
+    largest = sum(-(-len(p) // shards) * p[0].numel() for p in model.parameters()) * size
+    for rank, (weights, gradients, moments) in enumerate(rest['bytes'].tolist()):
+        assert weights <= largest and gradients <= weights and moments <= 2 * weights + 4 * 100, rank
+    copies = len(rest['bytes']) // shards
+    assert rest['bytes'][:, 0].sum() == copies * whole
 
+
+# ---- whole runs ---------------------------------------------------------------------------------
 
 KEYS = ('loss', 'rep/cos', 'grad_norm', 'len/mean', 'acc/rollout', 'finish')
 
+# A mean over all tokens of the step: over those of one rank, the ranks would each count alike.
+BY_TOKEN = ['loss_average=token', 'rep_loss=cosine', 'adam_eps=1e-5', 'eval_data=']
 
-def assert_same_run(a, b):
+# A teacher with another vocabulary reads the text of the answers, and the next byte is compared.
+BYTES = ['toy_teacher_tokens=merged', 'opd=byte', 'oprd_weight=0', 'opd_weight=1', 'eval_every=0']
+
+
+def arguments(toy_dir, out, *more):
+    """Command line of a run, through the `config` link."""
+    return ['config/toy.py', *argv(toy_dir, out, lr=1e-4)[1:], *more]
+
+
+def assert_same_run(a, b, keys=KEYS):
     rows = log_of(a), log_of(b)
     assert [[r['step'] for r in rs] for rs in rows] == [[0, 1, 2, 3, 4]] * 2
     for x, y in zip(*(rs[1:] for rs in rows), strict=True):
-        assert [x[k] for k in KEYS] == pytest.approx([y[k] for k in KEYS], rel=1e-5)
+        assert [x[k] for k in keys] == pytest.approx([y[k] for k in keys], rel=1e-5)
         assert x.get('adam/below_eps') == pytest.approx(y.get('adam/below_eps'), abs=1e-3)
     for p, q in zip(load_model(a / 'last').parameters(), load_model(b / 'last').parameters(), strict=True):
         assert (p - q).norm() <= 1e-5 * p.norm()
@@ -122,45 +233,106 @@ def assert_same_run(a, b):
 def assert_same_answers(a, b):
     """The ranks' answers are gathered into the files that one rank writes: none twice, none missing, in one order."""
     files = [{file.name: file.read_bytes() for file in (out / 'answers').iterdir()} for out in (a, b)]
-    assert files[0] == files[1] and set(files[0]) == {'teacher.jsonl', '000000.jsonl', '000002.jsonl', '000004.jsonl'}
+    assert files[0] == files[1] and {'teacher.jsonl', '000000.jsonl'} <= set(files[0])
 
 
-def test_a_whole_run_on_two_ranks_and_on_one(toy_dir, tmp_path):
-    """Through the `config` link: rank 0 alone speaks, and log and weights agree with one process. A
-    run that two ranks began goes on on one, and the other way round."""
-    def args(name):
-        return ['config/toy.py', *argv(toy_dir, tmp_path / name, lr=1e-4)[1:]]
-    main(load_config(args('one')))
-    out = torchrun('distill.py', *args('two'))
-    assert out.count('Avg@2') == 2 and out.count('step 0004') == 1
-    assert_same_run(tmp_path / 'one', tmp_path / 'two')
-    assert_same_answers(tmp_path / 'one', tmp_path / 'two')
+@pytest.mark.parametrize('name', ['two', 'four'])
+def test_the_answers_of_an_evaluation_on_several_ranks(started, name):
+    assert_same_answers(started[0] / 'one', started[0] / name)
 
-    # A mean over all tokens of the step: over those of one rank, the two ranks would each count as half.
-    by_token = ['loss_average=token', 'rep_loss=cosine', 'adam_eps=1e-5', 'eval_data=']
-    main(load_config([*args('one by token'), *by_token]))
-    torchrun('distill.py', *args('two by token'), *by_token)
-    assert_same_run(tmp_path / 'one by token', tmp_path / 'two by token')
 
-    torchrun('tests/two_ranks.py', 'interrupt', 3, *args('two, one'), code=1)
-    assert [r['step'] for r in log_of(tmp_path / 'two, one')] == [0, 1, 2, 3]
-    main(load_config(args('two, one')))
-    assert_same_run(tmp_path / 'one', tmp_path / 'two, one')
+@pytest.mark.parametrize('name, like', [('two', 'one'), ('two by token', 'one by token'), ('four', 'one')])
+def test_a_whole_run_on_several_ranks(started, name, like):
+    """Log and weights agree with one process; with four ranks the teacher is sharded too."""
+    assert_same_run(started[0] / like, started[0] / name)
 
-    env = {**os.environ, 'RANK': '0', 'WORLD_SIZE': '1'}
-    p = subprocess.run([sys.executable, 'tests/two_ranks.py', 'interrupt', '1', *args('one, two')], cwd=ROOT, env=env,
-                       capture_output=True, text=True)
-    assert p.returncode == 130 and 'stopped after step 1' in p.stdout and p.stderr == '\ninterrupted\n'
-    torchrun('distill.py', *args('one, two'))
-    assert_same_run(tmp_path / 'one', tmp_path / 'one, two')
 
+@pytest.mark.parametrize('name', ['one, two', 'two, one', 'four, one, two'])
+def test_a_run_goes_on_on_other_ranks(started, name):
+    """It was stopped after a step on each of them. A checkpoint of a 2 x 2 mesh holds each weight once."""
+    assert_same_run(started[0] / 'one', started[0] / name)
+    sizes = []
+    for run in ('one', 'four'):
+        files = (started[0] / run / 'ckpt-000004/resume').iterdir()
+        sizes.append(sum(tensor.nbytes for file in files for tensor in load_file(file).values()))
+    steps = len(load_file(next((started[0] / 'one/ckpt-000004/resume').iterdir())))      # 'step' is in every file
+    assert sizes[0] <= sizes[1] <= sizes[0] + 4 * 4 * steps
+
+
+def test_rank_0_alone_speaks(started):
+    """One table and one line for each step, of each run, on one machine and on two."""
+    for ranks, name in ((2, 'two'), (4, 'four')):
+        printed = started[2][ranks].split(f'=== {name}\n')[1].split('===')[0]
+        assert printed.count('Avg@2') == 2 and printed.count('step 0004') == 1
+    assert started[2][2].count('=== interrupted') == started[2][4].count('=== interrupted') == 1
+
+
+def test_a_sharded_teacher_with_another_vocabulary(started):
+    """It reads its own prompts and its own tokens, in as many forwards on each rank."""
+    assert_same_run(started[0] / 'bytes on one', started[0] / 'bytes on four', ('loss', 'opd/kl', 'grad_norm', 'align'))
+
+
+def test_a_teacher_that_does_not_fit_is_not_evaluated():
+    """With eval_teacher=False nobody asks for its whole weights; setup.teacher is not even looked at."""
+    setup = SimpleNamespace(tok=None, tok_t=None, held_out={'set': []}, stop=[])
+    cfg = load_config(['eval_teacher=False'])
+    shared = 'distill.shared_size'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, lambda tok, tok_t: 0)
+        assert evaluate_model(cfg, setup, None, 'teacher', 'teacher') == {}
+
+
+# ---- errors -------------------------------------------------------------------------------------
 
 def test_an_error_on_two_ranks_ends_both(toy_dir, tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                        'distill.py', *argv(toy_dir, tmp_path / 'x', prompts_per_step=1)],
+    p = subprocess.run([*TORCHRUN, '--standalone', 'distill.py', *argv(toy_dir, tmp_path / 'x', prompts_per_step=1, n=1)],
                        cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert p.returncode != 0 and p.stderr.count('prompts_per_step=1 is fewer than the 2 ranks') == 1
+    assert p.returncode != 0 and p.stderr.count('gives 1 answers, fewer than the 2 ranks') == 1
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / 'distill.py') not in p.stderr
+
+
+def met(ranks, late, minutes):
+    """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got."""
+    store = dist.HashStore()
+    errors = {}
+
+    def go(rank):
+        meeting = Meeting(store, rank, ranks, minutes, 'localhost')
+        store.set(f'host of {rank}', f'node{rank // 2}')
+        for number in (1, 2, 3):
+            if rank in late and number == 3:
+                return
+            time.sleep(0.01 * rank)
+            try:
+                meeting.wait(f'task {number}', minutes)
+            except UserError as error:
+                errors[rank] = str(error)
+    threads = [threading.Thread(target=go, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return errors
+
+
+@pytest.mark.parametrize('late, told', [
+    ([], None), ([2], 'rank 2 (host node1) has'), ([0], 'rank 0 (host node0) has'),
+    ([1, 3], 'rank 1 (host node0), rank 3 (host node1) have')])
+def test_a_silent_rank_is_named(monkeypatch, late, told):
+    """By every rank that waits. A collective says that a socket has timed out, after six hours."""
+    monkeypatch.setattr('support.runtime.time.sleep', lambda seconds: None)
+    errors = met(4, late, 0.02)
+    assert set(errors) == (set(range(4)) - set(late) if late else set())
+    for line in errors.values():
+        assert line == f'{told} not finished task 3, and the others waited for 0.02 minutes; look at the log there, or raise timeout='
+
+
+def test_ranks_of_a_copy():
+    """Those of a machine, unless machines have unequal numbers of ranks."""
+    assert [ranks_of_a_copy(0, 16, '8'), ranks_of_a_copy(0, 8, '8'), ranks_of_a_copy(0, 1, None)] == [8, 8, 1]
+    assert [ranks_of_a_copy(0, 12, '8'), ranks_of_a_copy(0, 12, None), ranks_of_a_copy(6, 12, '4')] == [12, 12, 6]
+    with pytest.raises(UserError, match='shard_ranks=8 does not divide the 12 ranks; give a divisor'):
+        ranks_of_a_copy(8, 12, '4')
 
 
 @pytest.mark.parametrize('backend, moves', [('nccl', 'cuda'), ('gloo', 'cpu')])
