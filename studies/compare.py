@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from tqdm import tqdm
 
 from configs import load_config
 from studies.children import log_text, run_logged, show_failure
@@ -33,6 +32,7 @@ from studies.figures import accuracy, finish, new_figure, read_log, require_comp
 from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import whole
+from support.progress import Progress
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
 from support.run_folder import MEASURED, plain_scores, scores_of
 from support.runtime import ROOT, UserError, print0, run, run_file, shown
@@ -51,7 +51,7 @@ def launch(script, jobs):
     """Run a script with each {folder: command line}, one process a core with one thread each. A finished
     folder costs seconds. A run that fails is told at once; it is a UserError when the others have ended."""
     failures = []
-    with ThreadPoolExecutor(workers()) as pool, tqdm(total=len(jobs), unit='run', disable=None) as bar:
+    with ThreadPoolExecutor(workers()) as pool, Progress(script, len(jobs), 'runs') as progress:
         waiting = {}
         for folder, arguments in jobs.items():
             waiting[pool.submit(run_script, script, arguments, folder)] = folder
@@ -61,8 +61,8 @@ def launch(script, jobs):
                 if job.result() != 0:
                     last_line = show_failure(folder, log_text(log_of(folder)))
                     failures.append(f'{folder}: {last_line}; its log is {log_of(folder)}')
-                bar.update()
-                bar.set_postfix_str(folder.name)
+                progress.extra = f'the last one {folder.name}'
+                progress.update(progress.done + 1)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)       # runs that have begun save themselves
             raise

@@ -63,7 +63,7 @@ class ProfilingClock(Clock):
         """Trace operations and allocations from here on."""
         self.trace = torch.profiler.profile(profile_memory=True)
         if self.cuda:
-            torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+            torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS, stacks='python')
         self.trace.start()
 
     def write_trace(self):
