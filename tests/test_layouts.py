@@ -154,6 +154,8 @@ def test_what_pandas_writes(tmp_path):
         assert load(tmp_path / name) == EXPECTED, name
     pandas.DataFrame({'question': ['a', 'b'], 'answer': [7, 8], 'solution': [None, 'x']}).to_csv(tmp_path / 'f.csv')
     assert [problem.answer for problem in load(tmp_path / 'f.csv')] == ['7', '8']
+    pandas.DataFrame({'question': ['a', 'b'], 'answer': ['1', None], 'solution': [None, 'x']}).to_csv(tmp_path / 'g.csv')
+    assert [problem.answer for problem in load(tmp_path / 'g.csv')] == ['1', 'x']
 
 
 def test_folders_that_datasets_saves(tmp_path):
@@ -409,6 +411,7 @@ def test_a_table_becomes_objects_a_piece_at_a_time(tmp_path, monkeypatch):
         for name, write in (('q.parquet', parquet.write_table), ('q.arrow', lambda t, f: feather.write_feather(t, str(f)))):
             write(pyarrow.Table.from_pylist(VERL), tmp_path / name)
             assert [as_text(problem) for problem in load(tmp_path / name)] == EXPECTED
+            assert [where.rpartition(' ')[2] for where, _ in data_files.rows_of(tmp_path / name)] == [str(i) for i in range(1, 13)]
 
 
 class Harm:
