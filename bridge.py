@@ -413,6 +413,7 @@ def main(cfg):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}= (see configs/toy_bridge.py)")
     saved.check_folder(cfg['bridge'], cfg['out_dir'])
+    cfg = cfg | {'eval_data': ''}                    # nothing is evaluated here: no toy is made for it
     if toy.ends_dry_run(cfg):
         return
 

@@ -492,6 +492,7 @@ def main(cfg):
     for key in ('student', 'eval_data'):
         if not cfg[key]:
             raise UserError(f"{key}='': nothing given; set {key}=")
+    cfg = cfg | {'data': ''}                 # nothing is trained here: no toy is made for it
     if toy.ends_dry_run(cfg):
         return
     cfg = toy.prepare(cfg, env)

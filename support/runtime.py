@@ -212,8 +212,9 @@ def run(main, cfg_of):
         line = (f'{str(error).splitlines()[0]} Lower token_budget=, eval_rows= or head_rows=, or set '
                 'checkpointing=True')
     except BrokenPipeError:
-        # Whoever read our output has gone, as in `--help | head`. There is nobody to tell, and the
-        # interpreter's last flush must not fail.
+        # Whoever read our output has gone, as in `distill.py ... | head`. There is nobody to tell, and the
+        # interpreter's last flush must not fail. The work is not done, so the exit code is that of a program
+        # which SIGPIPE has ended (a --help, which has done its work, ends with 0: command_help.show_help).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(128 + signal.SIGPIPE, failed=True)
     except OSError as error:

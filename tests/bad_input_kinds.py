@@ -58,7 +58,7 @@ LINES = {
                   'eval_rows=64'],
     'eval_math.py': ['student=toy/student', 'eval_data=toy/eval.jsonl', 'eval_n=2', 'eval_max_new_tokens=20',
                      *CPU, '--dry-run'],
-    'minimal.py': ['configs/toy.py', *PAIR, *STEPS],
+    'minimal.py': [*PAIR, *STEPS, 'positions=all'],
     'studies/toy.py': ['configs/toy.py', 'toy_ops=1', 'toy_layers=1', 'toy_width=8', 'toy_heads=1',
                        'toy_batch=2',
                        'toy_student_steps=1', 'toy_teacher_steps=1', 'toy_train=4', 'toy_eval=2',

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import argv, write_log
+from conftest import argv, for_script, write_log
 
+from studies.children import log_text, run_logged, show_failure
 from studies.compare import comparison_figure, comparison_table, main, notes_under_table, read_finished_log
 from support.provenance import append_start, source_digests
 from support.runtime import UserError
@@ -97,7 +98,10 @@ def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
     p = figures()
     assert p.returncode == 0, p.stderr
     out = tmp_path / 'out/tiny_study'
-    assert {f.name for f in out.iterdir()} == {'oprd-s0', 'oprd-s1', 'opd_full-s0', 'opd_full-s1', 'table.md', 'curves.png'}
+    runs = {'oprd-s0', 'oprd-s1', 'opd_full-s0', 'opd_full-s1'}
+    assert {f.name for f in out.iterdir()} == {*runs, *(f'{run}.log' for run in runs), 'table.md', 'curves.png'}
+    log = (out / 'oprd-s0.log').read_text()
+    assert log.startswith('$ python distill.py ') and '\nstep 0002/0002 | ' in log
 
     # Other code than now has made all of them: the same numbers with a line under them, and nothing is run again.
     for folder in out.glob('*/'):
@@ -122,7 +126,27 @@ def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
     study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'max_new_tokens=9999']}, 'b': {args}}}\n")
     p = figures()
     assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith('error: out/tiny_study/a-s0: error: ') and '9999' in p.stderr
-    assert (out / 'b-s0/results.json').exists()
+    assert p.stderr.endswith('; its log is out/tiny_study/a-s0.log\n') and (out / 'b-s0/results.json').exists()
+    shown = p.stderr.splitlines()[1:-1]
+    assert shown[0] == 'out/tiny_study/a-s0 has failed; the last that it said:' and shown[-1].startswith('    error: ')
+    log = (out / 'a-s0.log').read_text()
+    assert len(shown) > 3 and all(f'\n{line[4:]}' in log for line in shown[1:])
+
+
+def test_a_log_keeps_what_every_start_has_printed(tmp_path, monkeypatch, capsys):
+    """The error output was thrown away but for its last line: of a traceback, the one without a place. What is shown is of
+    the last start, and cannot command the terminal."""
+    script = tmp_path / 'child.py'
+    script.write_text("import sys\nprint('out', sys.argv[1], flush=True)\nprint('\\x1b[31m', file=sys.stderr)\nsys.exit(int(sys.argv[1]))")
+    log = tmp_path / 'logs/a.log'
+    assert [run_logged([script, code], log) for code in (0, 3)] == [0, 3]
+    assert log.read_text() == f'$ python {script} 0\nout 0\n\x1b[31m\n$ python {script} 3\nout 3\n\x1b[31m\n'
+    assert show_failure('a', log_text(log)) == '\\x1b[31m'
+    assert capsys.readouterr().err == '\na has failed; the last that it said:\n    out 3\n    \\x1b[31m\n'
+    log.write_text('$ python x\n')
+    assert show_failure('a', log_text(log)) == 'it ended without a word; out of memory?'
+    log.write_text('x' * 10**6 + '\n' + 'y\n' * 99)
+    assert show_failure('a', log_text(log)) == 'y' and capsys.readouterr().err.count('    y\n') == 12
 
 
 @pytest.mark.parametrize('first, second, says', [
@@ -190,6 +214,7 @@ RUNS = "runs = {'a': ['configs/toy.py']}"
     *((f"seeds = [0]; runs = {{'a': ['configs/toy.py', 'bridge={braces}']}}", f"'bridge={braces}': braces are for")
       for braces in ('{', '}', '{nope}', '{0}', '{x.__class__}')),
     ('seeds = [', 'mine.py: SyntaxError: '),
+    (f"seeds = [0]; bridges = {{'b': ['steps=1']}}; {RUNS}", 'out/mine/b-stage1-s0: bridge.py does not read steps='),
     ('1 / 0', 'mine.py: ZeroDivisionError: division by zero; mend the study'),
     ('raise SystemExit(0)', 'mine.py: SystemExit: 0; mend the study'),
 ])
@@ -219,10 +244,11 @@ def test_a_log_without_what_the_table_shows_is_refused(tmp_path, number, change)
 
 def test_a_study_makes_its_bridges_first(toy_dir, tmp_path):
     """Once a seed; a run names the folder as {name}; again, nothing is made."""
-    args = argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, bridge_prompts=20, bridge_rank=4, steps=2)
+    args = argv(toy_dir, 'x', toy_teacher_layers=4, toy_teacher_width=32, bridge_rank=4, steps=2)
     args = [a for a in args if not a.startswith('out_dir')]
+    fit = [*for_script('bridge.py', args), 'bridge_prompts=20']
     study = tmp_path / 'tiny_bridges.py'
-    study.write_text(f"args = {args}\nseeds = [0]\nbridges = {{'ridge': args, 'rnd': [*args, 'bridge_fit=random']}}\npanels = {{}}\n"
+    study.write_text(f"args = {args}\nfit = {fit}\nseeds = [0]\nbridges = {{'ridge': fit, 'rnd': [*fit, 'bridge_fit=random']}}\npanels = {{}}\n"
                      "runs = {'bridge': [*args, 'bridge={ridge}'], 'random': [*args, 'bridge={rnd}']}\n")
     out = tmp_path / 'out/tiny_bridges'
     for _ in range(2):

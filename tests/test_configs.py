@@ -79,12 +79,12 @@ MAINS = {'distill.py': distill.main, 'bridge.py': bridge.main, 'eval_math.py': e
 # Keys that a script looks at, and that change nothing there: on its command line they are refused all the same.
 WITHOUT_EFFECT = {
     'bridge.py': {
-        'out_dir': 'must be another folder than bridge=', 'eval_data': "toy.prepare fills in every 'toy'",
+        'out_dir': 'must be another folder than bridge=', 'eval_data': "toy.prepare fills in every 'toy'; set to '' here",
         'n': 'one answer to each problem (preflight_bridge)', 'prompts_per_step': 'its answers at once are eval_rows',
         'opd_weight': 'a Plan has it; bridge_phases does not ask', 'eval_n': 'work_of an evaluation of no problems',
         'eval_max_new_tokens': 'likewise'},
     'eval_math.py': {
-        'data': "toy.prepare fills in every 'toy'",
+        'data': "toy.prepare fills in every 'toy'; set to '' here",
         'max_new_tokens': 'what eval_max_new_tokens=0 means; on its command line the latter says it'},
     'minimal.py': {
         'eval_data': "toy.prepare fills in every 'toy'", 'dry_run': 'refused: it has none', 'dtype': 'a key of config.json',
