@@ -19,8 +19,9 @@ that are memory-mapped while they are read, and the CUDA context (about 0.5 GB).
 
 Letters: B answers of this rank, T tokens of the longest of them, N = b T tokens of a micro-batch of b
          answers, K supervised positions in it, L layers, M of them matched, d width, H query heads, G
-         key/value heads, e head width, ff width of the MLP, V vocabulary, W ranks, C rows under the head at
-         once, r rank of a bridge, s bytes of a number in a forward (2 for bfloat16, 4 for float32).
+         key/value heads, e head width, ff width of the MLP, V vocabulary, W ranks, S ranks that share one
+         copy of the weights, C rows under the head at once, r rank of a bridge, s bytes of a number in a
+         forward (2 for bfloat16, 4 for float32).
 """
 from dataclasses import dataclass
 
@@ -209,6 +210,10 @@ class Plan:
         return self.env.world
 
     @property
+    def S(self):
+        return self.env.shard_ranks
+
+    @property
     def cuda(self):
         return self.env.device.type == 'cuda'
 
@@ -216,6 +221,11 @@ class Plan:
     def sharded(self):
         """Does FSDP hold the student (support.runtime.shard)?"""
         return self.W > 1 or self.s == 2
+
+    @property
+    def teacher_sharded(self):
+        """And the teacher?"""
+        return self.sharded and self.cfg['teacher_shard']
 
     @property
     def output(self):
@@ -234,38 +244,56 @@ def phases(plan):
     s = plan.s
     work = plan.work
     weights = weights_of(plan.student)
+    teacher = weights_of(plan.teacher)
     total = {}
 
     # What stays from the first step to the last.
     lasting = {
-        'student weights, float32': 4 * weights.total / plan.W,
-        'AdamW, float32': 8 * plan.learned / plan.W,
-        'teacher weights': s * weights_of(plan.teacher).total,
+        'student weights, float32': 4 * weights.total / plan.S,
+        'AdamW, float32': 8 * plan.learned / plan.S,
+        'teacher weights': s * teacher.total / (plan.S if plan.teacher_sharded else 1),
     }
     if plan.cfg['bridge']:
         r = bridge_rank(plan)
         lasting['bridge'] = 4 * len(plan.layer_map) * r * (plan.teacher.d + 2 * plan.student.d)
 
-    # While models are loaded every rank has the whole student for a moment; AdamW's moments come after that.
-    whole_student = lasting | {'student weights, float32': 4 * weights.total, 'AdamW, float32': 0}
-    total['load'] = max(whole_student, lasting, key=lambda parts: sum(parts.values()))
+    # While weights are read, a rank has one whole tensor beside its shards; AdamW's moments come after that.
+    largest = 4 * max(plan.student.V, 2 * plan.student.ff) * plan.student.d if plan.sharded else 0
+    reading = lasting | {'AdamW, float32': 0, 'one tensor, before it is cut': largest}
+    total['load'] = max(reading, lasting, key=lambda parts: sum(parts.values()))
 
-    # Sampling needs whole weights in the dtype of forwards. The group that is gathered last exists twice.
+    # Sampling needs whole weights in the dtype of forwards.
     whole = {}
     if plan.sharded:
-        last_group = max(weights.block, weights.head) if plan.W > 1 else 0
-        whole = {'student weights, gathered for sampling': s * (weights.total + last_group)}
+        whole = {'student weights, gathered for sampling': gathered_model(plan, weights)}
     total['sample'] = lasting | whole | sampler(
         plan.student, s, work.answers, work.prompts, work.prompt, work.new, work.vocab, plan.cfg['top_p'])
     if work.eval_answers:
-        total['evaluate'] = lasting | whole | sampler(
-            plan.student, s, work.eval_answers, work.eval_answers, work.eval_prompt, work.eval_new,
-            work.vocab, plan.cfg['eval_top_p'])
+        evaluations = [lasting | whole | eval_sampler(plan, plan.student)]
+        if plan.cfg['eval_teacher']:
+            whole = {}
+            if plan.teacher_sharded:
+                whole = {'teacher weights, gathered for sampling': gathered_model(plan, teacher)}
+            evaluations.append(lasting | whole | eval_sampler(plan, plan.teacher))
+        total['evaluate'] = max(evaluations, key=lambda parts: sum(parts.values()))
     total['update'] = lasting | update(plan)
 
     # On a GPU a checkpoint needs memory of the host alone.
     total['save'] = lasting if plan.cuda else lasting | saving(plan)
     return total
+
+
+def gathered_model(plan, weights):
+    """Bytes of a whole model in the dtype of forwards. The group that is gathered last exists twice."""
+    last_group = max(weights.block, weights.head) if plan.S > 1 else 0
+    return plan.s * (weights.total + last_group)
+
+
+def eval_sampler(plan, c):
+    """What an evaluation of the student or the teacher (their ModelConfig) holds beside the weights."""
+    work = plan.work
+    return sampler(c, plan.s, work.eval_answers, work.eval_answers, work.eval_prompt, work.eval_new,
+                   work.vocab, plan.cfg['eval_top_p'])
 
 
 def peak(estimate):
@@ -288,7 +316,7 @@ def saving(plan):
     copies = 3 if plan.cuda else 2
     weights = weights_of(plan.student)
     share = resume_bytes(plan) / plan.W
-    file = min(share, max(FILE_BYTES, 4 * weights.embed / plan.W))
+    file = min(share, max(FILE_BYTES, 4 * weights.embed / plan.S))
     resume_state = {'files of the resume state, as bytes and a copy': copies * file}
     model = {}
     if plan.cuda or plan.sharded:
@@ -366,7 +394,7 @@ def teacher_rows(plan, batch):
 
 def gradients_before(plan, batch):
     """Bytes of the gradients that earlier micro-batches have left."""
-    return 4 * plan.learned / plan.W if batch.several else 0
+    return 4 * plan.learned / plan.S if batch.several else 0
 
 
 def kept_up_to(l, plan, batch):
@@ -381,18 +409,21 @@ def kept_up_to(l, plan, batch):
     return kept * batch.tokens
 
 
-def gathered_blocks(plan):
-    """Bytes that FSDP has gathered: a block, the next one while it is computed, and the embedding, which
-    stays whole from the forward to the end of the backward."""
-    weights = weights_of(plan.student)
+def gathered_blocks(plan, c):
+    """Bytes that FSDP has gathered of a sharded model (its ModelConfig): a block, the next one while it is
+    computed, and the embedding. The student's stays whole from the forward to the end of the backward."""
+    weights = weights_of(c)
     return plan.s * (2 * weights.block + weights.embed) if plan.sharded else 0
 
 
 def teacher_forward(plan, batch, rows):
     """The teacher reads a micro-batch."""
-    embed = plan.s * weights_of(plan.student).embed
-    return moment(gradients_before(plan, batch), rows,
-                  embed if plan.sharded and batch.several else 0,
+    fsdp = 0
+    if plan.sharded and batch.several:
+        fsdp += plan.s * weights_of(plan.student).embed
+    if plan.teacher_sharded:
+        fsdp += gathered_blocks(plan, plan.teacher)
+    return moment(gradients_before(plan, batch), rows, fsdp,
                   forward_work(plan.teacher, plan.s) * batch.tokens)
 
 
@@ -410,20 +441,20 @@ def backward_of_block(l, plan, batch, rows):
         work = max(work, batch.rows * 4 * student.d * (2 if plan.s == 4 else 3))
 
     # Gradients: those of the blocks above, and this block's first one, which is that of `down`.
-    above = 4 * (student.L - l) * weights.block / plan.W
+    above = 4 * (student.L - l) * weights.block / plan.S
     if plan.output:
-        above += 4 * weights.head / plan.W
+        above += 4 * weights.head / plan.S
     gradients = plan.s * student.d * student.ff + (gradients_before(plan, batch) or above)
 
     # A block's gradient comes in the dtype of forwards. While it is summed over ranks it is float32.
     summed = 4 * weights.block if plan.sharded and l < student.L else 0
-    return moment(gradients, rows, gathered_blocks(plan) + summed, activations + work)
+    return moment(gradients, rows, gathered_blocks(plan, student) + summed, activations + work)
 
 
 def end_of_backward(plan, batch, rows):
     """All gradients, the embedding's among them, which is summed over ranks last."""
     embed = (2 * plan.s + 4) * weights_of(plan.student).embed
-    return moment(4 * plan.learned / plan.W, rows, embed if plan.sharded else 0,
+    return moment(4 * plan.learned / plan.S, rows, embed if plan.sharded else 0,
                   plan.s * plan.student.d * batch.tokens)
 
 
@@ -445,5 +476,11 @@ def loss_under_head(plan, batch, rows):
         head += s * c.V * c.d
         chunk = max(chunk, s * c.V * c.d)
     states = 2 * s * batch.rows * c.d
-    return moment(gradients_before(plan, batch), rows, gathered_blocks(plan), kept_up_to(c.L, plan, batch),
+
+    # The head of a sharded teacher is gathered meanwhile; a tied one lies in the group of the embedding.
+    fsdp = gathered_blocks(plan, c)
+    if plan.teacher_sharded:
+        teacher = weights_of(plan.teacher)
+        fsdp += s * (teacher.head or teacher.embed)
+    return moment(gradients_before(plan, batch), rows, fsdp, kept_up_to(c.L, plan, batch),
                   chunk + head + states)

@@ -3,6 +3,7 @@ What a dry run says about a run that is not started: memory by phase, disk, time
 
     python distill.py configs/toy.py --dry-run                              this device, these ranks
     python distill.py configs/r1_1p5b.py --dry-run ranks=8                  eight GPUs, asked from a laptop
+    python distill.py configs/r1_1p5b.py --dry-run ranks=64 shard_ranks=8   eight machines of eight GPUs
     python distill.py configs/toy.py --dry-run ranks=2 device=cpu           two CPU ranks
 
 Simpler than usual: everything is a count, divided by a rate. Memory is counted in support/memory.py. Time is
@@ -23,19 +24,33 @@ import torch
 
 from support.files import existing_above
 from support.memory import GiB, checkpoint_bytes, peak, saving, weights_of
-from support.runtime import UserError
+from support.runtime import UserError, ranks_of_a_copy
+
+GPUS = 8                        # of a machine, if a dry run is not told otherwise
 
 
 def planned(cfg, env):
     """Where the run would happen -> Env. With the key `ranks` that is another machine than this one: GPUs,
-    unless the config names a device."""
+    unless the config names a device, and eight of them in a machine."""
     if not cfg['ranks']:
         return env
     device = torch.device('cuda' if cfg['device'] == 'auto' else cfg['device'])
     dtype = cfg['dtype']
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
-    return replace(env, world=cfg['ranks'], device=device, dtype=getattr(torch, dtype))
+    on_machine = min(cfg['ranks'], GPUS) if device.type == 'cuda' else cfg['ranks']
+    shard_ranks = ranks_of_a_copy(cfg['shard_ranks'], cfg['ranks'], on_machine)
+    return replace(env, world=cfg['ranks'], device=device, dtype=getattr(torch, dtype),
+                   shard_ranks=shard_ranks)
+
+
+def mesh_lines(plan):
+    """How many ranks share the weights, where there is more than one rank."""
+    if plan.W == 1:
+        return []
+    line = f"{plan.W} ranks, each {plan.S} of them with one copy of the student's weights, in shards"
+    assumed = plan.cfg['ranks'] and not plan.cfg['shard_ranks'] and plan.cuda
+    return [line + (f', as if a machine had {GPUS} GPUs (shard_ranks= says otherwise)' if assumed else '')]
 
 
 def check_folder(folder):
@@ -203,11 +218,11 @@ def time_lines(plan, is_here):
     sampling = sampling_seconds(student, plan.s, work.answers, work.prompt, work.new, rate)
     step = sampling + flops / rate.flops
 
-    # Evaluations: both models before the first step, the student every so often and after the last one.
+    # Evaluations: of both models before the first step, of the student every so often and after the last one.
     count = 0
     evaluation = 0.0
     if work.eval_answers:
-        count = 2 + -(-steps // (plan.cfg['eval_every'] or steps))
+        count = (2 if plan.cfg['eval_teacher'] else 1) + -(-steps // (plan.cfg['eval_every'] or steps))
         rounds = work.eval_total / work.eval_answers
         evaluation = rounds * sampling_seconds(student, plan.s, work.eval_answers, work.eval_prompt,
                                                work.eval_new, rate)

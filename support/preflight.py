@@ -22,6 +22,7 @@ from support.plan import (
     host_lines,
     memory_lines,
     memory_notes,
+    mesh_lines,
     of_free,
     planned,
     time_lines,
@@ -223,6 +224,7 @@ def cost_lines(plan):
     is_here = not plan.cfg['ranks']
     lines = summary_lines(plan, estimate, is_here)
     if plan.cfg['dry_run']:
+        lines += mesh_lines(plan)
         lines += memory_lines(estimate)
         lines += host_lines(plan)
         lines += disk_lines(plan, is_here)

@@ -94,6 +94,8 @@ def ranks_of_a_copy(asked, world, on_machine):
     sets; None: unknown. Ranks of one machine have consecutive numbers, so the first copy lies on ranks 0 to
     shard_ranks - 1.
     """
+    if world == 1:                           # nobody to share with; a config for eight runs on a laptop
+        return 1
     if asked and world % asked:
         raise UserError(f'shard_ranks={asked} does not divide the {world} ranks; give a divisor, or 0 for '
                         'the ranks of one machine')

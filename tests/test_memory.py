@@ -49,10 +49,10 @@ def shape(**keys):
     return ModelConfig(**dict(family='qwen3', V=37, L=3, d=20, H=4, G=2, e=6, ff=28, context=500) | keys)
 
 
-def plan_of(c, work, world=1, dtype=torch.float32, device='cpu', layers=None, **keys):
+def plan_of(c, work, world=1, dtype=torch.float32, device='cpu', layers=None, shard_ranks=0, **keys):
     """A Plan between two models of one shape."""
     layer_map = {l: l for l in layers or range(1, c.L + 1)}
-    return Plan(default | dict(positions='all') | keys, c, c, layer_map, work, Env(0, world, 0, torch.device(device), dtype, world))
+    return Plan(default | dict(positions='all') | keys, c, c, layer_map, work, Env(0, world, 0, torch.device(device), dtype, shard_ranks or world))
 
 
 def work_of_answers(answers, prompt, new, vocab=37):
@@ -198,6 +198,48 @@ def test_more_ranks_need_less_each(checkpointing):
         assert estimate['sample']['teacher weights'] == 2 * c.count()
         need.append(sum(estimate['update'].values()))
     assert need == sorted(need, reverse=True) and need[0] > need[-1]
+
+
+def test_copies_on_several_machines_cost_what_one_machine_costs():
+    """Shards are of shard_ranks ranks: 64 ranks in eight copies hold as much each as eight ranks in one, but for the resume
+    state, of which each of the 64 writes its part."""
+    c = shape(V=500, L=12, d=48, H=4, G=2, e=12, ff=120)
+    work = work_of_answers(2, 5, 60)
+    one, eight = (phases(plan_of(c, work, world, torch.bfloat16, 'cuda', shard_ranks=8)) for world in (8, 64))
+    assert one == eight
+    alone = phases(plan_of(c, work, 64, torch.bfloat16, 'cuda'))
+    assert alone['sample']['AdamW, float32'] == one['sample']['AdamW, float32'] / 8
+    small, large = (memory.saving(plan_of(c, work, 64, torch.bfloat16, 'cuda', shard_ranks=n)) for n in (64, 8))
+    assert small == large
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_sharded_teacher_is_gathered_a_block_at_a_time(tied):
+    """Its shards, two blocks and the embedding while it reads, its head under the loss, and all of it for its evaluation."""
+    c = shape(V=500, L=12, d=48, H=4, G=2, e=12, ff=120, tied=tied)
+    work = replace(work_of_answers(2, 5, 60), eval_answers=4, eval_total=4, eval_prompt=5, eval_new=60)
+    whole, shards = (plan_of(c, work, 8, torch.bfloat16, 'cuda', teacher_shard=flag, opd_weight=1.0) for flag in (False, True))
+    weights = weights_of(c)
+    assert phases(shards)['update']['teacher weights'] * 8 == phases(whole)['update']['teacher weights'] == 2 * c.count()
+    batch = largest_micro_batch(shards.cfg, work)
+    fsdp = 'gathered weights and buffers of FSDP'
+    reads = [memory.teacher_forward(plan, batch, 0)[fsdp] for plan in (whole, shards)]
+    assert reads[1] - reads[0] == 2 * (2 * weights.block + weights.embed)
+    under_head = [memory.loss_under_head(plan, batch, 0)[fsdp] for plan in (whole, shards)]
+    assert under_head[1] - under_head[0] == 2 * (weights.embed if tied else weights.head)
+
+    # Without its evaluation nobody needs all of it.
+    evaluated = phases(shards)['evaluate'], phases(replace(shards, teacher=replace(c, L=24)))['evaluate']
+    assert 'teacher weights, gathered for sampling' in evaluated[1]
+    spared = phases(replace(shards, teacher=replace(c, L=24), cfg=shards.cfg | {'eval_teacher': False}))['evaluate']
+    assert 'teacher weights, gathered for sampling' not in spared and sum(spared.values()) < sum(evaluated[1].values())
+
+
+def test_nobody_holds_a_whole_student_while_it_is_read():
+    """Every rank had all of it in float32 for a moment: 128 GB for a student of 32B."""
+    c = shape(V=500, L=12, d=48, H=4, G=2, e=12, ff=120)
+    load = phases(plan_of(c, work_of_answers(2, 5, 60), 8, torch.bfloat16, 'cuda'))['load']
+    assert sum(load.values()) - load['teacher weights'] < 4 * c.count()
 
 
 def test_a_bridge_holds_moments_of_two_classes():

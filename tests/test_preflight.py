@@ -205,8 +205,23 @@ def test_ranks_belong_to_a_dry_run(tmp_path):
     with pytest.raises(UserError, match='ranks=8: belongs to --dry-run'):
         load_config(['configs/toy.py', 'ranks=8'])
     arguments = paper_folder(tmp_path / 'm')
-    with pytest.raises(UserError, match='prompts_per_step=8 is fewer than the 16 ranks'):
-        main(load_config(['configs/r1_1p5b.py', *arguments, '--dry-run', 'ranks=16']))
+    with pytest.raises(UserError, match='prompts_per_step=8 with n=2 gives 16 answers, fewer than the 32 ranks'):
+        main(load_config(['configs/r1_1p5b.py', *arguments, '--dry-run', 'ranks=32']))
+    with pytest.raises(UserError, match='shard_ranks=6 does not divide the 16 ranks'):
+        main(load_config(['configs/r1_1p5b.py', *arguments, '--dry-run', 'ranks=16', 'shard_ranks=6']))
+
+
+def test_a_dry_run_for_several_machines(tmp_path, capsys):
+    """Sixteen GPUs are two machines of eight, each with a copy of the weights; a sharded teacher needs less."""
+    arguments = [*paper_folder(tmp_path / 'm'), '--dry-run', 'ranks=16', 'dtype=bfloat16']
+    main(load_config(['configs/r1_1p5b.py', *arguments]))
+    out = capsys.readouterr().out
+    assert "16 ranks, each 8 of them with one copy of the student's weights, in shards, as if a machine had 8 GPUs" in out
+    assert f'{4 * 1_777_088_000 / 8 / 2**30:8.2f}  student weights, float32' in out
+    main(load_config(['configs/r1_1p5b.py', *arguments, 'shard_ranks=16', 'teacher_shard=True']))
+    out = capsys.readouterr().out
+    assert "each 16 of them with one copy of the student's weights, in shards\n" in out
+    assert f'{2 * 1_777_088_000 / 16 / 2**30:8.2f}  teacher weights' in out
 
 
 @pytest.mark.parametrize('key, message', [
