@@ -25,7 +25,8 @@ runs = {
 }
 panels = {
     'which layers': ['all layers, all positions', 'last layer', 'even layers', 'odd layers', 'layer 2'],
-    'which positions': ['all layers, all positions', 'first 7 positions', 'last 7 positions', 'last position'],
+    'which positions': ['all layers, all positions', 'first 7 positions', 'last 7 positions',
+                        'last position'],
     'which terms, Eq. (7)': ['all layers, all positions', 'top-1 alone', 'top-1 + 1 OPRD', 'top-1 + 10 OPRD',
                              'exact KL alone', 'OPRD, then exact KL'],
 }
