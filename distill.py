@@ -184,19 +184,13 @@ def prepare(cfg, env):
 def load_models(cfg, setup, env, longest):
     """Fill in a Setup's student, teacher, objective and optimizer. longest: tokens of the longest
     sequence."""
-    if env.local == 0:                     # from a hub: once per machine
-        for side in ('student', 'teacher'):
-            snapshot(cfg[side], weights=True)
-    barrier('the download of the models', LONG_WAIT)
-
     # The teacher runs in the dtype of forwards. The student keeps float32 weights, gradients and
     # optimizer state; `shard` casts its forwards.
     teacher = load_model(cfg['teacher'], env.dtype, env.device,
                          partial(prepare_teacher, cfg=cfg, env=env, longest=longest))
     student = load_model(cfg['student'], torch.float32, env.device,
                          partial(prepare_student, cfg=cfg, env=env, longest=longest))
-
-    barrier('reading the models')
+    barrier('reading the models', LONG_WAIT)             # or downloading them, once on each machine
 
     # AdamW allocates its state now, so a run that does not fit fails before the first rollout.
     output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
