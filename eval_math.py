@@ -55,7 +55,7 @@ from support.progress import Progress
 from support.runtime import UserError, all_gather, barrier, day_of_start, print0, run, shown, start
 from support.samples import check_samples, first_date, read_samples, samples_folder, write_samples
 
-__all__ = ['grade', 'evaluate', 'load_eval_sets', 'check_answers']
+__all__ = ['grade', 'evaluate', 'sample_and_grade', 'shared_scores', 'load_eval_sets', 'check_answers']
 
 # The sets that can be given by name: hub id, and the instruction that is added to each question.
 SETS = {

@@ -22,7 +22,7 @@ import re
 import shutil
 import unicodedata
 
-from support.files import whole
+from support.files import sweep, whole
 from support.jsonl import append_row
 from support.runtime import cut, gather, print0, printable
 
@@ -60,7 +60,8 @@ def keep_answers(out, side, step, rows, sets, show):
 
 def forget_later(out, step):
     """Delete the answers of evaluations after a step, where a run goes on from that step: they are not in its
-    log, and will be sampled again."""
+    log, and will be sampled again. What a killed process left half-written goes as well."""
+    sweep(out / 'answers')
     for file in (out / 'answers').glob('*.jsonl'):
         if re.fullmatch(r'\d{6,12}', file.stem) and int(file.stem) > step:
             file.unlink()

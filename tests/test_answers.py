@@ -138,10 +138,12 @@ def test_shown_answers_fit_the_terminal(text, columns):
 
 
 def test_answers_of_steps_that_are_taken_again_are_deleted(tmp_path):
-    """What the run goes on from keeps its answers; files with other names are not ours."""
+    """What the run goes on from keeps its answers; files with other names are not ours, but for the half of a file that a
+    killed process left behind."""
     (tmp_path / 'answers').mkdir()
     for name in ('teacher', '000000', '000004', '000005', '1000000', 'notes', '12'):
         (tmp_path / f'answers/{name}.jsonl').write_text('')
+    (tmp_path / 'answers/.000004.jsonl.tmp77').write_text('{"set": "a", "pro')
     forget_later(tmp_path, 4)
     assert sorted(file.stem for file in (tmp_path / 'answers').iterdir()) == ['000000', '000004', '12', 'notes', 'teacher']
     forget_later(tmp_path, -1)

@@ -74,6 +74,16 @@ def test_a_table_of_several_sets_shows_their_mean():
     assert comparison_table(logs) == comparison_table({'a': seeds(50.0, 60.0)})
 
 
+def test_teachers_that_were_not_evaluated_are_left_out(tmp_path, kept):
+    logs = {'a': seeds(50.0, 60.0)}
+    with_teacher = comparison_table(logs)
+    for rows in logs['a']:
+        rows[0] |= {name: None for name in rows[0] if name.startswith('teacher/')}
+    assert comparison_table(logs) == [line for line in with_teacher if not line.startswith('| teacher')] and len(with_teacher) == 5
+    comparison_figure(logs, {'all': ['a']}, tmp_path / 'c.png')
+    assert [line.get_label() for line in kept[0].axes[0].lines] == ['a', 'student']
+
+
 def test_comparison_figure_draws_means_and_ranges(tmp_path, kept):
     logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}
     comparison_figure(logs, {'both': ['a', 'b'], 'one': ['b']}, tmp_path / 'c.png')

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,28 @@ def test_a_run_leaves_what_the_readme_promises(finished, capsys, toy_dir):
     out = capsys.readouterr().out
     assert 'finished at step 7' in out and 'distilled' in out
     assert (finished / 'log.jsonl').read_bytes() == before
+
+
+def test_the_log_is_a_table_for_pandas(finished, tmp_path, monkeypatch, capsys):
+    """The lines of docs/objectives.md, as they stand there: one column for each name, one row for each step, and what was
+    not measured is NaN. Objects and lists would be columns of objects, which no library can draw."""
+    pandas = pytest.importorskip('pandas')
+    text = (ROOT / 'docs/objectives.md').read_text().split('## A run folder, as you find it')[1]
+    lines = text.split('```python\n')[1].split('```')[0]
+    assert lines.count('\n') == 3
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/toy').symlink_to(finished)
+    (tmp_path / 'lines.py').write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    log = runpy.run_path('lines.py')['log']
+    rows = [json.loads(line) for line in (finished / 'log.jsonl').read_text().splitlines()]
+    assert list(log.columns) == list(rows[0])[1:] and list(log.index) == list(range(8))
+    assert all(pandas.api.types.is_numeric_dtype(log[name]) for name in log.columns if name != 'changed')
+    for name in ('loss', 'rep/cos/3', 'eval/avg@2', 'teacher/avg@2', 'opd/kl'):
+        assert [None if math.isnan(value) else value for value in log[name]] == pytest.approx([row[name] for row in rows])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ['loss', 'rep/cos', 'rep/cos/1', 'rep/cos/2', 'rep/cos/3', 'eval/avg@2']
+    assert [line.split()[0] for line in printed[2:]] == ['2', '4', '6', '7']
 
 
 def test_the_student_loads_in_transformers(finished, toy_dir):

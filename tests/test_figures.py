@@ -41,6 +41,15 @@ def test_lines_are_the_logged_numbers(tmp_path, kept):
     assert (tmp_path / 'c.png').stat().st_size > 10_000
 
 
+def test_a_teacher_that_was_not_evaluated_has_no_line(tmp_path, kept):
+    """One that does not fit whole: the student's curve is drawn all the same."""
+    folder = write_log(tmp_path / 'a')
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    write_rows(folder, [{name: value for name, value in row.items() if not name.startswith('teacher/')} for row in rows])
+    curve([folder], tmp_path / 'c.png')
+    assert [line.get_label() for line in kept[0].axes[0].lines] == ['a: distilled', 'student before']
+
+
 @pytest.mark.parametrize('layers', [[2, 5, 9], list(range(1, 37))], ids=['few', 'many'])
 def test_layers_can_be_told_apart(tmp_path, kept, layers):
     """By names at the ends of their lines, each in the color of its line and none over another; of many layers by a color
