@@ -22,6 +22,7 @@ import torch
 from conftest import argv, tiny_model
 from huggingface_hub import ModelCard, constants
 
+import eval_math
 from configs import load_config
 from distill import main
 from formats import hub
@@ -580,6 +581,15 @@ def test_a_run_notes_its_commits_and_stays_at_them(run):
     assert first['problems'] == {'data': 40, 'eval_data': {'eval': 6}}
     assert ('note: me/student: since this run was started, the hub has moved from commit aaaaaaaaaaaa to eeeeeeeeeeee; '
             'the run stays at the former') in printed
+
+
+def test_an_evaluation_notes_the_commit_of_its_model(server, toy_cfg):
+    """Its scores are those of a commit, and not of a name."""
+    server.repositories['me/student'] = Repository(folder_bytes(Path(toy_cfg['student'])))
+    words = ['student=me/student', f'eval_data={toy_cfg["eval_data"]}', 'eval_n=1', 'eval_max_new_tokens=2', 'device=cpu']
+    eval_math.main(load_config(words))
+    results, = Path('out/eval').glob('student-*/results.json')
+    assert read_json(results)['commits'] == {'me/student': 'a' * 40}
 
 
 @pytest.mark.parametrize('commits', [[], {'me/x': 1}, {'me/x': 'main'}, {'me/x': '../../x'}])
