@@ -221,6 +221,12 @@ def run(main, cfg_of):
         leave(128 + signal.SIGPIPE, failed=True)
     except OSError as error:
         line = f'{error.filename or "system"}: {error.strerror or error}; look at space and permissions there'
+    except RuntimeError as error:
+        # A collective fails if another rank has died, or does not come to it in time.
+        if not re.search('gloo|NCCL', str(error)):
+            raise
+        line = (f'rank {os.environ.get("RANK", 0)}: another rank has died or is silent, look at its log '
+                f'({cut(str(error).splitlines()[0], 150)})')
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         code = 130

@@ -2,6 +2,7 @@
 
     on_ranks.py JOBS.json        {"gradients": [arguments of write_gradient, ...], "runs": [arguments of whole_run, ...]}
 """
+import argparse
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from formats.huggingface import load_model
 from output_losses import make_objective
 from rollout import right_pad, sample
 from step import diagnostic_mask, position_mask, position_weights
+from studies import shards
 from support.optimizer import adamw
 from support.runtime import all_gather, all_reduce, bytes_on_rank, full, gathered, print0, run, shard, start
 
@@ -104,6 +106,8 @@ def main(jobs):
         write_gradient(env, **job)
     for job in jobs.get('runs', ()):
         whole_run(**job)
+    if 'gradients' in jobs:
+        shards.main(argparse.Namespace(model='toy', shard_ranks=0, device='cpu', dtype='float32'))
 
 
 if __name__ == '__main__':

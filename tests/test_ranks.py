@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from configs import load_config
 from distill import evaluate_model, main
 from formats.huggingface import load_model, save_model
+from model import PRESETS
 from support.runtime import ROOT, Env, Meeting, UserError, all_reduce, gathered, ranks_of_a_copy, shard
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
@@ -202,6 +203,16 @@ def test_each_rank_holds_its_part(started, name, shards):
         assert weights <= largest and gradients <= weights and moments <= 2 * weights + 4 * 100, rank
     copies = len(rest['bytes']) // shards
     assert rest['bytes'][:, 0].sum() == copies * whole
+
+
+def test_the_table_of_what_ranks_hold(started):
+    """python -m studies.shards: on a 2 x 2 mesh a rank holds what one of two ranks does, and all ranks twice as much."""
+    tables = {}
+    for ranks, printed in started[2].items():
+        tables[ranks] = [line.split()[-3:] for line in printed.splitlines() if 'largest rank' in line or 'all ranks' in line]
+    whole = PRESETS['toy'].count() * 4 / 1e6
+    assert tables[2][0] == tables[4][0] and float(tables[2][1][0]) == pytest.approx(whole, abs=1e-3)
+    assert float(tables[4][1][0]) == pytest.approx(2 * whole, abs=1e-3)
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
