@@ -9,6 +9,8 @@ The folder of a run: whose it is, how the run was started, and its log.
     out/last, out/best      links to the newest model, and to the one with the best held-out accuracy
     out/curve.png           drawn anew at every evaluation
     out/results.json        at the end
+    out/tensorboard/, out/wandb/    with report= (support/trackers.py)
+    out/profile/            with --profile (support/profile.py)
 
     out = open_run('out/toy', config, may_change)            looks, and writes nothing
     with owned(out, rank):                                   support/files.py: one process owns it
