@@ -52,17 +52,19 @@ def read_log(folder):
     scores = [scores_of(rows[0], side) for side in ('eval', 'teacher')]
     if scores[1] and scores[0].keys() != scores[1].keys():
         raise UserError(f'{file}:1: wants the same scores of student and teacher; run distill.py again')
-    cosines = ['rep/cos', *layer_names(rows)]
+    layers = layer_names(rows)
     for number, row in enumerate(rows, 1):
-        measured = [name for name in cosines if row.get(name) is not None]
-        if measured and measured != cosines:
-            raise UserError(f'{file}:{number}: has {measured[0]} without {cosines[-1]}; run distill.py again')
+        measured = [name for name in layers if row[name] is not None]
+        has_mean = row.get('rep/cos') is not None
+        if has_mean != bool(measured) or has_mean and measured != layers:
+            raise UserError(f'{file}:{number}: the cosines of {len(measured)} of {len(layers)} layers, and '
+                            f'{"a" if has_mean else "no"} mean; run distill.py again')
     return rows
 
 
 def layer_names(rows):
     """The names in a log of the cosines of single layers, in the order of the layers: 'rep/cos/1', ..."""
-    return [name for name in rows[0] if name.startswith('rep/cos/')]
+    return [name for name in rows[0] if re.fullmatch('rep/cos/[1-9][0-9]{0,5}', name)]
 
 
 def read_bridge(folder):

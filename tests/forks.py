@@ -345,8 +345,6 @@ def outcome(job):
         for number, row in enumerate(rows):
             made[f'row {number} of log.jsonl'] = {k: v for k, v in row.items() if not is_time(k)}
         made['results.json'] = read_results(job.out / 'results.json')
-        for file in sorted(job.out.glob('answers/*')):
-            made[f'answers/{file.name}'] = file.read_bytes()
         checkpoint = (job.out / 'last').resolve().parent
         for file in sorted(checkpoint.rglob('*.safetensors')):
             made[str(file.relative_to(job.out))] = tensors(file)

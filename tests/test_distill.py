@@ -156,7 +156,7 @@ def test_killed_and_resumed(finished, toy_dir, tmp_path):
     p = subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True)
     assert p.returncode == -signal.SIGKILL and (out / 'last').resolve().parent.name == 'ckpt-000004'
     main(load_config(args))
-    assert timeless(log_of(out)) == timeless(log_of(finished))
+    assert timeless(log_of(out)) == timeless(log_of(finished)) and answers_of(out) == answers_of(finished)
     a, b = resume_state(out), resume_state(finished)
     assert all(torch.equal(a[k], b[k]) for k in b)
 

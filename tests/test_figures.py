@@ -155,8 +155,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, keys, says):
     (2, {'rep/cos': float('nan')}, ':3: rep/cos = nan; wants a finite number'),
     (2, {'rep/cos/1': 'a'}, ":3: rep/cos/1 = 'a'; wants a finite number"),
     (2, {'rep/cos/2': [0.5]}, ':3: rep/cos/2 = [0.5]; wants a finite number'),
-    (2, {'rep/cos/2': None}, ':3: has rep/cos without rep/cos/2'),
-    (2, {'rep/cos': None}, ':3: has rep/cos/1 without rep/cos'),
+    (2, {'rep/cos/2': None}, ':3: the cosines of 1 of 2 layers, and a mean'),
+    (2, {'rep/cos': None}, ':3: the cosines of 2 of 2 layers, and no mean'),
+    (2, {'rep/cos/1': None, 'rep/cos/2': None}, ':3: the cosines of 0 of 2 layers, and a mean'),
     (2, {'rep/cos/3': 0.5}, ":3: other names than in line 1 ('rep/cos/3')"),
 ])
 def test_a_log_that_cannot_be_drawn_is_refused_in_one_line(tmp_path, number, change, says):
@@ -168,6 +169,15 @@ def test_a_log_that_cannot_be_drawn_is_refused_in_one_line(tmp_path, number, cha
     with pytest.raises(UserError) as error:
         main([str(folder)])
     assert f'{folder}/log.jsonl{says}' in str(error.value) and not (folder / 'curve.png').exists()
+
+
+@pytest.mark.parametrize('layers', [{}, {'rep/cos/x': 0.5}, {'rep/cos/-1': 0.5, 'rep/cos/01': 0.5}])
+def test_a_log_with_a_mean_over_no_layers_is_refused(tmp_path, layers):
+    """It was a ValueError: the least of no numbers, or the number of a layer called x."""
+    folder = write_log(tmp_path / 'a')
+    write_rows(folder, [{'step': 0}, {'step': 1, 'rep/cos': 0.5, **layers}])
+    with pytest.raises(UserError, match='log.jsonl:2: the cosines of 0 of 0 layers, and a mean'):
+        main([str(folder)])
 
 
 @pytest.mark.parametrize('config', [None, [], 5, 'x'])
