@@ -13,7 +13,7 @@ import bridge
 import distill
 import eval_math
 import minimal
-from configs import check, checks, default, free, load_config, reads
+from configs import check, checks, default, free, load_config, read_argument, reads
 from studies import toy
 from support.command_help import command, header, key_lines
 from support.key_hints import SAME, SENTENCES, hint
@@ -210,6 +210,38 @@ def test_a_config_file_may_hold_keys_of_other_scripts(tmp_path):
     file.write_text('config = dict(student="x", lr=1e-3, bridge_ridge=0.5, ranks=0)')
     for script in reads:
         assert load_config([str(file)], script)['bridge_ridge'] == 0.5
+
+
+COMMAND = re.compile(r"(?:python|torchrun [^\n`|]*?) (-m studies\.toy|(?:distill|bridge|eval_math|minimal)\.py)( [^\n`|;&]*)?")
+WRITTEN = [*sorted((ROOT / 'docs').glob('*.md')), ROOT / 'CONTRIBUTING.md', *(ROOT / name for name in reads),
+           *sorted((ROOT / 'configs').glob('*.py'))]
+
+
+def commands_in(text):
+    """(script, words) of each command line in a document or a header; what follows two blanks is a comment."""
+    for script, rest in COMMAND.findall(re.sub(r' *\\\n *', ' ', text)):
+        script = 'studies/toy.py' if script.startswith('-m') else script
+        words = re.split('  +', rest.strip())[0].replace("'", '').split()
+        yield script, [word for word in words if '=' in word or word.startswith('--')]
+
+
+@pytest.mark.parametrize('file', WRITTEN, ids=lambda file: file.name)
+def test_commands_in_documents_are_accepted(file):
+    """A command that was copied from a page ended with "does not read n="."""
+    for script, words in commands_in(file.read_text()):
+        for word in words:
+            read_argument(word.replace('model=', 'student='), script)
+
+
+def test_commands_in_documents_are_found():
+    """The test above checks what it finds."""
+    text = """`python bridge.py a=1` and
+    torchrun --nproc_per_node=8 distill.py configs/toy.py b=2 \\
+        c=3      a comment, d=4
+    python -m studies.toy && python eval_math.py ... --regrade    more"""
+    assert list(commands_in(text)) == [('bridge.py', ['a=1']), ('distill.py', ['b=2', 'c=3']), ('studies/toy.py', []),
+                                       ('eval_math.py', ['--regrade'])]
+    assert sum(len(list(commands_in(file.read_text()))) for file in WRITTEN) > 30
 
 
 # ---- hints -------------------------------------------------------------------------------------------------
