@@ -1,12 +1,14 @@
 """Run by test_ranks.py under torchrun: several gradients and several runs in one start, since a start takes seconds.
 
     on_ranks.py JOBS.json        {"gradients": [arguments of write_gradient, ...], "runs": [arguments of whole_run, ...]}
+                                 {"late": a rank that sleeps, "timeout": minutes}
 """
 import argparse
 import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,18 @@ from rollout import right_pad, sample
 from step import diagnostic_mask, position_mask, position_weights
 from studies import shards
 from support.optimizer import adamw
-from support.runtime import all_gather, all_reduce, bytes_on_rank, full, gathered, print0, run, shard, start
+from support.runtime import (
+    all_gather,
+    all_reduce,
+    barrier,
+    bytes_on_rank,
+    full,
+    gathered,
+    print0,
+    run,
+    shard,
+    start,
+)
 
 PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 
@@ -101,7 +114,11 @@ def whole_run(name, args, interrupt_at=0):
 
 
 def main(jobs):
-    env = start('cpu')
+    env = start('cpu', timeout=jobs.get('timeout', 60))
+    if 'late' in jobs:
+        if env.rank == jobs['late']:
+            time.sleep(100)
+        barrier('the rollout of step 12')
     for job in jobs.get('gradients', ()):
         write_gradient(env, **job)
     for job in jobs.get('runs', ()):

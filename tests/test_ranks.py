@@ -2,6 +2,7 @@
 torchrun nodes of two ranks each, where the default is a 2 x 2 mesh; each is started once for all that it shall do."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -300,6 +301,16 @@ def test_an_error_on_two_ranks_ends_both(toy_dir, tmp_path):
                        cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert p.returncode != 0 and p.stderr.count('gives 1 answers, fewer than the 2 ranks') == 1
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / 'distill.py') not in p.stderr
+
+
+def test_a_silent_rank_ends_the_run(tmp_path):
+    """One line, exit code 2, and torchrun ends the sleeping rank. It was a traceback, after six hours."""
+    (tmp_path / 'late.json').write_text(json.dumps({'late': 1, 'timeout': 0.05}))
+    p = subprocess.run([*TORCHRUN, '--standalone', 'tests/on_ranks.py', tmp_path / 'late.json'], cwd=ROOT, text=True,
+                       capture_output=True, timeout=90)
+    line = f'error: rank 1 (host {socket.gethostname()}) has not finished the rollout of step 12, and the others waited for 0.05 min'
+    assert p.returncode == 1 and p.stderr.count(line) == 1 and p.stderr.count('error: ') == 1
+    assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
 
 def met(ranks, late, minutes):

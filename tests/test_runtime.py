@@ -73,6 +73,11 @@ def test_an_error_is_one_line_of_at_most_300_characters(capsys):
     assert refused('one\ntwo\tthree') == 'error: one two three'
     assert len(refused('x' * 293)) == 300 and '...' not in refused('x' * 293) and ' ... ' in refused('x' * 294)
 
+    def lost(_):
+        raise RuntimeError('[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:5')
+    line = ended(lost, capsys, 2).err
+    assert line.startswith('error: rank 0: another rank has died or is silent, look at its log ([/py') and line.count('\n') == 1
+
     def full(_):
         raise OSError(28, 'No space left on device', 'b\x1b[2J' * 99)
     assert ended(full, capsys, 2).err.count('\n') == 1
