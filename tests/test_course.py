@@ -1,13 +1,16 @@
 """The course in docs/course.md: its commands exist, and what it shows is what is printed."""
 import ast
 import inspect
+import json
 import re
 import shlex
 from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import argv
 
+import distill
 import eval_math
 from configs import load_config
 from studies import by_hand
@@ -48,7 +51,7 @@ def made_by(words):
         bridges, runs, _ = command_lines(plan, ROOT / 'out' / file.stem)
         return {str(folder.relative_to(ROOT)) for folder in (*bridges, *runs)}
     if words[1] in ('distill.py', 'bridge.py'):
-        return {load_config(words[2:])['out_dir' if words[1] == 'distill.py' else 'bridge']}
+        return {load_config(words[2:], words[1])['out_dir' if words[1] == 'distill.py' else 'bridge']}
     return set()
 
 
@@ -64,7 +67,7 @@ def test_every_command_can_be_typed(words):
     """A script, a study, a key or a value that has another name today ends a lesson."""
     assert words[0] == 'python'
     if words[1] in ('distill.py', 'bridge.py'):
-        load_config(words[2:])
+        load_config(words[2:], words[1])
     elif words[1] == 'eval_math.py':
         eval_math.settings(words[2:])
     elif words[1] == '-c':
@@ -75,7 +78,7 @@ def test_every_command_can_be_typed(words):
     else:
         assert words[1] == '-m' and find_spec(words[2])
         for command in read_study(words[3])[1]['runs'].values() if words[2] == 'studies.compare' else ():
-            load_config([re.sub(r'\{\w+\}', 'out/bridge', argument) for argument in command])
+            load_config(command, 'distill.py')
 
 
 def test_a_figure_is_drawn_of_folders_that_were_made_before():
@@ -138,3 +141,17 @@ def test_the_gradient_by_hand_is_right(arguments, capsys):
     assert max(map(float, others)) < 1e-13
     before, after = re.findall(r'same answers: (\S+) -> (\S+)', printed)[0]
     assert float(after) < float(before)
+
+
+def test_the_log_has_the_names_that_the_document_reads(tmp_path):
+    """A line of pandas with a name of yesterday is a KeyError in front of a class. The tiny toy with four layers and both
+    terms has every name that the course's runs have."""
+    keys = dict(toy_layers=4, steps=1, eval_n=8, opd='sampled', opd_weight=1)
+    distill.main(load_config(argv(tmp_path, tmp_path / 'run', **keys), 'distill.py'))
+    row = json.loads((tmp_path / 'run/log.jsonl').read_text().splitlines()[-1])
+    names = set()
+    for block in blocks('python'):
+        ast.parse(block)
+        if 'log.jsonl' in block:
+            names |= set(re.findall(r"'([a-z_]+(?:/[\w@/]+)?)'", block)) - {'all_layers_all_positions', 'exact_kl_alone'}
+    assert len(names) > 12 and names <= row.keys(), names - row.keys()
