@@ -25,9 +25,7 @@ Letters: S seeds, W ranks (one GPU each), m answers of a rank, M micro-batches o
 import argparse
 import json
 import os
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields, replace
@@ -48,8 +46,8 @@ from step import micro_batches
 from studies import peaks
 from support.jsonl import read_rows
 from support.memory import GiB, Plan, phases, weights_of, work_of
-from support.plan import Rates, decode_counts, rates, update_flops
-from support.runtime import ROOT, Env, run
+from support.plan import Rates, decode_counts, least_seconds, rates, update_flops
+from support.runtime import Env, barrier, print0, run, start
 
 # ---- assumptions: change them here ----------------------------------------------------------------
 
@@ -473,49 +471,134 @@ def tables():
 
 # ---- the same calculation beside a measured run ---------------------------------------------------------
 
-# A made model of 42M weights, whose vocabulary is so small that answers end by chance, about every hundredth token:
+# A made model of 19M weights. Its vocabulary is so small that answers end by chance, about every hundredth token:
 # a long tail.
-CHECKED = ModelConfig('llama', V=100, L=6, d=768, H=6, G=6, e=128, ff=2048, context=1024)
+CHECKED = ModelConfig('llama', V=100, L=6, d=512, H=8, G=8, e=64, ff=1408, context=1024)
 CHECK_RANKS = (1, 2)
-CHECK_STEPS = 5                 # the first one also makes what is made once, and is not compared
+UPDATE = ('time/teacher', 'time/student', 'time/update')     # names in log.jsonl
+COLUMNS = ['ranks', 'what', 'calculated', 'measured', 'ratio']
+MB = 1e6
+CHECK_STEPS = 5                 # the first one makes what is made once, the last one is diagnosed: not compared
 CHECK_KEYS = dict(
-    prompts_per_step=8, n=2, max_new_tokens=300, max_prompt_tokens=100, positions='all', steps=CHECK_STEPS, lr=0.0,
-    save_every=CHECK_STEPS, diagnose_every=0, dtype='float32', device='cpu', token_budget=2000, eval_data='')
+    prompts_per_step=4, n=2, max_new_tokens=250, positions='all', steps=CHECK_STEPS, lr=0.0,
+    save_every=CHECK_STEPS, diagnose_every=0, dtype='float32', device='cpu', token_budget=600, eval_data='')
+
+
+# Starts the script that follows it, with a clock that counts the processor time of its process. On a machine that
+# does other work too, the time on the wall would measure the others.
+PROCESSOR_TIME = ("import runpy, sys, time; time.perf_counter = time.process_time; del sys.argv[0]; "
+                  "runpy.run_path(sys.argv[0], run_name='__main__')")
 
 
 def measure_rates():
-    """The rates of one rank while all ranks measure theirs, one line of JSON from rank 0.
+    """The rates of one rank while all ranks measure theirs, in processor time, one line of JSON from rank 0.
 
     `python -m studies.scale check` starts this as its ranks, because ranks on one CPU share its memory.
     """
+    time.perf_counter = time.process_time
     env = start('cpu', 'float32')
     barrier()
     rate = rates(env, is_here=True)
     received = float('inf')
     if env.world > 1:
-        own = torch.ones(2**23)
+        own = torch.ones(2**22)                                              # 16 MB, about a block's weights
         whole = torch.empty(env.world * len(own))
         seconds = least_seconds(lambda: dist.all_gather_into_tensor(whole, own), env.device)
         received = (env.world - 1) * own.nbytes / seconds
     print0(json.dumps({'flops': rate.flops, 'bytes': rate.bytes, 'received': received}))
 
 
+def cpu_machine(ranks, environment_of_run):
+    """Measure the rates of so many CPU ranks at once -> Machine."""
+    command = ['-m', 'studies.scale', 'rates']
+    running = peaks.start_ranks(command, ranks, environment_of_run, stdout=subprocess.PIPE)
+    outputs = [process.communicate()[0] for process in running]
+    measured = json.loads(outputs[0].splitlines()[-1])
+    rate = Rates(measured['flops'], measured['bytes'], f'measured on {ranks} rank(s) at once')
+    return Machine(rate, measured['received'], measured['received'], ranks, poll=1, compact_at=0.75)
+
+
 def check(ranks):
-    """Run CHECK_KEYS on so many CPU ranks -> lines: calculated beside measured."""
+    """Run CHECK_KEYS on so many CPU ranks -> rows of a table: calculated beside measured."""
     environment_of_run = dict(os.environ) | peaks.FIXED | {'OMP_NUM_THREADS': '1'}
     machine = cpu_machine(ranks, environment_of_run)
     imports = peaks.after_imports(environment_of_run)
     with tempfile.TemporaryDirectory() as folder:
         keys = CHECK_KEYS | peaks.make_models(Path(folder), CHECKED) | {'eval_data': ''}
         arguments = [f'{key}={value}' for key, value in keys.items()]
-        cfg = load_config(arguments)
-        most = peaks.measured(arguments, ranks, keys['out_dir'], environment_of_run)
-        log = [row for row, _ in read_rows(keys['out_dir'] / 'log.jsonl')]
-        plan, lengths = checked_plan(cfg, ranks)
+        command = ['-c', PROCESSOR_TIME, 'distill.py', *arguments]
+        most = peaks.measured(command, ranks, keys['out_dir'], environment_of_run)
+        log = read_rows(keys['out_dir'] / 'log.jsonl')[2:-1]
+        plan, lengths = what_was_done(load_config(arguments), ranks)
 
-    lines = []
-    return lines
+    # Memory: what is beyond a process's imports, of the rank that needs most.
+    need = {phase: sum(parts.values()) for phase, parts in phases(plan).items()}
+    parts = {'start': need['load'], 'step': max(need['sample'], need['update']), 'save': need['save']}
+    rows = [[ranks, f'memory, {part}, MB', *beside(size / MB, (most[part] - imports) / MB)]
+            for part, size in parts.items()]
+
+    # Time: the log has the processor time of rank 0, so no time in which it waits for other ranks.
+    dealt = deal(lengths[1:-1], ranks, 'answer')
+    sampling = sampling_seconds(plan, dealt, machine)[:, 0]                              # (S,)
+    update, count = update_seconds(plan, dealt[:, :1], machine)                          # (S,)
+    update += optimizer_seconds(plan, ranks, machine)
+    update += network_seconds(plan, ranks, ranks, count, machine)
+    sampled = np.array([row['time/sample'] for row in log])
+    updated = np.array([sum(row[name] for name in UPDATE if row.get(name)) for row in log])
+    for what, calculated, measured in (('sampling', sampling, sampled), ('update', update, updated),
+                                       ('step', sampling + update, sampled + updated)):
+        rows.append([ranks, f'{what}, s', *beside(calculated.mean(), measured.mean())])
+    return [f'{ranks} rank(s): {machine.rate.flops / 1e9:.0f} GFLOP/s, {machine.rate.bytes / 1e9:.1f} GB/s, '
+            f'{machine.inside / 1e9:.2f} GB/s from other ranks; mean length {lengths[1:-1].mean():.1f}, in the run '
+            f'{np.mean([row["len/mean"] for row in log]):.1f}', '', *table(COLUMNS, rows)]
+
+
+def beside(calculated, measured):
+    """Two numbers and their ratio, as cells."""
+    return f'{calculated:.3g}', f'{measured:.3g}', f'{calculated / measured:.2f}'
+
+
+def what_was_done(cfg, ranks):
+    """The Plan of a run of distill.py that has taken place, and the lengths of its answers (S, prompts, n).
+
+    lr is 0, so every step samples from the same student, and the random numbers of an answer are a function of
+    (seed, step, slot, sample): the answers are written once more here.
+    """
+    tok = load_tokenizer(cfg['student'])
+    problems = load_problems(cfg['data'], tok)
+    model = load_model(cfg['student'])
+    steps = []
+    for step in range(1, cfg['steps'] + 1):
+        order = prompt_order(len(problems), cfg['prompts_per_step'], step, cfg['seed'])
+        prompts = [problems[number].ids for number in order]
+        roll = sample(model, prompts, cfg['n'], max_new_tokens=cfg['max_new_tokens'], step=step, seed=cfg['seed'],
+                      stop=tok.stop_ids, vocab=shared_size(tok, tok))
+        steps.append(roll.resp_len.reshape(len(prompts), cfg['n']).numpy())
+    work = work_of(cfg, ranks, problems, [], shared_size(tok, tok))
+    layer_map = {l: l for l in range(1, model.config.L + 1)}
+    env = environment(ranks, ranks, 'cpu', torch.float32)
+    return Plan(cfg, model.config, model.config, layer_map, work, env), np.stack(steps)
+
+
+# ---- the script ---------------------------------------------------------------------------------------
+
+def main(args):
+    if args.what == 'tables':
+        print('\n'.join(tables()))
+    if args.what == 'rates':
+        measure_rates()
+    if args.what == 'check':
+        for ranks in CHECK_RANKS:
+            print('\n'.join(check(ranks)), flush=True)
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='?', default='tables', choices=('tables', 'check', 'rates'),
+                        help="'rates' is what `check` starts as its ranks")
+    return parser.parse_args()
 
 
 if __name__ == '__main__':
-    print('\n'.join(tables()))
+    run(main, arguments)
