@@ -124,10 +124,10 @@ def plan_of(student, gpus, shard_ranks=0, **keys):
     return Plan(cfg, student, student, layer_map, work, env)
 
 
-# ---- lengths of answers, and which rank gets which ------------------------------------------------
+# ---- lengths of answers, and which rank gets which -----------------------------------------------
 
 def draw_lengths(prompts, n, longest, spread=1.0):
-    """Lengths of n answers to each prompt, whole numbers (S, prompts, n). spread: a factor on both spreads."""
+    """Lengths of n answers to each prompt, whole numbers (S, prompts, n). spread: a factor on both."""
     rng = np.random.default_rng(0)
     difficulty = PROMPT_SPREAD * rng.standard_normal((SEEDS, prompts, 1))
     luck = ANSWER_SPREAD * rng.standard_normal((SEEDS, prompts, n))
@@ -159,7 +159,7 @@ def deal(lengths, ranks, how):
     return turns.transpose(0, 2, 1, 3).reshape(seeds, ranks, -1)
 
 
-# ---- the four times of a step -----------------------------------------------------------------------
+# ---- the four times of a step --------------------------------------------------------------------
 
 def sampling_seconds(plan, dealt, machine):
     """Seconds in which each rank writes its answers: lengths (..., m) -> (...).
@@ -253,7 +253,7 @@ def network_seconds(plan, count, machine):
     return shared / within + summed / machine.across
 
 
-# ---- a step -----------------------------------------------------------------------------------------
+# ---- a step --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Step:
@@ -292,7 +292,7 @@ def simulate(plan, machine, how='answer', spread=1.0):
         network=network_seconds(plan, count.mean(), machine))
 
 
-# ---- tables, in markdown ------------------------------------------------------------------------------
+# ---- tables, in markdown -------------------------------------------------------------------------
 
 def table(title, head, rows):
     """-> lines, an empty one at the end."""
@@ -311,15 +311,15 @@ def assumptions(machine):
     limit = f'{cfg["max_new_tokens"]:,}'
     rate = machine.rate
     return [
-        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a step (as many as GPUs, where '
-        f'these are more) of {PROMPT} tokens, {cfg["n"]} answers to each, of up to {limit} tokens.',
+        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a step (as many as GPUs, '
+        f'where there are more GPUs) of {PROMPT} tokens, {cfg["n"]} answers to each, of up to {limit} tokens.',
         f'- An answer has {MEDIAN:,} exp({PROMPT_SPREAD} x + {ANSWER_SPREAD} y) tokens, cut at {limit}. x is a '
         'standard normal number of its prompt, y one of its own. Times are means over '
         f'{SEEDS} drawn steps.',
-        f'- A GPU works {rate.words}: {rate.flops / 1e12:.0f} TFLOP/s in bfloat16, {rate.bytes / 1e12:.2f} '
-        f'TB/s. A machine has {MACHINE}. A GPU gets {INSIDE / 1e9:.0f} GB/s from the others of its machine and '
-        f'{ACROSS / 1e9:.0f} GB/s from other machines. Nothing overlaps.',
-        f'- Each machine has one copy of the weights, in shards. Of the memory of a GPU {SPARE} GiB stay free, '
+        f'- A GPU works {rate.words}: {rate.flops / 1e12:.0f} TFLOP/s in bfloat16 and '
+        f'{rate.bytes / 1e12:.2f} TB/s. A machine has {MACHINE} GPUs. A GPU gets {INSIDE / 1e9:.0f} GB/s '
+        f'from the others of its machine and {ACROSS / 1e9:.0f} GB/s from other machines. Nothing overlaps.',
+        f'- Each machine has one copy of the weights, in shards. Of the memory of a GPU {SPARE} GiB stay free '
         'for the CUDA context, the buffers of NCCL and the gaps of the allocator.',
         '']
 
@@ -464,10 +464,10 @@ def tables():
             *same_work_table(machine), *waiting_table(machine), *spread_table(machine)]
 
 
-# ---- the same calculation beside a measured run -------------------------------------------------------
+# ---- the same calculation beside a measured run --------------------------------------------------
 
-# A made model of 19M weights. Its vocabulary is so small that answers end by chance, which gives a long tail of
-# lengths. The first step makes what is made once, and the last one is diagnosed: they are not compared.
+# A made model of 19M weights. Its vocabulary is so small that answers end by chance, which gives a long tail
+# of lengths. The first step makes what is made once, and the last one is diagnosed: they are not compared.
 CHECKED = ModelConfig('llama', V=60, L=6, d=512, H=8, G=8, e=64, ff=1408, context=1024)
 STEPS = 4
 KEYS = dict(prompts_per_step=3, n=2, max_new_tokens=150, positions='all', steps=STEPS, lr=0.0,
@@ -543,9 +543,10 @@ def check(ranks):
     rows.append([ranks, 'step, s', *beside(sampling + update, sampled + updated)])
 
     run_length = np.mean([row['len/mean'] for row in log])
-    title = (f'{ranks} rank(s): {machine.rate.flops / 1e9:.0f} GFLOP/s, {machine.rate.bytes / 1e9:.1f} GB/s, '
-             f'{machine.inside / 1e9:.2f} GB/s from other ranks; {lengths.mean():.1f} tokens an answer, in the '
-             f'run {run_length:.1f}')
+    rate = machine.rate
+    title = (f'{ranks} rank(s): {rate.flops / 1e9:.0f} GFLOP/s, {rate.bytes / 1e9:.1f} GB/s, '
+             f'{machine.inside / 1e9:.2f} GB/s from other ranks; {lengths.mean():.1f} tokens an answer, in '
+             f'the run {run_length:.1f}')
     return table(title, ['ranks', 'what', 'calculated', 'measured', 'ratio'], rows)
 
 
@@ -577,7 +578,7 @@ def what_was_done(cfg, ranks):
     return Plan(cfg, model.config, model.config, layer_map, work, env), np.stack(steps)
 
 
-# ---- the script ------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 def main(args):
     if args.what == 'tables':
