@@ -319,8 +319,8 @@ def assumptions(machine):
         f'- A GPU works {rate.words}: {rate.flops / 1e12:.0f} TFLOP/s in bfloat16 and '
         f'{rate.bytes / 1e12:.2f} TB/s. A machine has {MACHINE} GPUs. A GPU gets {INSIDE / 1e9:.0f} GB/s '
         f'from the others of its machine and {ACROSS / 1e9:.0f} GB/s from other machines. Nothing overlaps.',
-        f'- Each machine has one copy of the weights, in shards. Of the memory of a GPU {SPARE} GiB stay free '
-        'for the CUDA context, the buffers of NCCL and the gaps of the allocator.',
+        f'- Each machine has one copy of the weights, in shards. Of a GPU {SPARE} GiB stay free '
+        'for the CUDA context, buffers of NCCL and gaps of the allocator.',
         '']
 
 
