@@ -138,8 +138,8 @@ def part_of(out):
     return 'step' if log.exists() and log.stat().st_size else 'start'
 
 
-def measured(arguments, ranks, out, environment):
-    """Run distill.py -> {part of the run: most bytes of private memory, of the rank that needs most}."""
+def start_ranks(command, ranks, environment, stdout):
+    """Start a Python command as so many ranks of this machine -> their processes."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -149,9 +149,15 @@ def measured(arguments, ranks, out, environment):
         if ranks > 1:
             where = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                      'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-        running.append(subprocess.Popen([sys.executable, 'distill.py', *arguments], cwd=ROOT, text=True,
-                                        env=environment | where, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.PIPE))
+        running.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
+                                        env=environment | where, stdout=stdout, stderr=subprocess.PIPE))
+    return running
+
+
+def measured(command, ranks, out, environment):
+    """Run a Python command that is a run of distill.py in the folder `out` -> {part of the run: most bytes of
+    private memory, of the rank that needs most}."""
+    running = start_ranks(command, ranks, environment, stdout=subprocess.DEVNULL)
     most = dict.fromkeys(('start', 'step', 'save'), 0)
     try:
         while any(child.poll() is None for child in running):
@@ -178,7 +184,7 @@ def compared(c, ranks, keys, environment):
             files['eval_data'] = ''
         arguments = [f'{key}={value}' for key, value in (USUAL | files | keys).items()]
         estimate = estimated(arguments, ranks)
-        most = measured(arguments, ranks, files['out_dir'], environment)
+        most = measured(['distill.py', *arguments], ranks, files['out_dir'], environment)
     return estimate, {part: size - imports for part, size in most.items()}
 
 

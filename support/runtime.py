@@ -249,7 +249,10 @@ def leave(code, failed):
         if failed:
             os._exit(code)                   # at once: the other ranks may be waiting in a collective
         if code == 0:
-            barrier('the run')               # no rank leaves while another still needs it
+            # No rank leaves while another still needs it. Without torchrun the store of `barrier` lies in rank 0:
+            # it may not leave before all have read there that all have come.
+            barrier('the run')
+            dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(code)
@@ -260,14 +263,21 @@ def leave(code, failed):
 
 @contextmanager
 def interruptible():
-    """The first Ctrl-C (or SIGTERM of a scheduler) is noted, for a loop that looks after each step; a
-    second one stops at once. Yields the list that will hold the signal."""
+    """The first Ctrl-C (or SIGTERM of a scheduler) is noted, for a loop that looks after each step; another
+    one, two seconds later or more, stops at once. Yields the list that will hold the time of the first.
+
+    What comes sooner is the same request once more: Slurm sends its signal to torchrun and to the ranks, and
+    torchrun then passes its own on to the ranks.
+    """
     caught = []
 
     def note(number, _):
+        now = time.monotonic()
         if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
+            if now - caught[0] >= 2:
+                raise KeyboardInterrupt
+            return
+        caught.append(now)
         print0('\nstopping: this step is finished and saved first (again: stop at once)')
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
