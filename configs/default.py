@@ -212,12 +212,12 @@ common = ('seed', 'device', 'dtype', 'dry_run', 'student', 'teacher', *toy)
 reads = {
     'distill.py': tuple(key for key in config if key not in (*fit, 'regrade')),
     'bridge.py': (
-        *common, *fit, 'ranks', 'data', 'max_prompt_tokens', 'enable_thinking', 'date', 'max_new_tokens',
-        'temperature', 'top_k', 'top_p',
+        *common, *fit, 'timeout', 'ranks', 'data', 'max_prompt_tokens', 'enable_thinking', 'date',
+        'max_new_tokens', 'temperature', 'top_k', 'top_p',
         'layers', 'positions', 'last_k', 'first_k', 'last_frac', 'first_frac',
         'bridge', 'layer_map', 'bridge_rank', 'pair', 'teacher_ids', 'token_budget', 'eval_rows'),
     'eval_math.py': (
-        *common, 'eval_data', 'enable_thinking', 'date', 'eval_n', 'eval_problems', 'eval_suffix',
+        *common, 'timeout', 'eval_data', 'enable_thinking', 'date', 'eval_n', 'eval_problems', 'eval_suffix',
         'eval_temperature', 'eval_top_p', 'eval_max_new_tokens', 'regrade', 'eval_rows'),
     'minimal.py': (
         *toy, 'seed', 'student', 'teacher', 'data', 'prompts_per_step', 'n', 'max_new_tokens', 'oprd_weight',

@@ -23,7 +23,9 @@ from losses import HiddenTerm, oprd_loss, row_distance
 from model import Model, ModelConfig, init_weights
 from rollout import sample
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
+from support.command_help import command_words
 from support.optimizer import adamw
+from support.runtime import run
 
 LETTERS = '0123456789=.'        # the vocabulary: an id is a place in this text; '.' ends an answer
 LAYERS = [1, 2]
@@ -155,4 +157,4 @@ def finite_differences(matrix, loss_now, step=1e-5):
 
 
 if __name__ == '__main__':
-    main()
+    run(lambda words: main(), lambda: command_words('studies/by_hand.py'))

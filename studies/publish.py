@@ -19,13 +19,13 @@ left out where that says nothing.
 import json
 import re
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import default
 from formats.hub import TIMEOUT, TOKENS, HubId, explain, first_line, status_of
 from formats.huggingface import files_along, member, read_config, tensor_files
+from support.command_help import command_words
 from support.files import read_json
 from support.provenance import differences, lasting_starts, read_starts
 from support.report import summary
@@ -388,10 +388,7 @@ def explain_upload(error, repo):
 
 def settings(argv=None):
     """The command line -> (model folder, repository, {switch: is it given?})."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if '-h' in argv or '--help' in argv:
-        print(__doc__, flush=True)
-        raise SystemExit(0)
+    argv = command_words('studies/publish.py') if argv is None else argv
     switches = {switch: switch in argv for switch in ('--private', '--dry-run')}
     words = [word for word in argv if word not in switches]
     if len(words) != 2 or words[0].startswith('-') or words[1].startswith('-'):

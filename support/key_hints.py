@@ -42,6 +42,9 @@ ELSEWHERE = {   # our key: its names elsewhere
     'eval_every': 'eval_steps eval_interval eval_freq test_freq',
     'save_every': 'save_steps save_interval save_freq',
     'keep': 'save_total_limit',
+    'report': 'report_to logger',
+    'profile': 'profiler torch_profiler',
+    'timeout': 'ddp_timeout nccl_timeout',
     'log_every': 'logging_steps log_interval log_freq',
 }
 INSTEAD = {     # names elsewhere: what to do
@@ -61,6 +64,8 @@ INSTEAD = {     # names elsewhere: what to do
     'resume_from_checkpoint resume': 'give the out_dir= of the run, and it resumes',
     'init_from path': 'give student= or teacher=, a folder or hub id',
     'lora peft use_peft lora_r': 'all weights are trained, so there is no such key',
+    'wandb_log use_wandb wandb': 'give report=wandb',
+    'tensorboard': 'give report=tensorboard',
     'use_vllm': 'rollout.py samples, so there is no such key',
     'optim optimizer': 'the optimizer is AdamW, so there is no such key',
     'fsdp deepspeed nnodes num_processes nproc_per_node n_gpus_per_node': 'start it with torchrun',

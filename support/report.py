@@ -27,8 +27,8 @@ def log_names(cfg, setup, device):
         names.append('acc/rollout')
     names += ['lr', 'grad_norm', 'adam/below_eps']
 
-    # Before the first step both models are evaluated, and the student again and again.
-    for side in ('eval', 'teacher'):
+    # The student is evaluated again and again, the teacher once, before the first step.
+    for side in ('eval', 'teacher') if cfg['eval_teacher'] else ('eval',):
         names += [f'{side}/{name}' for name in score_names(setup.held_out, cfg['eval_n'])]
 
     # support.runtime.Clock

@@ -41,11 +41,19 @@ def test_every_key_is_documented():
     assert [k for k in keys if '#' not in k] == ['    beta2=0.999,', '    toy_teacher_lr=1.5e-3,']
 
 
-@pytest.mark.parametrize('name', [p.stem for p in (ROOT / 'configs').glob('*.py') if 'config = ' in p.read_text()])
+CONFIGS = [p.stem for p in (ROOT / 'configs').glob('*.py') if 'config = ' in p.read_text()]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_file_loads(name):
     """The paper's experiments cannot be run here; their files can at least be read and checked."""
-    cfg = load_config([f'config/{name}.py'])
-    assert cfg['out_dir'].split('/')[-1] == name or name == 'default'
+    assert load_config([f'config/{name}.py'])['out_dir'].startswith('out/')
+
+
+def test_every_config_file_has_a_folder_of_its_own():
+    """A copied file that kept its out_dir would be refused as another run's config, hours later perhaps."""
+    folders = [load_config([f'configs/{name}.py'])['out_dir'] for name in CONFIGS]
+    assert len(set(folders)) == len(CONFIGS) > 5
 
 
 def test_help_prints_the_keys(capsys):
@@ -82,16 +90,18 @@ WITHOUT_EFFECT = {
         'out_dir': 'must be another folder than bridge=', 'eval_data': "toy.prepare fills in every 'toy'; set to '' here",
         'n': 'one answer to each problem (preflight_bridge)', 'prompts_per_step': 'its answers at once are eval_rows',
         'opd_weight': 'a Plan has it; bridge_phases does not ask', 'eval_n': 'work_of an evaluation of no problems',
-        'eval_max_new_tokens': 'likewise'},
+        'eval_max_new_tokens': 'likewise', 'teacher_shard': 'refused: ranks read different numbers of micro-batches',
+        'steps': 'the unit of a progress bar', 'shard_ranks': 'both models are whole on each rank'},
     'eval_math.py': {
         'data': "toy.prepare fills in every 'toy'; set to '' here",
         'max_new_tokens': 'what eval_max_new_tokens=0 means; on its command line the latter says it'},
     'minimal.py': {
-        'eval_data': "toy.prepare fills in every 'toy'", 'dry_run': 'refused: it has none', 'dtype': 'a key of config.json',
+        'timeout': 'a parameter of start()', 'eval_data': "toy.prepare fills in every 'toy'", 'dry_run': 'refused: it has none', 'dtype': 'a key of config.json',
         **dict.fromkeys(('last_k', 'first_k', 'last_frac', 'first_frac'), 'rules of step.POSITIONS; it has one'),
         **dict.fromkeys(('opd', 'opd_future', 'opd_baseline', 'position_offset', 'bridge', 'temperature', 'top_k', 'top_p',
                          'teacher_ids', 'kl_direction', 'opd_tail', 'opd_k', 'opd_support', 'student_temperature'),
                         'check_objective compares it with other keys')},
+    'studies/toy.py': {'timeout': 'a parameter of start()'},
 }
 
 
@@ -213,7 +223,7 @@ def test_a_config_file_may_hold_keys_of_other_scripts(tmp_path):
 
 
 COMMAND = re.compile(r"(?:python|torchrun [^\n`|]*?) (-m studies\.toy|(?:distill|bridge|eval_math|minimal)\.py)( [^\n`|;&]*)?")
-WRITTEN = [*sorted((ROOT / 'docs').glob('*.md')), ROOT / 'CONTRIBUTING.md', *(ROOT / name for name in reads),
+WRITTEN = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'CONTRIBUTING.md', *(ROOT / name for name in reads),
            *sorted((ROOT / 'configs').glob('*.py'))]
 
 
@@ -262,7 +272,7 @@ def test_hints_name_keys_that_exist():
     ('num_train_epochs', 'give steps='), ('bf16', 'give dtype=bfloat16'), ('lmbda', 'there is no such key'),
     ('per_device_train_batch_size', 'give prompts_per_step='), ('beta', 'give oprd_weight='), ('max_iters', "mean 'steps'"),
     ('learning_rat', "did you mean 'lr'"), ('gradient-checkpointing', "did you mean 'checkpointing'"), ('STEPS', "mean 'steps'"),
-    ('token_budgets', "did you mean 'token_budget'"), ('zzz', 'see --help for all keys'), ('a.', 'see --help'),
+    ('token_budgets', "did you mean 'token_budget'"), ('report_to', "mean 'report'"), ('wandb_log', 'give report=wandb'), ('zzz', 'see --help for all keys'), ('a.', 'see --help'),
 ])
 def test_names_of_other_trainers_get_a_hint(name, says):
     assert says in hint(name, default)
