@@ -311,8 +311,9 @@ def assumptions(machine):
     limit = f'{cfg["max_new_tokens"]:,}'
     rate = machine.rate
     return [
-        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a step (as many as GPUs, '
-        f'where there are more GPUs) of {PROMPT} tokens, {cfg["n"]} answers to each, of up to {limit} tokens.',
+        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a step '
+        f'(as many as GPUs, where there are more GPUs) of {PROMPT} tokens, '
+        f'{cfg["n"]} answers to each, of up to {limit} tokens.',
         f'- An answer has {MEDIAN:,} exp({PROMPT_SPREAD} x + {ANSWER_SPREAD} y) tokens, cut at {limit}. x is a '
         'standard normal number of its prompt, y one of its own. Times are means over '
         f'{SEEDS} drawn steps.',
