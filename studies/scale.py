@@ -311,11 +311,11 @@ def assumptions(machine):
     limit = f'{cfg["max_new_tokens"]:,}'
     rate = machine.rate
     return [
-        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a step '
-        f'(as many as GPUs, where there are more GPUs) of {PROMPT} tokens, '
+        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a '
+        f'step (as many as GPUs, where there are more GPUs) of {PROMPT} tokens, '
         f'{cfg["n"]} answers to each, of up to {limit} tokens.',
-        f'- An answer has {MEDIAN:,} exp({PROMPT_SPREAD} x + {ANSWER_SPREAD} y) tokens, cut at {limit}. x is a '
-        'standard normal number of its prompt, y one of its own. Times are means over '
+        f'- An answer has {MEDIAN:,} exp({PROMPT_SPREAD} x + {ANSWER_SPREAD} y) tokens, cut at {limit}. x is '
+        'a standard normal number of its prompt, y one of its own. Times are means over '
         f'{SEEDS} drawn steps.',
         f'- A GPU works {rate.words}: {rate.flops / 1e12:.0f} TFLOP/s in bfloat16 and '
         f'{rate.bytes / 1e12:.2f} TB/s. A machine has {MACHINE} GPUs. A GPU gets {INSIDE / 1e9:.0f} GB/s '
