@@ -43,8 +43,8 @@ from model import PRESETS, ModelConfig
 from rollout import sample
 from step import micro_batches
 from studies import peaks
-from support.jsonl import read_rows
 from support.command_help import OneLineParser
+from support.jsonl import read_rows
 from support.memory import GiB, Plan, phases, weights_of, work_of
 from support.plan import Rates, decode_counts, least_seconds, rates, update_flops
 from support.runtime import Env, barrier, print0, run, start
@@ -311,11 +311,12 @@ def assumptions(machine):
     limit = f'{cfg["max_new_tokens"]:,}'
     rate = machine.rate
     return [
-        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a step (as many as GPUs, '
-        f'where there are more GPUs) of {PROMPT} tokens, {cfg["n"]} answers to each, of up to {limit} '
-        'tokens.',
+        f'- The work is that of `{CONFIG}`: {cfg["prompts_per_step"]} prompts a '
+        f'step (as many as GPUs, where there are more GPUs) of {PROMPT} tokens, '
+        f'{cfg["n"]} answers to each, of up to {limit} tokens.',
         f'- An answer has {MEDIAN:,} exp({PROMPT_SPREAD} x + {ANSWER_SPREAD} y) tokens, cut at {limit}. x is '
-        f'a standard normal number of its prompt, y one of its own. Times are means over {SEEDS} drawn steps.',
+        'a standard normal number of its prompt, y one of its own. Times are means over '
+        f'{SEEDS} drawn steps.',
         f'- A GPU works {rate.words}: {rate.flops / 1e12:.0f} TFLOP/s in bfloat16 and '
         f'{rate.bytes / 1e12:.2f} TB/s. A machine has {MACHINE} GPUs. A GPU gets {INSIDE / 1e9:.0f} GB/s '
         f'from the others of its machine and {ACROSS / 1e9:.0f} GB/s from other machines. Nothing overlaps.',

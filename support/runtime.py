@@ -250,7 +250,7 @@ def leave(code, failed):
             os._exit(code)                   # at once: the other ranks may be waiting in a collective
         if code == 0:
             # No rank leaves while another still needs it. Without torchrun the store of `barrier` lies in
-            # rank 0: it may not leave before all have read there that all have come.
+            # rank 0, which may not leave before all have read there that all have come.
             barrier('the run')
             dist.barrier()
         dist.destroy_process_group()

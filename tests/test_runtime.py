@@ -178,3 +178,18 @@ def test_the_day_of_a_start(monkeypatch):
     """The first one that is known; else today's, in the form that is stored."""
     assert runtime.day_of_start('', '2020-02-29', '2021-01-01') == '2020-02-29'
     assert re.fullmatch(r'20\d\d-\d\d-\d\d', runtime.day_of_start('')) and runtime.day_of_start() == runtime.day_of_start('')
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
+    """Slurm signals torchrun and its ranks, and torchrun passes its signal on to the ranks. If the second one stopped at
+    once, the step would be lost that the first one lets finish. Later ones do stop."""
+    now = 100.0
+    monkeypatch.setattr(runtime.time, 'monotonic', lambda: now)
+    with runtime.interruptible() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        now = 101.9
+        signal.raise_signal(signal.SIGTERM)
+        assert len(caught) == 1
+        now = 102.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
