@@ -58,7 +58,7 @@ def made_by(words):
 def test_the_document_has_commands():
     """The tests below look at what they find; they must find something."""
     scripts = [words[1] for words in commands()]
-    assert scripts.count('distill.py') > 12 and scripts.count('bridge.py') == 2 and 'eval_math.py' in scripts
+    assert scripts.count('distill.py') > 12 and scripts.count('bridge.py') > 1 and 'eval_math.py' in scripts
     assert len(blocks('text')) > 12 and len(blocks('python')) > 1
 
 
