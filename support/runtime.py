@@ -208,6 +208,8 @@ def run(main, cfg_of):
     line = None
     try:
         code = main(cfg_of()) or 0
+        if code == 0:
+            barrier('the run')               # no rank leaves while another still needs it
     except UserError as error:
         line = str(error)
     except torch.OutOfMemoryError as error:
@@ -233,7 +235,7 @@ def run(main, cfg_of):
     if line is not None:
         # An error that rank 0 meets too is printed once: rank 0 is first, and its end stops the others.
         if int(os.environ.get('RANK', 0)):
-            time.sleep(3)
+            time.sleep(HEAD_START)
         line = printable(f'error: {line}').replace('\n', ' ').replace('\t', ' ')
         print(cut(line, ERROR_LENGTH), file=sys.stderr, flush=True)
         code = 2
@@ -247,8 +249,6 @@ def leave(code, failed):
     if ranks() > 1:
         if failed:
             os._exit(code)                   # at once: the other ranks may be waiting in a collective
-        if code == 0:
-            barrier('the run')               # no rank leaves while another still needs it
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(code)
@@ -376,6 +376,7 @@ def day_of_start(*known):
 # ---- waiting for each other ---------------------------------------------------------------------
 
 LONG_WAIT = 360                 # minutes: for what one rank does alone, such as a download
+HEAD_START = 3                  # seconds between the first rank's error line and that of the others
 meeting = None                  # the Meeting of this process, if it has several ranks
 
 
@@ -418,18 +419,26 @@ class Meeting:
                 self.store.delete_key(f'door {number - 1}')
                 self.store.delete_key(f'arrived {number - 1}')
                 return
-            self.store.wait([f'door {number}'], timedelta(minutes=minutes))
-            return
-        except dist.DistNetworkError:
+
+            # The others look at the door, at first often. (A wait inside the store would keep its connection,
+            # which nccl's own thread needs, and would not hear Ctrl-C.)
+            began = time.monotonic()
+            pause = 0.001
+            while time.monotonic() - began < 60 * minutes:
+                if self.store.check([f'door {number}']):
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.2)
+            missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
+            if not missing:                  # the last one has come just now
+                return
+        except (dist.DistNetworkError, dist.DistStoreError):
             raise UserError(f'after {task}: the first machine, {self.address}, does not answer; look at its '
                             'log') from None
-        except dist.DistStoreError:          # the time is over
-            missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
 
         # One rank speaks first, and its end stops the others: rank 0 (see `run`), or the first that is there.
-        first = min(set(range(self.world)) - set(missing))
-        if self.rank != first:
-            time.sleep(3)
+        if any(rank not in missing for rank in range(self.rank)):
+            time.sleep(HEAD_START)
         names = [f"rank {rank} (host {self.store.get(f'host of {rank}').decode()})" for rank in missing]
         have = 'has' if len(names) == 1 else 'have'
         raise UserError(f"{cut(', '.join(names), 150)} {have} not finished {task}, and the others waited for "
