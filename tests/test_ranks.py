@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+import bridge
 from configs import load_config
 from distill import evaluate_model, main
 from formats.huggingface import load_model, save_model
@@ -348,6 +349,12 @@ def test_ranks_of_a_copy():
     assert [ranks_of_a_copy(0, 12, '8'), ranks_of_a_copy(0, 12, None), ranks_of_a_copy(6, 12, '4')] == [12, 12, 6]
     with pytest.raises(UserError, match='shard_ranks=8 does not divide the 12 ranks; give a divisor'):
         ranks_of_a_copy(8, 12, '4')
+
+
+def test_a_bridge_wants_a_whole_teacher():
+    """Ranks of bridge.py read unequal numbers of micro-batches: with a sharded teacher one would wait for ever."""
+    with pytest.raises(UserError, match='teacher_shard=True: in bridge.py .* set it to False here'):
+        bridge.main(load_config(['configs/toy_bridge.py', 'teacher_shard=True']))
 
 
 @pytest.mark.parametrize('backend, moves', [('nccl', 'cuda'), ('gloo', 'cpu')])
