@@ -233,11 +233,14 @@ def run(main, cfg_of):
         code = 130
 
     if line is not None:
+        line = printable(line).replace('\n', ' ').replace('\t', ' ')
+        if meeting is not None:
+            meeting.tell(line)
+
         # An error that rank 0 meets too is printed once: rank 0 is first, and its end stops the others.
         if int(os.environ.get('RANK', 0)):
             time.sleep(HEAD_START)
-        line = printable(f'error: {line}').replace('\n', ' ').replace('\t', ' ')
-        print(cut(line, ERROR_LENGTH), file=sys.stderr, flush=True)
+        print(cut(f'error: {line}', ERROR_LENGTH), file=sys.stderr, flush=True)
         code = 2
     leave(code, failed=line is not None)
 
@@ -409,7 +412,8 @@ class Meeting:
 
     def wait(self, task, minutes):
         """Return when all ranks have called this as often as this rank has. task: what they have done by
-        then. A rank that does not come is a UserError that names it, on every rank that waits.
+        then. A rank that does not come, or that has ended with an error, is a UserError that names it, on
+        every rank that waits.
         """
         try:
             # The rank that comes last opens the door, and removes the door before, which all have passed.
@@ -427,6 +431,8 @@ class Meeting:
             while time.monotonic() - began < 60 * minutes:
                 if self.store.check([f'door {number}']):
                     return
+                if self.store.check(['error']):
+                    raise UserError(self.store.get('error').decode())
                 time.sleep(pause)
                 pause = min(2 * pause, 0.2)
             missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
@@ -439,10 +445,23 @@ class Meeting:
         # One rank speaks first, and its end stops the others: rank 0 (see `run`), or the first that is there.
         if any(rank not in missing for rank in range(self.rank)):
             time.sleep(HEAD_START)
-        names = [f"rank {rank} (host {self.store.get(f'host of {rank}').decode()})" for rank in missing]
-        have = 'has' if len(names) == 1 else 'have'
-        raise UserError(f"{cut(', '.join(names), 150)} {have} not finished {task}, and the others waited for "
-                        f'{minutes:g} minutes; look at the log there, or raise timeout=')
+        names = cut(', '.join(self.name(rank) for rank in missing), 150)
+        have = 'has' if len(missing) == 1 else 'have'
+        raise UserError(f'{names} {have} not finished {task}, and the others waited for {minutes:g} minutes; '
+                        'look at the log there, or raise timeout=')
+
+    def tell(self, line):
+        """This rank ends with an error: those that wait for it, on any machine, end with the same line."""
+        try:
+            if not self.store.check(['error']):
+                self.store.set('error', f'{self.name(self.rank)} has ended: {line}')
+        except (dist.DistNetworkError, dist.DistStoreError):
+            pass                             # the store has ended first, and so have those that it connects
+
+    def name(self, rank):
+        """'rank 3 (host node7)'."""
+        host = self.store.get(f'host of {rank}').decode()
+        return f'rank {rank} (host {host})'
 
     def arrivals(self, rank):
         """How often a rank has arrived."""

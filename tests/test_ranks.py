@@ -307,8 +307,9 @@ def test_a_silent_rank_ends_the_run(tmp_path):
     assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
 
-def met(ranks, late, minutes):
-    """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got."""
+def met(ranks, late, minutes, told=''):
+    """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got. told:
+    the error with which they end instead."""
     store = dist.HashStore()
     errors = {}
 
@@ -317,6 +318,8 @@ def met(ranks, late, minutes):
         store.set(f'host of {rank}', f'node{rank // 2}')
         for number in (1, 2, 3):
             if rank in late and number == 3:
+                if told:
+                    meeting.tell(told)
                 return
             time.sleep(0.01 * rank)
             try:
@@ -341,6 +344,12 @@ def test_a_silent_rank_is_named(monkeypatch, late, told):
     assert set(errors) == (set(range(4)) - set(late) if late else set())
     for line in errors.values():
         assert line == f'{told} not finished task 3, and the others waited for 0.02 minutes; look at the log there, or raise timeout='
+
+
+def test_an_error_of_one_rank_ends_those_that_wait_for_it():
+    """On other machines, where torchrun does not stop them: they waited for six hours."""
+    errors = met(4, [2], 10, 'x.json: broken; fetch it again')
+    assert errors == dict.fromkeys((0, 1, 3), 'rank 2 (host node1) has ended: x.json: broken; fetch it again')
 
 
 def test_ranks_of_a_copy():
