@@ -185,7 +185,8 @@ def load_models(cfg, setup, env, longest):
     """Fill in a Setup's student, teacher, objective and optimizer. longest: tokens of the longest
     sequence."""
     # The teacher runs in the dtype of forwards. The student keeps float32 weights, gradients and
-    # optimizer state; `shard` casts its forwards.
+    # optimizer state; `shard` casts its forwards. Both are cut into shards before they have weights, so
+    # each rank reads its own part alone.
     teacher = load_model(cfg['teacher'], env.dtype, env.device,
                          partial(prepare_teacher, cfg=cfg, env=env, longest=longest))
     student = load_model(cfg['student'], torch.float32, env.device,

@@ -45,12 +45,15 @@ def planned(cfg, env):
 
 
 def mesh_lines(plan):
-    """How many ranks share the weights, where there is more than one rank."""
+    """Which ranks share the weights, where there is more than one."""
     if plan.W == 1:
         return []
-    line = f"{plan.W} ranks, each {plan.S} of them with one copy of the student's weights, in shards"
+    who = f'{plan.W} ranks' if plan.S == plan.W else f'{plan.W} ranks: each {plan.S} of them'
     assumed = plan.cfg['ranks'] and not plan.cfg['shard_ranks'] and plan.cuda
-    return [line + (f', as if a machine had {GPUS} GPUs (shard_ranks= says otherwise)' if assumed else '')]
+    if assumed:
+        who += f' (as if a machine had {GPUS} GPUs, see shard_ranks=)'
+    teacher = 'and one of the teacher' if plan.teacher_sharded else 'and each has the whole teacher'
+    return [f'{who} share one copy of the student, {teacher}']
 
 
 def check_folder(folder):

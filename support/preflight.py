@@ -219,12 +219,11 @@ def problem_lines(cfg, train, held_out):
 
 
 def cost_lines(plan):
-    """Memory in one line; in a dry run memory by phase, disk and time as well."""
+    """Memory in one line, and who shares weights; in a dry run memory by phase, disk and time as well."""
     estimate = phases(plan)
     is_here = not plan.cfg['ranks']
-    lines = summary_lines(plan, estimate, is_here)
+    lines = summary_lines(plan, estimate, is_here) + mesh_lines(plan)
     if plan.cfg['dry_run']:
-        lines += mesh_lines(plan)
         lines += memory_lines(estimate)
         lines += host_lines(plan)
         lines += disk_lines(plan, is_here)

@@ -208,6 +208,11 @@ def run(main, cfg_of):
     line = None
     try:
         code = main(cfg_of()) or 0
+        if code == 0 and ranks() > 1:
+            # No rank leaves while another still needs it. The store of `barrier` may lie in rank 0, which may
+            # not leave before all have read there that all have come.
+            barrier('the run')
+            dist.barrier()
     except UserError as error:
         line = str(error)
     except torch.OutOfMemoryError as error:
@@ -232,11 +237,14 @@ def run(main, cfg_of):
         code = 130
 
     if line is not None:
+        line = printable(line).replace('\n', ' ').replace('\t', ' ')
+        if meeting is not None:
+            meeting.tell(line)
+
         # An error that rank 0 meets too is printed once: rank 0 is first, and its end stops the others.
         if int(os.environ.get('RANK', 0)):
-            time.sleep(3)
-        line = printable(f'error: {line}').replace('\n', ' ').replace('\t', ' ')
-        print(cut(line, ERROR_LENGTH), file=sys.stderr, flush=True)
+            time.sleep(HEAD_START)
+        print(cut(f'error: {line}', ERROR_LENGTH), file=sys.stderr, flush=True)
         code = 2
     leave(code, failed=line is not None)
 
@@ -248,11 +256,6 @@ def leave(code, failed):
     if ranks() > 1:
         if failed:
             os._exit(code)                   # at once: the other ranks may be waiting in a collective
-        if code == 0:
-            # No rank leaves while another still needs it. Without torchrun the store of `barrier` lies in
-            # rank 0, which may not leave before all have read there that all have come.
-            barrier('the run')
-            dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(code)
@@ -396,6 +399,7 @@ def day_of_start(*known):
 # ---- waiting for each other ---------------------------------------------------------------------
 
 LONG_WAIT = 360                 # minutes: for what one rank does alone, such as a download
+HEAD_START = 3                  # seconds between the first rank's error line and that of the others
 meeting = None                  # the Meeting of this process, if it has several ranks
 
 
@@ -428,7 +432,8 @@ class Meeting:
 
     def wait(self, task, minutes):
         """Return when all ranks have called this as often as this rank has. task: what they have done by
-        then. A rank that does not come is a UserError that names it, on every rank that waits.
+        then. A rank that does not come, or that has ended with an error, is a UserError that names it, on
+        every rank that waits.
         """
         try:
             # The rank that comes last opens the door, and removes the door before, which all have passed.
@@ -438,22 +443,45 @@ class Meeting:
                 self.store.delete_key(f'door {number - 1}')
                 self.store.delete_key(f'arrived {number - 1}')
                 return
-            self.store.wait([f'door {number}'], timedelta(minutes=minutes))
-            return
-        except dist.DistNetworkError:
+
+            # The others look at the door, at first often. (A wait inside the store would keep its connection,
+            # which nccl's own thread needs, and would not hear Ctrl-C.)
+            began = time.monotonic()
+            pause = 0.001
+            while time.monotonic() - began < 60 * minutes:
+                if self.store.check([f'door {number}']):
+                    return
+                if self.store.check(['error']):
+                    raise UserError(self.store.get('error').decode())
+                time.sleep(pause)
+                pause = min(2 * pause, 0.2)
+            missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
+            if not missing:                  # the last one has come just now
+                return
+        except (dist.DistNetworkError, dist.DistStoreError):
             raise UserError(f'after {task}: the first machine, {self.address}, does not answer; look at its '
                             'log') from None
-        except dist.DistStoreError:          # the time is over
-            missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
 
         # One rank speaks first, and its end stops the others: rank 0 (see `run`), or the first that is there.
-        first = min(set(range(self.world)) - set(missing))
-        if self.rank != first:
-            time.sleep(3)
-        names = [f"rank {rank} (host {self.store.get(f'host of {rank}').decode()})" for rank in missing]
-        have = 'has' if len(names) == 1 else 'have'
-        raise UserError(f"{cut(', '.join(names), 150)} {have} not finished {task}, and the others waited for "
-                        f'{minutes:g} minutes; look at the log there, or raise timeout=')
+        if any(rank not in missing for rank in range(self.rank)):
+            time.sleep(HEAD_START)
+        names = cut(', '.join(self.name(rank) for rank in missing), 150)
+        have = 'has' if len(missing) == 1 else 'have'
+        raise UserError(f'{names} {have} not finished {task}, and the others waited for {minutes:g} minutes; '
+                        'look at the log there, or raise timeout=')
+
+    def tell(self, line):
+        """This rank ends with an error: those that wait for it, on any machine, end with the same line."""
+        try:
+            if not self.store.check(['error']):
+                self.store.set('error', f'{self.name(self.rank)} has ended: {line}')
+        except (dist.DistNetworkError, dist.DistStoreError):
+            pass                             # the store has ended first, and so have those that it connects
+
+    def name(self, rank):
+        """'rank 3 (host node7)'."""
+        host = self.store.get(f'host of {rank}').decode()
+        return f'rank {rank} (host {host})'
 
     def arrivals(self, rank):
         """How often a rank has arrived."""

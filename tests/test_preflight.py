@@ -216,11 +216,12 @@ def test_a_dry_run_for_several_machines(tmp_path, capsys):
     arguments = [*paper_folder(tmp_path / 'm'), '--dry-run', 'ranks=16', 'dtype=bfloat16']
     main(load_config(['configs/r1_1p5b.py', *arguments]))
     out = capsys.readouterr().out
-    assert "16 ranks, each 8 of them with one copy of the student's weights, in shards, as if a machine had 8 GPUs" in out
+    assert ('16 ranks: each 8 of them (as if a machine had 8 GPUs, see shard_ranks=) share one copy of the student, '
+            'and each has the whole teacher') in out
     assert f'{4 * 1_777_088_000 / 8 / 2**30:8.2f}  student weights, float32' in out
     main(load_config(['configs/r1_1p5b.py', *arguments, 'shard_ranks=16', 'teacher_shard=True']))
     out = capsys.readouterr().out
-    assert "each 16 of them with one copy of the student's weights, in shards\n" in out
+    assert '  16 ranks share one copy of the student, and one of the teacher\n' in out
     assert f'{2 * 1_777_088_000 / 16 / 2**30:8.2f}  teacher weights' in out
 
 

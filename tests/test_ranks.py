@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+import bridge
 from configs import load_config
 from distill import evaluate_model, main
 from formats.huggingface import load_model, save_model
@@ -313,8 +314,9 @@ def test_a_silent_rank_ends_the_run(tmp_path):
     assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
 
-def met(ranks, late, minutes):
-    """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got."""
+def met(ranks, late, minutes, told=''):
+    """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got. told:
+    the error with which they end instead."""
     store = dist.HashStore()
     errors = {}
 
@@ -323,6 +325,8 @@ def met(ranks, late, minutes):
         store.set(f'host of {rank}', f'node{rank // 2}')
         for number in (1, 2, 3):
             if rank in late and number == 3:
+                if told:
+                    meeting.tell(told)
                 return
             time.sleep(0.01 * rank)
             try:
@@ -342,11 +346,17 @@ def met(ranks, late, minutes):
     ([1, 3], 'rank 1 (host node0), rank 3 (host node1) have')])
 def test_a_silent_rank_is_named(monkeypatch, late, told):
     """By every rank that waits. A collective says that a socket has timed out, after six hours."""
-    monkeypatch.setattr('support.runtime.time.sleep', lambda seconds: None)
+    monkeypatch.setattr('support.runtime.HEAD_START', 0)
     errors = met(4, late, 0.02)
     assert set(errors) == (set(range(4)) - set(late) if late else set())
     for line in errors.values():
         assert line == f'{told} not finished task 3, and the others waited for 0.02 minutes; look at the log there, or raise timeout='
+
+
+def test_an_error_of_one_rank_ends_those_that_wait_for_it():
+    """On other machines, where torchrun does not stop them: they waited for six hours."""
+    errors = met(4, [2], 10, 'x.json: broken; fetch it again')
+    assert errors == dict.fromkeys((0, 1, 3), 'rank 2 (host node1) has ended: x.json: broken; fetch it again')
 
 
 def test_ranks_of_a_copy():
@@ -355,6 +365,12 @@ def test_ranks_of_a_copy():
     assert [ranks_of_a_copy(0, 12, '8'), ranks_of_a_copy(0, 12, None), ranks_of_a_copy(6, 12, '4')] == [12, 12, 6]
     with pytest.raises(UserError, match='shard_ranks=8 does not divide the 12 ranks; give a divisor'):
         ranks_of_a_copy(8, 12, '4')
+
+
+def test_a_bridge_wants_a_whole_teacher():
+    """Ranks of bridge.py read unequal numbers of micro-batches: with a sharded teacher one would wait for ever."""
+    with pytest.raises(UserError, match='teacher_shard=True: in bridge.py .* set it to False here'):
+        bridge.main(load_config(['configs/toy_bridge.py', 'teacher_shard=True']))
 
 
 @pytest.mark.parametrize('backend, moves', [('nccl', 'cuda'), ('gloo', 'cpu')])
