@@ -328,7 +328,8 @@ def comparison_figure(logs, panels, file):
                 mean = fmean(values[metric] for values in scores)
                 panel.axhline(mean, color='0.3', ls=style, lw=1, label=name)
         panel.set(xlabel='step', ylim=(0, 102), title=title)
-    axes[0].set_ylabel(f'Avg@{metric[4:]}, %: mean and range of {len(first_rows)} seeds')
+    seeds = f': mean and range of {len(first_rows)} seeds' if len(first_rows) > 1 else ', one seed'
+    axes[0].set_ylabel(f'Avg@{metric[4:]}, %{seeds}')
     finish(figure, axes, file)
 
 
