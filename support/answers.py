@@ -83,7 +83,8 @@ def answer_lines(row, who, columns):
     verdict = 'right' if row['correct'] else 'wrong'
     found = 'no answer' if row['extracted'] is None else fitted(row['extracted'], SHORT)
     known = fitted(row['answer'], SHORT)
-    asked = f"  {who}, {fitted(row['set'], SHORT)} {row['problem']}: {verdict}, {found} (known: {known})"
+    name = f"{fitted(row['set'], SHORT)} problem {row['problem']}"
+    asked = f'  {who}, {name}: {verdict}, {found} (known: {known})'
 
     # The prompt fills the rest of the line if there is room for some of it.
     rest = columns - width_of(asked) - 3

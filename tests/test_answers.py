@@ -92,7 +92,7 @@ def test_the_same_problems_are_shown_at_each_evaluation(run_of_two_sets):
             answer = answers[key]
             says = 'right' if answer['correct'] else 'wrong'
             found = answer['extracted'] or 'no answer'
-            assert f", {key[0]} {key[1]}: {says}, {found} (known: {answer['answer']}) | {answer['prompt']}" in head
+            assert f", {key[0]} problem {key[1]}: {says}, {found} (known: {answer['answer']}) | {answer['prompt']}" in head
             assert text.strip() == fitted(answer['text'], 116)
 
 
