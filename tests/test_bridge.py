@@ -790,7 +790,7 @@ def test_training_through_a_bridge(made, toy_dir, tmp_path):
     assert all(0.5 < row['align'] < 0.95 and {'rep/cos/1', 'rep/cos/2', 'rep/cos/3'} <= row.keys() and 'opd/kl' not in row for row in log[1:])
     assert (made / 'bridge.safetensors').read_bytes() == before
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'distill.py',
-                        *run_args(toy_dir, made, tmp_path / 'two')], cwd=ROOT, capture_output=True, text=True, timeout=300)
+                        *for_script('distill.py', run_args(toy_dir, made, tmp_path / 'two'))], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr
     two = log_of(tmp_path / 'two')
     for a, b in zip(log[1:], two[1:], strict=True):

@@ -193,7 +193,7 @@ def test_all_long_work_shows_it(toy_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress_file, 'LINE_SECONDS', 0)
     distill.main(load_config(argv(toy_dir, tmp_path / 'run', steps=1)))
     printed = capsys.readouterr().out
-    for label in ('rollout', 'evaluate student', 'evaluate teacher', 'evaluate step 1'):
+    for label in ('rollout', 'evaluate student, step 0', 'evaluate teacher, step 0', 'evaluate student, step 1'):
         total = 6 if label == 'rollout' else 12
         lines = [line for line in printed.splitlines() if line.startswith(f'  {label}: ')]
         assert len(lines) > 5 and f'{total} of {total} answers' in lines[-1]
