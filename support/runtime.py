@@ -208,11 +208,8 @@ def run(main, cfg_of):
     line = None
     try:
         code = main(cfg_of()) or 0
-        if code == 0 and ranks() > 1:
-            # No rank leaves while another still needs it. The store of `barrier` may lie in rank 0, which may
-            # not leave before all have read there that all have come.
-            barrier('the run')
-            dist.barrier()
+        if code == 0:
+            before_leaving()                 # no rank leaves while another still needs it
     except UserError as error:
         line = str(error)
     except torch.OutOfMemoryError as error:
@@ -492,6 +489,15 @@ def barrier(task='its work', minutes=0):
     """Wait until all ranks are here; see `Meeting.wait`. minutes: 0 means those of the key timeout."""
     if ranks() > 1:
         meeting.wait(task, minutes or meeting.minutes)
+
+
+def before_leaving():
+    """Wait until no rank needs another one any more: it comes before the exit that all ranks take together. The
+    store of `barrier` may lie in rank 0, which may not exit before all have read there that all have come.
+    """
+    if ranks() > 1:
+        barrier('the run')
+        dist.barrier()
 
 
 # ---- shards -----------------------------------------------------------------------------------

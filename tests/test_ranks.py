@@ -314,6 +314,20 @@ def test_a_silent_rank_ends_the_run(tmp_path):
     assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
 
+def test_ranks_without_torchrun_stop_together(tmp_path):
+    """The store of `barrier` lies in rank 0 then. It left as soon as it had opened the last door, and the other one, which
+    looks five times a second, said that the first machine does not answer, with exit code 2."""
+    (tmp_path / 'stop.json').write_text(json.dumps({'stop': 1.0}))
+    where = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    started = []
+    for rank in ('0', '1'):
+        env = {**os.environ, **where, 'RANK': rank, 'LOCAL_RANK': rank, 'OMP_NUM_THREADS': '1'}
+        started.append(subprocess.Popen([sys.executable, 'tests/on_ranks.py', tmp_path / 'stop.json'], cwd=ROOT, env=env,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    printed = [p.communicate(timeout=90)[1] for p in started]
+    assert printed == ['\ninterrupted\n'] * 2 and [p.returncode for p in started] == [130, 130]
+
+
 def met(ranks, late, minutes, told=''):
     """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got. told:
     the error with which they end instead."""
