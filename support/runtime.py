@@ -476,7 +476,9 @@ class Meeting:
             pass                             # the store has ended first, and so have those that it connects
 
     def name(self, rank):
-        """'rank 3 (host node7)'."""
+        """'rank 3 (host node7)'; without the host if the rank has never been here."""
+        if not self.store.check([f'host of {rank}']):
+            return f'rank {rank}'
         host = self.store.get(f'host of {rank}').decode()
         return f'rank {rank} (host {host})'
 

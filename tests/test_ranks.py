@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from functools import cache
 from types import SimpleNamespace
 
@@ -365,6 +366,15 @@ def test_a_silent_rank_is_named(monkeypatch, late, told):
     assert set(errors) == (set(range(4)) - set(late) if late else set())
     for line in errors.values():
         assert line == f'{told} not finished task 3, and the others waited for 0.02 minutes; look at the log there, or raise timeout='
+
+
+def test_a_rank_that_has_never_come_is_named():
+    """nccl lets the others go on without it. Its host was waited for in the store, after the wait for the rank, and then
+    there was a traceback."""
+    meeting = Meeting(dist.HashStore(), 0, 2, 0.001, 'localhost')
+    meeting.store.set_timeout(timedelta(seconds=1))
+    with pytest.raises(UserError, match=r'^rank 1 has not finished task, and the others waited for 0.001 minutes'):
+        meeting.wait('task', 0.001)
 
 
 def test_an_error_of_one_rank_ends_those_that_wait_for_it():
