@@ -455,14 +455,15 @@ class Meeting:
             missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
             if not missing:                  # the last one has come just now
                 return
+            names = cut(', '.join(self.name(rank) for rank in missing), 150)
         except (dist.DistNetworkError, dist.DistStoreError):
             raise UserError(f'after {task}: the first machine, {self.address}, does not answer; look at its '
                             'log') from None
 
-        # One rank speaks first, and its end stops the others: rank 0 (see `run`), or the first that is there.
+        # One rank speaks first, and its end stops the others, and may stop the store: rank 0 (see `run`), or
+        # the first that is there.
         if any(rank not in missing for rank in range(self.rank)):
             time.sleep(HEAD_START)
-        names = cut(', '.join(self.name(rank) for rank in missing), 150)
         have = 'has' if len(missing) == 1 else 'have'
         raise UserError(f'{names} {have} not finished {task}, and the others waited for {minutes:g} minutes; '
                         'look at the log there, or raise timeout=')

@@ -377,6 +377,23 @@ def test_a_rank_that_has_never_come_is_named():
         meeting.wait('task', 0.001)
 
 
+def test_the_second_rank_names_the_silent_one_without_the_store(monkeypatch):
+    """It waits so that the first one speaks first. That one's exit took the store away, and the second one's names with it:
+    a traceback instead of a line."""
+    class Store(dist.HashStore):
+        def check(self, keys):
+            if slept:
+                raise dist.DistNetworkError('Connection reset by peer')
+            return super().check(keys)
+    slept = []
+    meeting = Meeting(Store(), 1, 3, 0, 'localhost')
+    monkeypatch.setattr('support.runtime.time.sleep', slept.append)
+    meeting.store.add('arrivals of 0', 1)
+    with pytest.raises(UserError, match='^rank 2 has not finished task, '):
+        meeting.wait('task', 0)
+    assert slept == [3]
+
+
 def test_an_error_of_one_rank_ends_those_that_wait_for_it():
     """On other machines, where torchrun does not stop them: they waited for six hours."""
     errors = met(4, [2], 10, 'x.json: broken; fetch it again')
