@@ -396,6 +396,8 @@ def day_of_start(*known):
 # ---- waiting for each other ---------------------------------------------------------------------
 
 LONG_WAIT = 360                 # minutes: for what one rank does alone, such as a download
+SIGN = 5                        # seconds between two signs of life of a rank
+NO_SIGNS = 15                   # so many have not come, one after the other: the rank is dead, or stopped
 HEAD_START = 3                  # seconds between the first rank's error line and that of the others
 meeting = None                  # the Meeting of this process, if it has several ranks
 
@@ -409,6 +411,7 @@ def join(backend, rank, world, timeout):
         store, *_ = next(rendezvous('env://', rank, world, timeout=limit))
         meeting = Meeting(dist.PrefixStore('meeting', store), rank, world, timeout, address)
         meeting.store.set(f'host of {rank}', socket.gethostname())
+        meeting.live()
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         reason = cut(str(error).splitlines()[0], 150)
@@ -429,8 +432,8 @@ class Meeting:
 
     def wait(self, task, minutes):
         """Return when all ranks have called this as often as this rank has. task: what they have done by
-        then. A rank that does not come, or that has ended with an error, is a UserError that names it, on
-        every rank that waits.
+        then. A rank that does not come in these minutes, is dead or stopped, or has ended with an error is a
+        UserError that names it, on every rank that waits.
         """
         try:
             # The rank that comes last opens the door, and removes the door before, which all have passed.
@@ -442,14 +445,23 @@ class Meeting:
                 return
 
             # The others look at the door, at first often. (A wait inside the store would keep its connection,
-            # which nccl's own thread needs, and would not hear Ctrl-C.)
+            # which nccl's own thread needs, and would not hear Ctrl-C.) And each looks whether the rank after
+            # it still lives, so that of ranks that are dead one is found by a rank that waits.
             began = time.monotonic()
+            looked = began
+            signs = []
+            after = (self.rank + 1) % self.world
             pause = 0.001
             while time.monotonic() - began < 60 * minutes:
                 if self.store.check([f'door {number}']):
                     return
                 if self.store.check(['error']):
                     raise UserError(self.store.get('error').decode())
+                if time.monotonic() - looked >= SIGN:
+                    looked = time.monotonic()
+                    if self.stopped(after, signs):
+                        raise UserError(f'{self.name(after)} is dead or stopped: no sign of life for '
+                                        f'{SIGN * NO_SIGNS} s, while others have finished {task}; look there')
                 time.sleep(pause)
                 pause = min(2 * pause, 0.2)
             missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
@@ -467,6 +479,28 @@ class Meeting:
         have = 'has' if len(missing) == 1 else 'have'
         raise UserError(f'{names} {have} not finished {task}, and the others waited for {minutes:g} minutes; '
                         'look at the log there, or raise timeout=')
+
+    def live(self):
+        """Count up a number of this rank every few seconds, from a thread, whatever the rank computes: a rank
+        that is slow goes on counting, one that is dead or stopped does not."""
+        store = self.store.clone()           # a connection of its own: a collective may wait in the other one
+
+        def count():
+            try:
+                while True:
+                    store.add(f'signs of {self.rank}', 1)
+                    time.sleep(SIGN)
+            except dist.DistError:           # the store has ended; whoever needs it says so
+                pass
+
+        threading.Thread(target=count, daemon=True).start()
+
+    def stopped(self, rank, signs):
+        """Has a rank given no sign of life for long? signs: its count at each look so far, a list to which
+        this look adds one. A process that was itself stopped has not looked meanwhile, and sees no silence.
+        """
+        signs.append(self.store.add(f'signs of {rank}', 0))      # 0: the rank has not started yet
+        return len(signs) > NO_SIGNS and 0 < signs[-1] == signs[-1 - NO_SIGNS]
 
     def tell(self, line):
         """This rank ends with an error: those that wait for it, on any machine, end with the same line."""
@@ -495,8 +529,8 @@ def barrier(task='its work', minutes=0):
 
 
 def before_leaving():
-    """Wait until no rank needs another one any more: it comes before the exit that all ranks take together. The
-    store of `barrier` may lie in rank 0, which may not exit before all have read there that all have come.
+    """Wait until no rank needs another one any more, before the exit that all ranks take together. The store
+    of `barrier` may lie in rank 0, which may not exit before all have read there that all have come.
     """
     if ranks() > 1:
         barrier('the run')

@@ -2,6 +2,7 @@
 
     on_ranks.py JOBS.json        {"gradients": [arguments of write_gradient, ...], "runs": [arguments of whole_run, ...]}
                                  {"late": a rank that sleeps, "timeout": minutes}
+                                 {"frozen": a rank that stops as with SIGSTOP}
                                  {"stop": seconds that rank 0 takes to save before all stop}
 """
 import argparse
@@ -27,6 +28,7 @@ from output_losses import make_objective
 from rollout import right_pad, sample
 from step import diagnostic_mask, position_mask, position_weights
 from studies import shards
+from support import runtime
 from support.optimizer import adamw
 from support.runtime import (
     all_gather,
@@ -126,10 +128,17 @@ def stop(env, seconds):
 
 
 def main(jobs):
+    if 'frozen' in jobs:
+        runtime.SIGN = 0.1
     env = start('cpu', timeout=jobs.get('timeout', 60))
     if 'late' in jobs:
         if env.rank == jobs['late']:
             time.sleep(100)
+        barrier('the rollout of step 12')
+    if 'frozen' in jobs:
+        time.sleep(0.5)
+        if env.rank == jobs['frozen']:
+            signal.raise_signal(signal.SIGSTOP)
         barrier('the rollout of step 12')
     if 'stop' in jobs:
         stop(env, jobs['stop'])
