@@ -74,6 +74,7 @@ from support.runtime import (
     UserError,
     all_reduce,
     barrier,
+    before_leaving,
     day_of_start,
     full,
     gathered,
@@ -395,6 +396,7 @@ def stop_or_save(cfg, setup, env, row, run_folder, caught):
         save(run_folder, step, setup.student, setup.opt, write_model, cfg['keep'])
     if halt and step < cfg['steps']:
         print0(f'stopped after step {step}; the same command goes on from there')
+        before_leaving()
         raise KeyboardInterrupt
 
 

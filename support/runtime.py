@@ -208,11 +208,8 @@ def run(main, cfg_of):
     line = None
     try:
         code = main(cfg_of()) or 0
-        if code == 0 and ranks() > 1:
-            # No rank leaves while another still needs it. The store of `barrier` may lie in rank 0, which may
-            # not leave before all have read there that all have come.
-            barrier('the run')
-            dist.barrier()
+        if code == 0:
+            before_leaving()                 # no rank leaves while another still needs it
     except UserError as error:
         line = str(error)
     except torch.OutOfMemoryError as error:
@@ -399,6 +396,8 @@ def day_of_start(*known):
 # ---- waiting for each other ---------------------------------------------------------------------
 
 LONG_WAIT = 360                 # minutes: for what one rank does alone, such as a download
+SIGN = 5                        # seconds between two signs of life of a rank
+NO_SIGNS = 15                   # so many have not come, one after the other: the rank is dead, or stopped
 HEAD_START = 3                  # seconds between the first rank's error line and that of the others
 meeting = None                  # the Meeting of this process, if it has several ranks
 
@@ -412,6 +411,7 @@ def join(backend, rank, world, timeout):
         store, *_ = next(rendezvous('env://', rank, world, timeout=limit))
         meeting = Meeting(dist.PrefixStore('meeting', store), rank, world, timeout, address)
         meeting.store.set(f'host of {rank}', socket.gethostname())
+        meeting.live()
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         reason = cut(str(error).splitlines()[0], 150)
@@ -432,8 +432,8 @@ class Meeting:
 
     def wait(self, task, minutes):
         """Return when all ranks have called this as often as this rank has. task: what they have done by
-        then. A rank that does not come, or that has ended with an error, is a UserError that names it, on
-        every rank that waits.
+        then. A rank that does not come in these minutes, is dead or stopped, or has ended with an error is a
+        UserError that names it, on every rank that waits.
         """
         try:
             # The rank that comes last opens the door, and removes the door before, which all have passed.
@@ -445,30 +445,62 @@ class Meeting:
                 return
 
             # The others look at the door, at first often. (A wait inside the store would keep its connection,
-            # which nccl's own thread needs, and would not hear Ctrl-C.)
+            # which nccl's own thread needs, and would not hear Ctrl-C.) And each looks whether the rank after
+            # it still lives, so that of ranks that are dead one is found by a rank that waits.
             began = time.monotonic()
+            looked = began
+            signs = []
+            after = (self.rank + 1) % self.world
             pause = 0.001
             while time.monotonic() - began < 60 * minutes:
                 if self.store.check([f'door {number}']):
                     return
                 if self.store.check(['error']):
                     raise UserError(self.store.get('error').decode())
+                if time.monotonic() - looked >= SIGN:
+                    looked = time.monotonic()
+                    if self.stopped(after, signs):
+                        raise UserError(f'{self.name(after)} is dead or stopped: no sign of life for '
+                                        f'{SIGN * NO_SIGNS} s, while others have finished {task}; look there')
                 time.sleep(pause)
                 pause = min(2 * pause, 0.2)
             missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
             if not missing:                  # the last one has come just now
                 return
+            names = cut(', '.join(self.name(rank) for rank in missing), 150)
         except (dist.DistNetworkError, dist.DistStoreError):
             raise UserError(f'after {task}: the first machine, {self.address}, does not answer; look at its '
                             'log') from None
 
-        # One rank speaks first, and its end stops the others: rank 0 (see `run`), or the first that is there.
+        # One rank speaks first, and its end stops the others, and may stop the store: rank 0 (see `run`), or
+        # the first that is there.
         if any(rank not in missing for rank in range(self.rank)):
             time.sleep(HEAD_START)
-        names = cut(', '.join(self.name(rank) for rank in missing), 150)
         have = 'has' if len(missing) == 1 else 'have'
         raise UserError(f'{names} {have} not finished {task}, and the others waited for {minutes:g} minutes; '
                         'look at the log there, or raise timeout=')
+
+    def live(self):
+        """Count up a number of this rank every few seconds, from a thread, whatever the rank computes: a rank
+        that is slow goes on counting, one that is dead or stopped does not."""
+        store = self.store.clone()           # a connection of its own: a collective may wait in the other one
+
+        def count():
+            try:
+                while True:
+                    store.add(f'signs of {self.rank}', 1)
+                    time.sleep(SIGN)
+            except dist.DistError:           # the store has ended; whoever needs it says so
+                pass
+
+        threading.Thread(target=count, daemon=True).start()
+
+    def stopped(self, rank, signs):
+        """Has a rank given no sign of life for long? signs: its count at each look so far, a list to which
+        this look adds one. A process that was itself stopped has not looked meanwhile, and sees no silence.
+        """
+        signs.append(self.store.add(f'signs of {rank}', 0))      # 0: the rank has not started yet
+        return len(signs) > NO_SIGNS and 0 < signs[-1] == signs[-1 - NO_SIGNS]
 
     def tell(self, line):
         """This rank ends with an error: those that wait for it, on any machine, end with the same line."""
@@ -479,7 +511,9 @@ class Meeting:
             pass                             # the store has ended first, and so have those that it connects
 
     def name(self, rank):
-        """'rank 3 (host node7)'."""
+        """'rank 3 (host node7)'; without the host if the rank has never been here."""
+        if not self.store.check([f'host of {rank}']):
+            return f'rank {rank}'
         host = self.store.get(f'host of {rank}').decode()
         return f'rank {rank} (host {host})'
 
@@ -492,6 +526,15 @@ def barrier(task='its work', minutes=0):
     """Wait until all ranks are here; see `Meeting.wait`. minutes: 0 means those of the key timeout."""
     if ranks() > 1:
         meeting.wait(task, minutes or meeting.minutes)
+
+
+def before_leaving():
+    """Wait until no rank needs another one any more, before the exit that all ranks take together. The store
+    of `barrier` may lie in rank 0, which may not exit before all have read there that all have come.
+    """
+    if ranks() > 1:
+        barrier('the run')
+        dist.barrier()
 
 
 # ---- shards -----------------------------------------------------------------------------------

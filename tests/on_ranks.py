@@ -2,6 +2,8 @@
 
     on_ranks.py JOBS.json        {"gradients": [arguments of write_gradient, ...], "runs": [arguments of whole_run, ...]}
                                  {"late": a rank that sleeps, "timeout": minutes}
+                                 {"frozen": a rank that stops as with SIGSTOP}
+                                 {"stop": seconds that rank 0 takes to save before all stop}
 """
 import argparse
 import json
@@ -12,6 +14,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
@@ -25,6 +28,7 @@ from output_losses import make_objective
 from rollout import right_pad, sample
 from step import diagnostic_mask, position_mask, position_weights
 from studies import shards
+from support import runtime
 from support.optimizer import adamw
 from support.runtime import (
     all_gather,
@@ -113,12 +117,31 @@ def whole_run(name, args, interrupt_at=0):
     distill.accumulate = real
 
 
+def stop(env, seconds):
+    """The end of a step after Ctrl-C, where rank 0 is the last to have saved."""
+    def save(*_):
+        time.sleep(0 if env.rank else seconds)
+        barrier('deleting old checkpoints')
+    distill.save = save
+    setup = SimpleNamespace(student=None, opt=None)
+    distill.stop_or_save({'save_every': 1, 'steps': 9, 'keep': 1}, setup, env, {'step': 3}, None, [0.0])
+
+
 def main(jobs):
+    if 'frozen' in jobs:
+        runtime.SIGN = 0.1
     env = start('cpu', timeout=jobs.get('timeout', 60))
     if 'late' in jobs:
         if env.rank == jobs['late']:
             time.sleep(100)
         barrier('the rollout of step 12')
+    if 'frozen' in jobs:
+        time.sleep(0.5)
+        if env.rank == jobs['frozen']:
+            signal.raise_signal(signal.SIGSTOP)
+        barrier('the rollout of step 12')
+    if 'stop' in jobs:
+        stop(env, jobs['stop'])
     for job in jobs.get('gradients', ()):
         write_gradient(env, **job)
     for job in jobs.get('runs', ()):

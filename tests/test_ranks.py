@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from functools import cache
 from types import SimpleNamespace
 
@@ -314,6 +315,39 @@ def test_a_silent_rank_ends_the_run(tmp_path):
     assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
 
+def without_torchrun(tmp_path, job):
+    """Two processes, of which the first holds the store -> both of them."""
+    (tmp_path / 'job.json').write_text(json.dumps(job))
+    where = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    started = []
+    for rank in ('0', '1'):
+        env = {**os.environ, **where, 'RANK': rank, 'LOCAL_RANK': rank, 'OMP_NUM_THREADS': '1'}
+        started.append(subprocess.Popen([sys.executable, 'tests/on_ranks.py', tmp_path / 'job.json'], cwd=ROOT, env=env,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def test_ranks_without_torchrun_stop_together(tmp_path):
+    """The store of `barrier` lies in rank 0 then. It left as soon as it had opened the last door, and the other one, which
+    looks five times a second, said that the first machine does not answer, with exit code 2."""
+    started = without_torchrun(tmp_path, {'stop': 1.0})
+    printed = [p.communicate(timeout=90)[1] for p in started]
+    assert printed == ['\ninterrupted\n'] * 2 and [p.returncode for p in started] == [130, 130]
+
+
+def test_a_frozen_rank_is_found_long_before_the_timeout(tmp_path):
+    """A machine that died left the others idle for an hour. Stopped with SIGSTOP, a rank keeps its connections."""
+    started = without_torchrun(tmp_path, {'frozen': 1})
+    try:
+        printed = started[0].communicate(timeout=90)[1]
+    finally:
+        started[1].kill()
+        started[1].communicate()
+    assert started[0].returncode == 2
+    assert printed == (f'error: rank 1 (host {socket.gethostname()}) is dead or stopped: no sign of life for 1.5 s, while '
+                       'others have finished the rollout of step 12; look there\n')
+
+
 def met(ranks, late, minutes, told=''):
     """Ranks as threads: each waits three times; those of `late` come too late for the third time -> what each got. told:
     the error with which they end instead."""
@@ -351,6 +385,48 @@ def test_a_silent_rank_is_named(monkeypatch, late, told):
     assert set(errors) == (set(range(4)) - set(late) if late else set())
     for line in errors.values():
         assert line == f'{told} not finished task 3, and the others waited for 0.02 minutes; look at the log there, or raise timeout='
+
+
+def test_a_rank_that_has_never_come_is_named():
+    """nccl lets the others go on without it. Its host was waited for in the store, after the wait for the rank, and then
+    there was a traceback."""
+    meeting = Meeting(dist.HashStore(), 0, 2, 0.001, 'localhost')
+    meeting.store.set_timeout(timedelta(seconds=1))
+    with pytest.raises(UserError, match=r'^rank 1 has not finished task, and the others waited for 0.001 minutes'):
+        meeting.wait('task', 0.001)
+
+
+def test_the_second_rank_names_the_silent_one_without_the_store(monkeypatch):
+    """It waits so that the first one speaks first. That one's exit took the store away, and the second one's names with it:
+    a traceback instead of a line."""
+    class Store(dist.HashStore):
+        def check(self, keys):
+            if slept:
+                raise dist.DistNetworkError('Connection reset by peer')
+            return super().check(keys)
+    slept = []
+    meeting = Meeting(Store(), 1, 3, 0, 'localhost')
+    monkeypatch.setattr('support.runtime.time.sleep', slept.append)
+    meeting.store.add('arrivals of 0', 1)
+    with pytest.raises(UserError, match='^rank 2 has not finished task, '):
+        meeting.wait('task', 0)
+    assert slept == [3]
+
+
+@pytest.mark.parametrize('dead', [True, False])
+def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch, dead):
+    """Rank 0 follows rank 2. A slow rank is waited for until the timeout, and its signs of life come meanwhile."""
+    monkeypatch.setattr('support.runtime.SIGN', 0.05)
+    store = dist.HashStore()
+    slow = Meeting(store, 0, 3, 0, 'localhost')
+    if dead:
+        store.add('signs of 0', 1)
+    else:
+        monkeypatch.setattr(dist.HashStore, 'clone', lambda self: self, raising=False)
+        slow.live()
+    line = 'rank 0 is dead or stopped: no sign of life for 0.75 s' if dead else 'rank 0, rank 1 have not finished task, and the'
+    with pytest.raises(UserError, match=f'^{line}'):
+        Meeting(store, 2, 3, 0, 'localhost').wait('task', 1 if dead else 0.05)
 
 
 def test_an_error_of_one_rank_ends_those_that_wait_for_it():
