@@ -334,6 +334,15 @@ def test_notes_on_the_first_step_name_the_layers():
     assert first_step_notes({'loss/layer/2': None, 'adam/below_eps': None}, 1e-6) == [], 'a step that did not look'
 
 
+def test_an_overlap_of_nothing_is_logged_as_0():
+    """Models whose 16 likeliest tokens have none in common: the log had null, as if nobody had looked. The next byte has no
+    likeliest tokens, and no overlap."""
+    sums = {'statistics': torch.tensor([2.0, 1.0, 4.0, 6.0, 0.0])}
+    row = distill.objective_metrics(sums, {}, 0.0, 1.0, {}, 'full')
+    assert row == {'loss': 0.0, 'opd/kl': 0.5, 'entropy/student': 2.0, 'entropy/teacher': 3.0, 'opd/overlap16': 0.0}
+    assert 'opd/overlap16' not in distill.objective_metrics(sums, {}, 0.0, 1.0, {}, 'byte')
+
+
 @pytest.mark.parametrize('schedule, end', [('cosine', 0.1), ('linear', 0.1), ('constant', 1.0)])
 def test_schedule(schedule, end):
     """Rises to the peak, falls towards the end and never reaches it early; no step at rate 0."""
