@@ -545,6 +545,23 @@ def test_a_finished_run_goes_on_with_more_steps(toy_dir, tmp_path, capsys):
     assert 'has taken 5 steps already; raise steps=' in refused(capsys, argv(toy_dir, out, steps=3))
 
 
+def test_a_run_without_a_checkpoint_begins_again_with_what_has_changed(toy_dir, tmp_path, monkeypatch, capsys):
+    """A run died before its first checkpoint, and was started with another rate. Its config.json kept the first rate, its log
+    told no change, and W&B kept the rows of the first rate, because those of the second one have the same steps."""
+    out = tmp_path / 'r'
+    monkeypatch.setattr(distill, 'stop_or_save', lambda *a: 1 / 0)       # it dies in step 1
+    with pytest.raises(ZeroDivisionError):
+        main(load_config(argv(toy_dir, out, steps=3)))
+    assert [row['step'] for row in log_of(out)] == [0, 1] and not list(out.glob('ckpt-*'))
+    monkeypatch.undo()
+    capsys.readouterr()
+    main(load_config(argv(toy_dir, out, steps=3, lr=1e-3)))
+    assert 'from step 1 on: lr=0.001, before 0.002' in capsys.readouterr().out
+    rows = log_of(out)
+    assert [row['step'] for row in rows] == [0, 1, 2, 3] and rows[1]['changed'] == 'lr=0.001 (before 0.002)'
+    assert [row['step'] for row in rows if 'changed' in row] == [1] and read_json(out / 'config.json')['config']['lr'] == 1e-3
+
+
 def test_the_best_evaluation_is_saved_where_nothing_else_is(toy_dir, tmp_path, monkeypatch):
     """save_every and eval_every need not meet."""
     scores = iter([{'avg@2': score, 'best@2': score, 'len': 1.0} for score in (1.0, 2.0, 10.0, 90.0, 50.0)])
