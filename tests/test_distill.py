@@ -491,7 +491,7 @@ def test_folders_and_files_that_are_not_there(toy_dir, tmp_path, capsys):
     assert 'no such folder' in refused(capsys, args(student=tmp_path / 'none'))
     assert 'no such folder' in refused(capsys, args(teacher='a/b/c'))
     assert "'none.jsonl': no such folder" in refused(capsys, args(data='none.jsonl'))
-    assert 'no .parquet, .jsonl or .json file in it for test' in refused(capsys, args(eval_data=tmp_path))
+    assert 'no .parquet, .arrow, .jsonl, .json, .csv, .tsv file in it for test' in refused(capsys, args(eval_data=tmp_path))
     assert 'problems come as' in refused(capsys, args(data=ROOT / 'README.md'))
     (tmp_path / 'q.txt').write_text('1+1')
     assert '1 of 1 problems have no answer' in refused(capsys, args(eval_data=tmp_path / 'q.txt'))
