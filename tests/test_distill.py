@@ -27,11 +27,12 @@ from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from model import PRESETS
 from studies import toy
+from studies.compare import PHASES
 from studies.toy import folder_of, write_tokenizer
 from support import provenance, runtime
 from support.files import digest, read_json, write_json
 from support.optimizer import learning_rate
-from support.report import first_step_notes
+from support.report import first_step_notes, step_line
 from support.runtime import ROOT, Clock, run, start
 
 
@@ -332,6 +333,19 @@ def test_notes_on_the_first_step_name_the_layers():
     assert shares.endswith('2:1 5:98 9:1') and 'layer 5 has 98% of the loss' in note
     assert 'gradients of 20% of the weights are below adam_eps=1e-06' in first_step_notes({'adam/below_eps': 0.2}, 1e-6)[0]
     assert first_step_notes({'loss/layer/2': None, 'adam/below_eps': None}, 1e-6) == [], 'a step that did not look'
+
+
+@pytest.mark.parametrize('weights', [(1.0, 0.0), (0.0, 1.0)], ids=['hidden states', 'outputs'])
+def test_a_step_without_a_supervised_position_has_a_line(weights):
+    """Short answers to a teacher of another vocabulary, of whose positions it knows none (positions=last, pair=exact): nothing
+    is measured, and the line of the step was a KeyError, which ended the run."""
+    term = {'loss/oprd': torch.tensor(0.0), 'layer_loss': torch.zeros(1), 'layer_cosine': torch.zeros(1)}
+    if weights[1]:
+        term = {'loss/opd': torch.tensor(0.0), 'statistics': torch.zeros(5)}
+    row = distill.objective_metrics({'weight': torch.tensor(0.0), **term}, {}, *weights, {3: 3}, 'full')
+    row |= {'step': 1, 'tokens': 6.0, 'len/mean': 6.0, 'finish': 0.0} | {f'time/{phase}': 1.0 for phase in ('sample', *PHASES)}
+    line = step_line(row, 2, 1.0)
+    assert line == 'step 0001/0002 | loss 0.00 | len 6 fin 0% | sample 1.0s train 3.0s | 1.5 tok/s | eta 1s'
 
 
 def test_an_overlap_of_nothing_is_logged_as_0():
