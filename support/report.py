@@ -61,7 +61,7 @@ def objective_names(cfg, objective):
 
 
 def score_names(sets, per_problem):
-    """What eval_math.evaluate measures of these sets."""
+    """What eval_math.shared_scores measures of these sets."""
     if not sets:
         return []
     plain = [f'avg@{per_problem}', f'best@{per_problem}', 'len']

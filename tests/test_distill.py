@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv, assert_all_measured, log_of, resume_state, with_other_stop
+from conftest import argv, assert_all_measured, evaluate, log_of, resume_state, with_other_stop
 from safetensors.torch import load_file
 
 import distill
@@ -291,7 +291,7 @@ def test_accuracy_is_a_share_of_the_answers_that_can_be_graded(toy_dir, tmp_path
 
 
 def test_each_model_is_scored_with_its_own_weights_under_the_eval_keys(toy_cfg, toy_dir, tmp_path, monkeypatch):
-    """The first line of the log against `evaluate` called here. Guards against the student's weights in the teacher's
+    """The first line of the log against an evaluation made here. Guards against the student's weights in the teacher's
     place, against answers that end at the student's stop tokens alone, and against an eval_ key that is ignored."""
     monkeypatch.setattr(eval_math, 'verdict', lambda text, problem: {
         'extracted': None, 'correct': (len(text) + int(problem.answer)) % 3 == 0, 'decided_by': ''})
@@ -303,8 +303,8 @@ def test_each_model_is_scored_with_its_own_weights_under_the_eval_keys(toy_cfg, 
     sets = eval_math.load_eval_sets(toy_cfg['eval_data'], tok, 5, '+1')
     scores = {}
     for side, folder in (('student', toy_cfg['student']), ('teacher', teacher), ('distilled', tmp_path / 'r/last')):
-        scores[side] = eval_math.evaluate(load_model(folder), tok, sets, 3, temperature=1.4, top_p=0.8, stop=[2, 20], seed=3,
-                                          vocab=tok.size, max_new_tokens=13)
+        scores[side] = evaluate(load_model(folder), tok, sets, 3, temperature=1.4, top_p=0.8, stop=[2, 20], seed=3,
+                                vocab=tok.size, max_new_tokens=13)
     assert read_json(tmp_path / 'r/results.json') | scores == read_json(tmp_path / 'r/results.json')
     assert len({json.dumps(score) for score in scores.values()}) == 3
 
