@@ -299,7 +299,8 @@ def train(cfg, setup, env, run_folder):
             lr, norm = update(cfg, setup, step)
             clock.lap('update')
 
-            row = {'step': step, **objective_metrics(sums, looked, oprd_weight, opd_weight, setup.layer_map),
+            row = {'step': step,
+                   **objective_metrics(sums, looked, oprd_weight, opd_weight, setup.layer_map, cfg['opd']),
                    **rollout_metrics(roll, setup.tok, problems, reading), 'lr': lr, 'grad_norm': norm}
             row = finish_step(cfg, setup, env, row | clock.stop(), run_folder, clock)
             stop_or_save(cfg, setup, env, row, run_folder, caught)
@@ -407,10 +408,10 @@ def write_student(cfg, student, env, folder, weights):
     save_model(student, folder, snapshot(cfg['student']), weights)
 
 
-def objective_metrics(sums, looked, oprd_weight, opd_weight, layers):
+def objective_metrics(sums, looked, oprd_weight, opd_weight, layers, opd):
     """A step's sums, from `accumulate` and `diagnose` -> the numbers to log, over all ranks. What
     this step did not look at is not there. Entropies and KL in nats. layers: the student's, in the
-    order of the sums."""
+    order of the sums. opd: the key, which output-space objective it is."""
     # Sums over this rank's rows become sums over all rows.
     sums = {name: all_reduce(value).tolist() for name, value in sums.items()}
     looked = {name: all_reduce(value).tolist() for name, value in looked.items()}
@@ -437,7 +438,7 @@ def objective_metrics(sums, looked, oprd_weight, opd_weight, layers):
             row['opd/kl'] = kl / weight
             row['entropy/student'] = entropy_s / weight
             row['entropy/teacher'] = entropy_t / weight
-            if common:                       # the next byte has none
+            if opd != 'byte':                # the next byte has no likeliest tokens
                 row['opd/overlap16'] = common / weight
     return row
 

@@ -55,7 +55,7 @@ from support.progress import Progress
 from support.runtime import UserError, all_gather, barrier, day_of_start, print0, run, shown, start
 from support.samples import check_samples, first_date, read_samples, samples_folder, write_samples
 
-__all__ = ['grade', 'evaluate', 'sample_and_grade', 'shared_scores', 'load_eval_sets', 'check_answers']
+__all__ = ['grade', 'sample_and_grade', 'shared_scores', 'load_eval_sets', 'check_answers']
 
 # The sets that can be given by name: hub id, and the instruction that is added to each question.
 SETS = {
@@ -187,13 +187,6 @@ def with_shares(rows, progress):
         right += row['correct']
         progress.extra = f'{finished / count:.0%} finished, {right / count:.0%} right'
         yield row
-
-
-def evaluate(model, tokenizer, sets, per_problem, **how):
-    """Sample n = `per_problem` answers to every problem of {name: [Problem]} -> flat dict of scores, the same
-    on every rank. how: as in `sample_and_grade`."""
-    rows = sample_and_grade(model, tokenizer, sets, per_problem, **how)
-    return shared_scores(rows, sets, per_problem)
 
 
 def sample_and_grade(model, tokenizer, sets, per_problem, *, rows=64, rank=0, world=1, label='evaluate',
@@ -370,8 +363,8 @@ def percentage(shares):
 # ---- tables --------------------------------------------------------------------------------------
 
 def table(rows):
-    """{name: scores} -> the lines of a table. What `evaluate` returns for several sets becomes a line for the
-    mean and an indented line for each set."""
+    """{name: scores} -> the lines of a table. What `shared_scores` returns for several sets becomes a line
+    for the mean and an indented line for each set."""
     if not rows:
         return ['no eval_data, so no accuracy']
 

@@ -130,9 +130,9 @@ def evaluation_keys(first, other):
     """The keys that must be equal in two configs."""
     keys = ['student']
     if first.get('eval_data') and other.get('eval_data'):
-        # How often, how many at once and what is printed changes no score; a run without evaluation draws no
-        # accuracy.
-        harmless = ('eval_every', 'eval_rows', 'eval_show')
+        # How often, how many at once, what is printed, and whether the teacher is evaluated too: this changes
+        # no score of the student. A run without evaluation draws no accuracy.
+        harmless = ('eval_every', 'eval_rows', 'eval_show', 'eval_teacher')
         keys += [key for key in default if key.startswith('eval_') and key not in harmless]
 
     # A toy's student and problems are made by its own keys and the seed. Its teacher is part of the method.
@@ -199,8 +199,9 @@ def redraw(folder):
     try:
         curve([folder], file)
     except Exception as error:
-        print0(f'  note: {file} could not be drawn ({type(error).__name__}: {cut(str(error), 100)}); to draw '
-               f'it later: python -m studies.figures {folder}')
+        message = cut(' '.join(str(error).split()), 100)             # matplotlib's can have many lines
+        print0(f'  note: {file} could not be drawn ({type(error).__name__}: {message}); to draw it later: '
+               f'python -m studies.figures {folder}')
 
 
 def draw_accuracy(axes, rows, name, color, first, alone):

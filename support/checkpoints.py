@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from support.files import digest, read_json, remove, whole, write_json
 from support.jsonl import append_row
 from support.provenance import read_starts
-from support.run_folder import log_rows, rewrite_log, write_config
+from support.run_folder import log_rows, rewrite_log, stored_config, write_config
 from support.runtime import UserError, all_gather, barrier, print0, ranks
 
 FILE_BYTES = 2**28              # of a file of the resume state, on each rank
@@ -239,12 +239,16 @@ def resume(run, student, opt, later):
     """Go on from the newest whole checkpoint: fill in the student, the optimizer and the RunFolder, its log
     included. Without one the run is at step 0, and its log keeps the row of step 0.
 
-    later: keys that may differ from the checkpoint's. Those that do are printed, and kept in run.changed. A
-    checkpoint beyond the config's `steps`, or something foreign in the place of a link, is a UserError.
+    later: keys that may differ from the checkpoint's, or without one from those of the last start. Those that
+    do are printed, and kept in run.changed. A checkpoint beyond the config's `steps`, or something foreign in
+    the place of a link, is a UserError.
     """
     folder, record = newest_whole(run)
     if folder is None:
+        note_changes(run, all_gather(stored_config(run.out))[0], later)
         rewrite_log(run, first_row(run.out / 'log.jsonl'))
+        if run.rank == 0:
+            write_config(run)
         return
 
     # From which step, and with what weights.
@@ -266,17 +270,22 @@ def resume(run, student, opt, later):
 
     # Nothing was refused; what is written says what goes on from now.
     print0(f'resumed after step {run.step}')
-    for key in later:
-        before, now = record['config'].get(key), run.config.get(key)
-        if before != now:
-            run.changed[key] = [before, now]
-            print0(f'  from step {run.step + 1} on: {key}={now!r}, before {before!r}')
+    note_changes(run, record['config'], later)
     rewrite_log(run, log_rows(folder / 'log.jsonl'))
     if run.rank == 0:
         write_config(run)
         for name, target in links.items():
             mend_link(run.out, name, target)
     barrier()
+
+
+def note_changes(run, config, later):
+    """Print which keys of `later` were different in an earlier config, and keep them in run.changed."""
+    for key in later:
+        before, now = config.get(key), run.config.get(key)
+        if before != now:
+            run.changed[key] = [before, now]
+            print0(f'  from step {run.step + 1} on: {key}={now!r}, before {before!r}')
 
 
 def first_row(file):

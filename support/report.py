@@ -61,7 +61,7 @@ def objective_names(cfg, objective):
 
 
 def score_names(sets, per_problem):
-    """What eval_math.evaluate measures of these sets."""
+    """What eval_math.shared_scores measures of these sets."""
     if not sets:
         return []
     plain = [f'avg@{per_problem}', f'best@{per_problem}', 'len']
@@ -77,9 +77,11 @@ def step_line(row, steps, eta):
     train_seconds = row['time/teacher'] + row['time/student'] + row['time/update']
     speed = row['tokens'] / (row['time/sample'] + train_seconds)
     parts = [f"step {row['step']:04d}/{steps:04d}", f"loss {row['loss']:#.3g}"]
-    if row.get('loss/opd') is not None:
+
+    # Neither is measured if no position of the step is supervised: the teacher may have a state at none.
+    if row.get('loss/opd') is not None and row.get('opd/kl') is not None:
         parts.append(f"kl {row['opd/kl']:#.3g}")
-    else:
+    elif row.get('rep/cos') is not None:
         parts.append(f"cos {row['rep/cos']:.3f}")
     answers = f"len {row['len/mean']:.0f} fin {100 * row['finish']:.0f}%"
     if row.get('acc/rollout') is not None:

@@ -254,9 +254,9 @@ def in_words(changed):
 
 
 def scores_of(row, side):
-    """The held-out scores in a row, with the names that eval_math.evaluate gives them: {'avg@16': 80.0, ...};
-    {} if nothing was evaluated. side: 'eval', the student after the row's step, or 'teacher', which is in
-    row 0."""
+    """The held-out scores in a row, with the names that eval_math.shared_scores gives them: {'avg@16': 80.0,
+    ...}; {} if nothing was evaluated. side: 'eval', the student after the row's step, or 'teacher', which is
+    in row 0."""
     scores = {}
     for name, value in row.items():
         if name.startswith(f'{side}/') and value is not None:
@@ -271,5 +271,5 @@ def plain_scores(row, side):
 
 
 def scores_as_logged(scores, side):
-    """Scores as eval_math.evaluate names them -> the same with their names in the log."""
+    """Scores as eval_math.shared_scores names them -> the same with their names in the log."""
     return {f'{side}/{name}': value for name, value in scores.items()}

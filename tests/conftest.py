@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+import eval_math
 from configs import load_config, reads
 from cross_tokenizer.next_byte import NextByte
 from losses import BridgeTerm, HiddenTerm
@@ -192,8 +193,14 @@ def write_log(out, rows):
     (out / 'log.jsonl').write_text(''.join(json.dumps(dict.fromkeys(names) | row) + '\n' for row in rows))
 
 
+def evaluate(model, tokenizer, sets, per_problem, **how):
+    """An evaluation as distill.evaluate_model makes it: answers, then their scores over all ranks."""
+    rows = eval_math.sample_and_grade(model, tokenizer, sets, per_problem, **how)
+    return eval_math.shared_scores(rows, sets, per_problem)
+
+
 def scores_of(row, side='eval'):
-    """The scores in a row of the log, named as eval_math.evaluate names them."""
+    """The scores in a row of the log, named as eval_math.shared_scores names them."""
     return {name.removeprefix(f'{side}/'): value for name, value in row.items() if name.startswith(f'{side}/')}
 
 

@@ -8,7 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, assert_all_measured, for_script, log_of, step_sums, tiny_model, with_other_stop
+from conftest import (
+    argv,
+    assert_all_measured,
+    evaluate,
+    for_script,
+    log_of,
+    step_sums,
+    tiny_model,
+    with_other_stop,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_losses import rollout
@@ -845,8 +854,8 @@ def test_a_teacher_of_another_vocabulary_is_scored_in_its_own_tokens(made, toy_d
                                       teacher=teacher, eval_every=0)))
     tok, cfg = load_tokenizer(teacher), toy.prepare(load_config(run_args(toy_dir, made, 'x')), start('cpu'))
     sets = eval_math.load_eval_sets(cfg['eval_data'], tok, 0, '')
-    want = eval_math.evaluate(load_model(teacher), tok, sets, 2, temperature=0.7, top_p=1.0, stop=tok.stop_ids, seed=0,
-                              vocab=tok.size, max_new_tokens=20)
+    want = evaluate(load_model(teacher), tok, sets, 2, temperature=0.7, top_p=1.0, stop=tok.stop_ids, seed=0,
+                    vocab=tok.size, max_new_tokens=20)
     assert read_json(tmp_path / 'r/results.json')['teacher'] == want and len(tok.stop_ids) > 1
 
 

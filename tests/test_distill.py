@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv, assert_all_measured, log_of, resume_state, with_other_stop
+from conftest import argv, assert_all_measured, evaluate, log_of, resume_state, with_other_stop
 from safetensors.torch import load_file
 
 import distill
@@ -27,11 +27,12 @@ from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from model import PRESETS
 from studies import toy
+from studies.compare import PHASES
 from studies.toy import folder_of, write_tokenizer
 from support import provenance, runtime
 from support.files import digest, read_json, write_json
 from support.optimizer import learning_rate
-from support.report import first_step_notes
+from support.report import first_step_notes, step_line
 from support.runtime import ROOT, Clock, run, start
 
 
@@ -290,7 +291,7 @@ def test_accuracy_is_a_share_of_the_answers_that_can_be_graded(toy_dir, tmp_path
 
 
 def test_each_model_is_scored_with_its_own_weights_under_the_eval_keys(toy_cfg, toy_dir, tmp_path, monkeypatch):
-    """The first line of the log against `evaluate` called here. Guards against the student's weights in the teacher's
+    """The first line of the log against an evaluation made here. Guards against the student's weights in the teacher's
     place, against answers that end at the student's stop tokens alone, and against an eval_ key that is ignored."""
     monkeypatch.setattr(eval_math, 'verdict', lambda text, problem: {
         'extracted': None, 'correct': (len(text) + int(problem.answer)) % 3 == 0, 'decided_by': ''})
@@ -302,8 +303,8 @@ def test_each_model_is_scored_with_its_own_weights_under_the_eval_keys(toy_cfg, 
     sets = eval_math.load_eval_sets(toy_cfg['eval_data'], tok, 5, '+1')
     scores = {}
     for side, folder in (('student', toy_cfg['student']), ('teacher', teacher), ('distilled', tmp_path / 'r/last')):
-        scores[side] = eval_math.evaluate(load_model(folder), tok, sets, 3, temperature=1.4, top_p=0.8, stop=[2, 20], seed=3,
-                                          vocab=tok.size, max_new_tokens=13)
+        scores[side] = evaluate(load_model(folder), tok, sets, 3, temperature=1.4, top_p=0.8, stop=[2, 20], seed=3,
+                                vocab=tok.size, max_new_tokens=13)
     assert read_json(tmp_path / 'r/results.json') | scores == read_json(tmp_path / 'r/results.json')
     assert len({json.dumps(score) for score in scores.values()}) == 3
 
@@ -332,6 +333,28 @@ def test_notes_on_the_first_step_name_the_layers():
     assert shares.endswith('2:1 5:98 9:1') and 'layer 5 has 98% of the loss' in note
     assert 'gradients of 20% of the weights are below adam_eps=1e-06' in first_step_notes({'adam/below_eps': 0.2}, 1e-6)[0]
     assert first_step_notes({'loss/layer/2': None, 'adam/below_eps': None}, 1e-6) == [], 'a step that did not look'
+
+
+@pytest.mark.parametrize('weights', [(1.0, 0.0), (0.0, 1.0)], ids=['hidden states', 'outputs'])
+def test_a_step_without_a_supervised_position_has_a_line(weights):
+    """Short answers to a teacher of another vocabulary, of whose positions it knows none (positions=last, pair=exact): nothing
+    is measured, and the line of the step was a KeyError, which ended the run."""
+    term = {'loss/oprd': torch.tensor(0.0), 'layer_loss': torch.zeros(1), 'layer_cosine': torch.zeros(1)}
+    if weights[1]:
+        term = {'loss/opd': torch.tensor(0.0), 'statistics': torch.zeros(5)}
+    row = distill.objective_metrics({'weight': torch.tensor(0.0), **term}, {}, *weights, {3: 3}, 'full')
+    row |= {'step': 1, 'tokens': 6.0, 'len/mean': 6.0, 'finish': 0.0} | {f'time/{phase}': 1.0 for phase in ('sample', *PHASES)}
+    line = step_line(row, 2, 1.0)
+    assert line == 'step 0001/0002 | loss 0.00 | len 6 fin 0% | sample 1.0s train 3.0s | 1.5 tok/s | eta 1s'
+
+
+def test_an_overlap_of_nothing_is_logged_as_0():
+    """Models whose 16 likeliest tokens have none in common: the log had null, as if nobody had looked. The next byte has no
+    likeliest tokens, and no overlap."""
+    sums = {'statistics': torch.tensor([2.0, 1.0, 4.0, 6.0, 0.0])}
+    row = distill.objective_metrics(sums, {}, 0.0, 1.0, {}, 'full')
+    assert row == {'loss': 0.0, 'opd/kl': 0.5, 'entropy/student': 2.0, 'entropy/teacher': 3.0, 'opd/overlap16': 0.0}
+    assert 'opd/overlap16' not in distill.objective_metrics(sums, {}, 0.0, 1.0, {}, 'byte')
 
 
 @pytest.mark.parametrize('schedule, end', [('cosine', 0.1), ('linear', 0.1), ('constant', 1.0)])
@@ -534,6 +557,23 @@ def test_a_finished_run_goes_on_with_more_steps(toy_dir, tmp_path, capsys):
     assert 'finished at step 5' in capsys.readouterr().out
     (out / 'results.json').unlink()
     assert 'has taken 5 steps already; raise steps=' in refused(capsys, argv(toy_dir, out, steps=3))
+
+
+def test_a_run_without_a_checkpoint_begins_again_with_what_has_changed(toy_dir, tmp_path, monkeypatch, capsys):
+    """A run died before its first checkpoint, and was started with another rate. Its config.json kept the first rate, its log
+    told no change, and W&B kept the rows of the first rate, because those of the second one have the same steps."""
+    out = tmp_path / 'r'
+    monkeypatch.setattr(distill, 'stop_or_save', lambda *a: 1 / 0)       # it dies in step 1
+    with pytest.raises(ZeroDivisionError):
+        main(load_config(argv(toy_dir, out, steps=3)))
+    assert [row['step'] for row in log_of(out)] == [0, 1] and not list(out.glob('ckpt-*'))
+    monkeypatch.undo()
+    capsys.readouterr()
+    main(load_config(argv(toy_dir, out, steps=3, lr=1e-3)))
+    assert 'from step 1 on: lr=0.001, before 0.002' in capsys.readouterr().out
+    rows = log_of(out)
+    assert [row['step'] for row in rows] == [0, 1, 2, 3] and rows[1]['changed'] == 'lr=0.001 (before 0.002)'
+    assert [row['step'] for row in rows if 'changed' in row] == [1] and read_json(out / 'config.json')['config']['lr'] == 1e-3
 
 
 def test_the_best_evaluation_is_saved_where_nothing_else_is(toy_dir, tmp_path, monkeypatch):

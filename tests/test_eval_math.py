@@ -10,7 +10,7 @@ import time
 from statistics import fmean
 
 import pytest
-from conftest import argv, for_script
+from conftest import argv, evaluate, for_script
 
 import eval_math
 from configs import load_config
@@ -20,7 +20,6 @@ from eval_math import (
     bootstrap,
     check_answers,
     distinct,
-    evaluate,
     load_eval_sets,
     majority,
     pass_at,
@@ -135,8 +134,9 @@ def test_several_sets_are_scored_by_name_and_the_plain_score_is_the_mean_over_se
     sets = {'large': problems[:5], 'me/small@1': problems[5:]}
     how = dict(stop=tok.stop_ids, max_new_tokens=20, temperature=0.7, seed=3)
 
-    # An untrained grader's view would be 0 everywhere: call every answer of an odd length right.
-    monkeypatch.setattr(eval_math, 'grade', lambda text, answer: len(text) % 2 == 1)
+    # The grader would find no answer of so small a student right: call every answer of an odd length right.
+    monkeypatch.setattr(eval_math, 'verdict', lambda text, problem: {
+        'extracted': None, 'correct': len(text) % 2 == 1, 'decided_by': ''})
     together = evaluate(model, tok, sets, 6, **how)
     alone = {name: evaluate(model, tok, {name: some}, 6, **how) for name, some in sets.items()}
     metrics = ['avg@6', 'best@6', 'len']
@@ -145,6 +145,7 @@ def test_several_sets_are_scored_by_name_and_the_plain_score_is_the_mean_over_se
         for name in sets:
             assert together[f'{metric}/{name}'] == alone[name][metric]
         assert together[metric] == pytest.approx(fmean(scores[metric] for scores in alone.values()))
+    assert 0 < alone['large']['avg@6'] != alone['me/small@1']['avg@6'], 'the sets must differ, or nothing is tested'
     pooled = (5 * alone['large']['len'] + alone['me/small@1']['len']) / 6
     assert abs(pooled - together['len']) > 1e-3, 'the two means must differ, or nothing is tested'
 

@@ -81,7 +81,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_line(tmp_path, capsys, monkeypatch):
     folder = write_log(tmp_path / 'a')
     figures.redraw(folder)
     assert (folder / 'curve.png').exists() and capsys.readouterr().out == ''
-    for error in (OSError(28, 'No space left on device', 'x'), ImportError('no matplotlib'), ZeroDivisionError('\x1b[2J' + 'y' * 1000)):
+    for error in (OSError(28, 'No space left on device', 'x'), ImportError('no matplotlib'), ZeroDivisionError('\x1b[2J' + 'y' * 1000), ValueError('a\nb')):
         def broken(*_, error=error):
             raise error
         monkeypatch.setattr(figures, 'finish', broken)
@@ -213,9 +213,10 @@ def test_runs_of_different_code_are_drawn_with_a_line(tmp_path, capsys):
 
 
 def test_runs_that_differ_in_the_method_are_drawn(tmp_path):
-    """Objective, rate, length, teacher, and how often and how fast a run is evaluated."""
+    """Objective, rate, length, teacher, and how often and how fast a run is evaluated. Runs with and without eval_teacher
+    were refused, though the student's scores are the same."""
     keys = dict(lr=1e-5, steps=7, opd_weight=1, oprd_weight=0, layers='last', positions='last_k', teacher='me/t',
-                toy_teacher_width=48, toy_dir='other', eval_every=3, eval_rows=5, n=4, out_dir='b', max_new_tokens=20)
+                toy_teacher_width=48, toy_dir='other', eval_every=3, eval_rows=5, eval_teacher=False, n=4, out_dir='b', max_new_tokens=20)
     runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b', **keys), write_log(tmp_path / 'c', evaluate=False)]
     curve(runs, tmp_path / 'c.png')
     assert (tmp_path / 'c.png').exists()
