@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import argv, tiny_model
 from huggingface_hub import ModelCard, constants
+from torch import distributed as dist
 
 import eval_math
 from configs import load_config
@@ -30,6 +31,7 @@ from formats.hub import commit_of, commits, snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
 from formats.problems import problem_files
 from studies import publish
+from support import runtime
 from support.files import read_json, write_json
 from support.provenance import read_starts, started_commits
 from support.runtime import ROOT, UserError
@@ -792,3 +794,15 @@ def test_what_is_no_model_of_a_run_is_refused(run, server, tmp_path, what):
     folder = tmp_path / 'made' if what == 'made' else run[0] / what
     assert f'{folder}: not the model of a checkpoint; give last or best' in error_of(publish.main, publish.settings([str(folder), 'me/new']))
     assert server.asked == []
+
+
+def test_a_rank_that_ends_before_it_asks_ends_those_that_wait_for_its_answer(monkeypatch):
+    """Rank 0 may find an error that no other rank looks for, such as a tracker that is not installed. On other machines, where
+    torchrun does not stop them, the ranks waited for its commit for ever."""
+    store = dist.HashStore()
+    monkeypatch.setattr(hub, 'ranks', lambda: 2)
+    monkeypatch.setattr(hub.distributed_c10d, '_get_default_store', lambda: store)
+    monkeypatch.setattr(runtime, 'meeting', runtime.Meeting(store, 1, 2, 60, 'localhost'))
+    runtime.Meeting(store, 0, 2, 60, 'localhost').tell('report=wandb: not installed')
+    with pytest.raises(UserError, match='^rank 0 has ended: report=wandb: not installed'):
+        hub.made_once('commit of me/model', False, None)

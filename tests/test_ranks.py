@@ -345,7 +345,7 @@ def test_a_frozen_rank_is_found_long_before_the_timeout(tmp_path):
         started[1].communicate()
     assert started[0].returncode == 2
     assert printed == (f'error: rank 1 (host {socket.gethostname()}) is dead or stopped: no sign of life for 1.5 s, while '
-                       'others have finished the rollout of step 12; look there\n')
+                       'others wait for the rollout of step 12; look there\n')
 
 
 def met(ranks, late, minutes, told=''):
