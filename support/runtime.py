@@ -380,10 +380,12 @@ def all_gather(obj, task='its work'):
     return gathered_objects
 
 
-def gather(obj):
-    """List of every rank's `obj` on rank 0, None on the others: for data too large to be everywhere."""
+def gather(obj, task):
+    """List of every rank's `obj` on rank 0, None on the others: for data too large to be everywhere. task: as
+    in `barrier`."""
     gathered_objects = [obj]
     if ranks() > 1:
+        barrier(task)
         gathered_objects = [None] * ranks() if dist.get_rank() == 0 else None
         dist.gather_object(obj, gathered_objects)
     return gathered_objects

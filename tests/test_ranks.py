@@ -306,11 +306,13 @@ def test_an_error_on_two_ranks_ends_both(toy_dir, tmp_path):
 
 
 def test_a_silent_rank_ends_the_run(tmp_path):
-    """One line, exit code 2, and torchrun ends the sleeping rank. It was a traceback, after six hours."""
+    """One line, exit code 2, and torchrun ends the sleeping rank. It was a traceback, after six hours. An evaluation is the
+    longest wait; its answers were gathered without a name for the rank that is missing."""
     (tmp_path / 'late.json').write_text(json.dumps({'late': 1, 'timeout': 0.05}))
     p = subprocess.run([*TORCHRUN, '--standalone', 'tests/on_ranks.py', tmp_path / 'late.json'], cwd=ROOT, text=True,
                        capture_output=True, timeout=90)
-    line = f'error: rank 1 (host {socket.gethostname()}) has not finished the rollout of step 12, and the others waited for 0.05 min'
+    line = (f'error: rank 1 (host {socket.gethostname()}) has not finished the evaluation of the student '
+            'after step 12, and the others waited for 0.05 minutes')
     assert p.returncode == 1 and p.stderr.count(line) == 1 and p.stderr.count('error: ') == 1
     assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
