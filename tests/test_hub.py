@@ -685,7 +685,7 @@ def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
     subprocess.run(['cp', '-r', run[0], out], check=True)
     folder = (out / 'last').resolve()
     for name in ('config.json', 'tokenizer_config.json'):
-        write_json(folder / name, read_json(folder / name) | {'_name_or_path': '/home/secret/deep/base', 'more': {'file': ['~/secret/a/b.json']},
+        write_json(folder / name, read_json(folder / name) | {'_name_or_path': '/home/secret/deep/base', 'more': {'file': ['~/secret/a/b.json', '../secret/c.json', r'C:\secret\d.json']},
                                                               'kept': '/think'})
     (folder / 'notes.txt').write_text('secret')
     (folder / 'train.py').write_text('secret')
@@ -700,7 +700,7 @@ def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
     for name, data in files.items():
         for secret in ('secret', str(tmp_path), str(run[0].parent)):
             assert secret.encode() not in data, (name, secret)
-    assert json.loads(files['config.json'])['_name_or_path'] == 'base' and json.loads(files['config.json'])['more'] == {'file': ['b.json']}
+    assert json.loads(files['config.json'])['_name_or_path'] == 'base' and json.loads(files['config.json'])['more'] == {'file': ['b.json', 'c.json', 'd.json']}
     assert json.loads(files['config.json'])['kept'] == '/think'
     assert 'eval_data=aime24,eval.jsonl' in files['README.md'].decode()
 
