@@ -741,15 +741,16 @@ def test_texts_of_others_are_no_markup(run):
 
 
 def test_older_files_of_another_model_go(run, server, monkeypatch):
-    """An index of the larger model that was there before would be read in place of the new weights."""
+    """An index of the larger model that was there before would be read in place of the new weights. A licence is no file of a
+    model, whatever its ending; it was deleted with them."""
     monkeypatch.setenv('HF_TOKEN', 'good')
     server.repositories['me/new'] = Repository({'model-00001-of-00002.safetensors': b'', 'model.safetensors.index.json': b'{}',
-                                                'README.md': b'old', 'picture.png': b'p', 'logs/x.json': b'{}'})
+                                                'README.md': b'old', 'LICENSE.txt': b'l', 'vocab.txt': b'v', 'picture.png': b'p', 'logs/x.json': b'{}'})
     published(run[0])
     files = server.repositories['me/new'].files
     assert 'model.safetensors' in files and files['README.md'] != b'old'
-    assert not {'model-00001-of-00002.safetensors', 'model.safetensors.index.json'} & files.keys()
-    assert files['picture.png'] == b'p' and files['logs/x.json'] == b'{}'
+    assert not {'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'vocab.txt'} & files.keys()
+    assert files['LICENSE.txt'] == b'l' and files['picture.png'] == b'p' and files['logs/x.json'] == b'{}'
 
 
 def test_private_means_private(run, server, monkeypatch):
