@@ -37,7 +37,8 @@ PATH_KEYS = ('student', 'teacher', 'data', 'eval_data', 'bridge')        # may h
 NOT_TOLD = ('out_dir', 'toy_dir', 'dry_run', 'ranks')                    # where a run was, not what it was
 MAIN_KEYS = ('loss_average', 'steps', 'prompts_per_step', 'n', 'max_new_tokens', 'temperature', 'lr',
              'schedule', 'warmup', 'seed')
-OF_A_MODEL = ('.safetensors', '.json', '.jinja', 'vocab.txt', 'merges.txt', '.tiktoken')    # what a loader reads
+# What a loader may read, by endings.
+OF_A_MODEL = ('.safetensors', '.json', '.jinja', 'vocab.txt', 'merges.txt', '.tiktoken')
 
 
 # ---- what there is to tell -----------------------------------------------------------------------
