@@ -97,7 +97,7 @@ def ranks_of_a_copy(asked, world, on_machine):
     """
     if world == 1:                           # nobody to share with; a config for eight runs on a laptop
         return 1
-    if asked and world % asked:
+    if asked < 0 or (asked and world % asked):
         raise UserError(f'shard_ranks={asked} does not divide the {world} ranks; give a divisor, or 0 for '
                         'the ranks of one machine')
     if asked:

@@ -25,6 +25,7 @@ from configs import load_config
 from distill import evaluate_model, main
 from formats.huggingface import load_model, save_model
 from model import PRESETS
+from studies import shards
 from support.runtime import ROOT, Env, Meeting, UserError, all_reduce, gathered, ranks_of_a_copy, shard
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
@@ -443,6 +444,16 @@ def test_ranks_of_a_copy():
     assert [ranks_of_a_copy(0, 12, '8'), ranks_of_a_copy(0, 12, None), ranks_of_a_copy(6, 12, '4')] == [12, 12, 6]
     with pytest.raises(UserError, match='shard_ranks=8 does not divide the 12 ranks; give a divisor'):
         ranks_of_a_copy(8, 12, '4')
+    with pytest.raises(UserError, match='shard_ranks=-2 does not divide the 2 ranks'):
+        ranks_of_a_copy(-2, 2, '2')
+
+
+@pytest.mark.parametrize('word', ['--device=gpu', '--dtype=int8', '--model=gpt', '--shard_ranks=two', '--shards=2'])
+def test_a_wrong_option_of_studies_shards_is_one_line(monkeypatch, word):
+    """--device=gpu and --dtype=int8 were tracebacks of torch, the others four lines."""
+    monkeypatch.setattr(sys, 'argv', ['shards.py', word])
+    with pytest.raises(UserError, match='; see --help$'):
+        shards.parsed()
 
 
 def test_a_bridge_wants_a_whole_teacher():
