@@ -20,14 +20,13 @@ import json
 import os
 import re
 import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed import DistError, distributed_c10d
 
 from support.files import whole
-from support.runtime import UserError, cut, print0, ranks, shown
+from support.runtime import UserError, cut, print0, ranks, shown, wait_until
 
 # Of files; no hub id has them.
 DATA_ENDINGS = ('.parquet', '.arrow', '.jsonl', '.json', '.csv', '.tsv', '.txt', '.gz', '.safetensors')
@@ -158,10 +157,9 @@ def made_once(key, is_maker, make):
         store.set(key, json.dumps({'result': result}))
         return result
 
-    # If the maker dies, torchrun ends the waiting processes; and the store may go before them.
+    # The maker may have ended before it came here, and the store may go with it.
     try:
-        while not store.check([key]):
-            time.sleep(0.05)
+        wait_until(lambda: store.check([key]), key)
         answer = json.loads(store.get(key))
     except DistError:
         raise UserError(f'{key}: the process that fetches it has ended; look at its messages') from None

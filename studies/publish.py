@@ -37,7 +37,8 @@ PATH_KEYS = ('student', 'teacher', 'data', 'eval_data', 'bridge')        # may h
 NOT_TOLD = ('out_dir', 'toy_dir', 'dry_run', 'ranks')                    # where a run was, not what it was
 MAIN_KEYS = ('loss_average', 'steps', 'prompts_per_step', 'n', 'max_new_tokens', 'temperature', 'lr',
              'schedule', 'warmup', 'seed')
-OF_A_MODEL = ('.safetensors', '.json', '.jinja', '.txt', '.tiktoken')    # endings of what a loader may read
+# What a loader may read, by endings.
+OF_A_MODEL = ('.safetensors', '.json', '.jinja', 'vocab.txt', 'merges.txt', '.tiktoken')
 
 
 # ---- what there is to tell -----------------------------------------------------------------------
@@ -96,13 +97,15 @@ def files_to_publish(folder):
 
 
 def without_folders(value):
-    """JSON data in which every text that is an absolute path is its last part."""
+    """JSON data in which every text that is a path of some computer is its last part: /home/me/model,
+    ~/my/model, ../my/model and C:\\my\\model become 'model', while owner/model may be an id of the hub."""
     if isinstance(value, dict):
         return {key: without_folders(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_folders(entry) for entry in value]
-    if isinstance(value, str) and re.fullmatch(r'(/|~[^/\n]*/)[^\n]*/[^\n]+', value):
-        return value.rstrip('/').split('/')[-1]
+    path = r'(\.{0,2}/|~[^/\n]*/|[A-Za-z]:[\\/])[^\n]*[\\/][^\n]+'
+    if isinstance(value, str) and re.fullmatch(path, value):
+        return re.split(r'[\\/]', value.rstrip('\\/'))[-1]
     return value
 
 

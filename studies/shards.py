@@ -11,11 +11,10 @@ that holds most. Simpler than a run: there is no teacher and no rollout, and act
 
 Letters: as in support/memory.py.
 """
-import argparse
-
 import torch
 
 from model import PRESETS, Model, init_weights
+from support.command_help import OneLineParser
 from support.optimizer import adamw
 from support.runtime import all_gather, bytes_on_rank, print0, run, shard, start
 
@@ -52,12 +51,11 @@ def main(args):
 
 def parsed():
     """The command line."""
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = OneLineParser('studies/shards.py', '[--shard_ranks=2] [--model=toy]')
     parser.add_argument('--model', default='toy', choices=PRESETS, help='a shape of model.PRESETS')
     parser.add_argument('--shard_ranks', type=int, default=0, help='that share a copy; 0: those of a machine')
-    parser.add_argument('--device', default='auto')
-    parser.add_argument('--dtype', default='auto')
+    parser.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu', 'mps'))
+    parser.add_argument('--dtype', default='auto', choices=('auto', 'bfloat16', 'float32'))
     return parser.parse_args()
 
 

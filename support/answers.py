@@ -39,7 +39,7 @@ def keep_answers(out, side, step, rows, sets, show):
     side: 'student' after a step, or 'teacher'. rows: this rank's answers, as eval_math.sample_and_grade
     returns them. sets: the labels of the sets, in order. show: how many are printed.
     """
-    parts = gather(rows)
+    parts = gather(rows, f'the evaluation of the {side} after step {step}')
     if parts is None:                        # rank 0 has them all
         return
 

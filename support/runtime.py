@@ -14,6 +14,7 @@ computes.
 Several machines: the same command on each, with --nnodes=4 --node_rank=0 (1, 2, 3) --master_addr=HOST
 --master_port=29500. Each machine then holds one copy of the student's weights, in shards.
 """
+import math
 import os
 import re
 import runpy
@@ -96,7 +97,7 @@ def ranks_of_a_copy(asked, world, on_machine):
     """
     if world == 1:                           # nobody to share with; a config for eight runs on a laptop
         return 1
-    if asked and world % asked:
+    if asked < 0 or (asked and world % asked):
         raise UserError(f'shard_ranks={asked} does not divide the {world} ranks; give a divisor, or 0 for '
                         'the ranks of one machine')
     if asked:
@@ -379,10 +380,12 @@ def all_gather(obj, task='its work'):
     return gathered_objects
 
 
-def gather(obj):
-    """List of every rank's `obj` on rank 0, None on the others: for data too large to be everywhere."""
+def gather(obj, task):
+    """List of every rank's `obj` on rank 0, None on the others: for data too large to be everywhere. task: as
+    in `barrier`."""
     gathered_objects = [obj]
     if ranks() > 1:
+        barrier(task)
         gathered_objects = [None] * ranks() if dist.get_rank() == 0 else None
         dist.gather_object(obj, gathered_objects)
     return gathered_objects
@@ -443,27 +446,8 @@ class Meeting:
                 self.store.delete_key(f'door {number - 1}')
                 self.store.delete_key(f'arrived {number - 1}')
                 return
-
-            # The others look at the door, at first often. (A wait inside the store would keep its connection,
-            # which nccl's own thread needs, and would not hear Ctrl-C.) And each looks whether the rank after
-            # it still lives, so that of ranks that are dead one is found by a rank that waits.
-            began = time.monotonic()
-            looked = began
-            signs = []
-            after = (self.rank + 1) % self.world
-            pause = 0.001
-            while time.monotonic() - began < 60 * minutes:
-                if self.store.check([f'door {number}']):
-                    return
-                if self.store.check(['error']):
-                    raise UserError(self.store.get('error').decode())
-                if time.monotonic() - looked >= SIGN:
-                    looked = time.monotonic()
-                    if self.stopped(after, signs):
-                        raise UserError(f'{self.name(after)} is dead or stopped: no sign of life for '
-                                        f'{SIGN * NO_SIGNS} s, while others have finished {task}; look there')
-                time.sleep(pause)
-                pause = min(2 * pause, 0.2)
+            if self.until(lambda: self.store.check([f'door {number}']), task, minutes):
+                return
             missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
             if not missing:                  # the last one has come just now
                 return
@@ -479,6 +463,32 @@ class Meeting:
         have = 'has' if len(missing) == 1 else 'have'
         raise UserError(f'{names} {have} not finished {task}, and the others waited for {minutes:g} minutes; '
                         'look at the log there, or raise timeout=')
+
+    def until(self, ready, task, minutes):
+        """Look again and again whether ready() -> True; False after so many minutes. A rank that has ended
+        with an error, is dead or stopped is a UserError. task: what this rank has finished, or asks for.
+        """
+        # At first often. (A wait inside the store would keep its connection, which nccl's own thread needs,
+        # and would not hear Ctrl-C.) Each rank looks whether the one after it still lives, so that of ranks
+        # that are dead one is found by a rank that waits.
+        began = time.monotonic()
+        looked = began
+        signs = []
+        after = (self.rank + 1) % self.world
+        pause = 0.001
+        while time.monotonic() - began < 60 * minutes:
+            if ready():
+                return True
+            if self.store.check(['error']):
+                raise UserError(self.store.get('error').decode())
+            if time.monotonic() - looked >= SIGN:
+                looked = time.monotonic()
+                if self.stopped(after, signs):
+                    raise UserError(f'{self.name(after)} is dead or stopped: no sign of life for '
+                                    f'{SIGN * NO_SIGNS} s, while others wait for {task}; look there')
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        return False
 
     def live(self):
         """Count up a number of this rank every few seconds, from a thread, whatever the rank computes: a rank
@@ -526,6 +536,11 @@ def barrier(task='its work', minutes=0):
     """Wait until all ranks are here; see `Meeting.wait`. minutes: 0 means those of the key timeout."""
     if ranks() > 1:
         meeting.wait(task, minutes or meeting.minutes)
+
+
+def wait_until(ready, task):
+    """Return when ready(), a look into the store, however long that takes; see `Meeting.until`."""
+    meeting.until(ready, task, math.inf)
 
 
 def before_leaving():

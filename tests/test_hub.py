@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import argv, tiny_model
 from huggingface_hub import ModelCard, constants
+from torch import distributed as dist
 
 import eval_math
 from configs import load_config
@@ -30,6 +31,7 @@ from formats.hub import commit_of, commits, snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
 from formats.problems import problem_files
 from studies import publish
+from support import runtime
 from support.files import read_json, write_json
 from support.provenance import read_starts, started_commits
 from support.runtime import ROOT, UserError
@@ -683,7 +685,7 @@ def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
     subprocess.run(['cp', '-r', run[0], out], check=True)
     folder = (out / 'last').resolve()
     for name in ('config.json', 'tokenizer_config.json'):
-        write_json(folder / name, read_json(folder / name) | {'_name_or_path': '/home/secret/deep/base', 'more': {'file': ['~/secret/a/b.json']},
+        write_json(folder / name, read_json(folder / name) | {'_name_or_path': '/home/secret/deep/base', 'more': {'file': ['~/secret/a/b.json', '../secret/c.json', r'C:\secret\d.json']},
                                                               'kept': '/think'})
     (folder / 'notes.txt').write_text('secret')
     (folder / 'train.py').write_text('secret')
@@ -698,7 +700,7 @@ def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
     for name, data in files.items():
         for secret in ('secret', str(tmp_path), str(run[0].parent)):
             assert secret.encode() not in data, (name, secret)
-    assert json.loads(files['config.json'])['_name_or_path'] == 'base' and json.loads(files['config.json'])['more'] == {'file': ['b.json']}
+    assert json.loads(files['config.json'])['_name_or_path'] == 'base' and json.loads(files['config.json'])['more'] == {'file': ['b.json', 'c.json', 'd.json']}
     assert json.loads(files['config.json'])['kept'] == '/think'
     assert 'eval_data=aime24,eval.jsonl' in files['README.md'].decode()
 
@@ -739,15 +741,16 @@ def test_texts_of_others_are_no_markup(run):
 
 
 def test_older_files_of_another_model_go(run, server, monkeypatch):
-    """An index of the larger model that was there before would be read in place of the new weights."""
+    """An index of the larger model that was there before would be read in place of the new weights. A licence is no file of a
+    model, whatever its ending; it was deleted with them."""
     monkeypatch.setenv('HF_TOKEN', 'good')
     server.repositories['me/new'] = Repository({'model-00001-of-00002.safetensors': b'', 'model.safetensors.index.json': b'{}',
-                                                'README.md': b'old', 'picture.png': b'p', 'logs/x.json': b'{}'})
+                                                'README.md': b'old', 'LICENSE.txt': b'l', 'vocab.txt': b'v', 'picture.png': b'p', 'logs/x.json': b'{}'})
     published(run[0])
     files = server.repositories['me/new'].files
     assert 'model.safetensors' in files and files['README.md'] != b'old'
-    assert not {'model-00001-of-00002.safetensors', 'model.safetensors.index.json'} & files.keys()
-    assert files['picture.png'] == b'p' and files['logs/x.json'] == b'{}'
+    assert not {'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'vocab.txt'} & files.keys()
+    assert files['LICENSE.txt'] == b'l' and files['picture.png'] == b'p' and files['logs/x.json'] == b'{}'
 
 
 def test_private_means_private(run, server, monkeypatch):
@@ -792,3 +795,15 @@ def test_what_is_no_model_of_a_run_is_refused(run, server, tmp_path, what):
     folder = tmp_path / 'made' if what == 'made' else run[0] / what
     assert f'{folder}: not the model of a checkpoint; give last or best' in error_of(publish.main, publish.settings([str(folder), 'me/new']))
     assert server.asked == []
+
+
+def test_a_rank_that_ends_before_it_asks_ends_those_that_wait_for_its_answer(monkeypatch):
+    """Rank 0 may find an error that no other rank looks for, such as a tracker that is not installed. On other machines, where
+    torchrun does not stop them, the ranks waited for its commit for ever."""
+    store = dist.HashStore()
+    monkeypatch.setattr(hub, 'ranks', lambda: 2)
+    monkeypatch.setattr(hub.distributed_c10d, '_get_default_store', lambda: store)
+    monkeypatch.setattr(runtime, 'meeting', runtime.Meeting(store, 1, 2, 60, 'localhost'))
+    runtime.Meeting(store, 0, 2, 60, 'localhost').tell('report=wandb: not installed')
+    with pytest.raises(UserError, match='^rank 0 has ended: report=wandb: not installed'):
+        hub.made_once('commit of me/model', False, None)

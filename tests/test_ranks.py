@@ -25,6 +25,7 @@ from configs import load_config
 from distill import evaluate_model, main
 from formats.huggingface import load_model, save_model
 from model import PRESETS
+from studies import shards
 from support.runtime import ROOT, Env, Meeting, UserError, all_reduce, gathered, ranks_of_a_copy, shard
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
@@ -306,11 +307,13 @@ def test_an_error_on_two_ranks_ends_both(toy_dir, tmp_path):
 
 
 def test_a_silent_rank_ends_the_run(tmp_path):
-    """One line, exit code 2, and torchrun ends the sleeping rank. It was a traceback, after six hours."""
+    """One line, exit code 2, and torchrun ends the sleeping rank. It was a traceback, after six hours. An evaluation is the
+    longest wait; its answers were gathered without a name for the rank that is missing."""
     (tmp_path / 'late.json').write_text(json.dumps({'late': 1, 'timeout': 0.05}))
     p = subprocess.run([*TORCHRUN, '--standalone', 'tests/on_ranks.py', tmp_path / 'late.json'], cwd=ROOT, text=True,
                        capture_output=True, timeout=90)
-    line = f'error: rank 1 (host {socket.gethostname()}) has not finished the rollout of step 12, and the others waited for 0.05 min'
+    line = (f'error: rank 1 (host {socket.gethostname()}) has not finished the evaluation of the student '
+            'after step 12, and the others waited for 0.05 minutes')
     assert p.returncode == 1 and p.stderr.count(line) == 1 and p.stderr.count('error: ') == 1
     assert re.search(r'rank +: 0 .*\n +exitcode +: 2 ', p.stderr)
 
@@ -345,7 +348,7 @@ def test_a_frozen_rank_is_found_long_before_the_timeout(tmp_path):
         started[1].communicate()
     assert started[0].returncode == 2
     assert printed == (f'error: rank 1 (host {socket.gethostname()}) is dead or stopped: no sign of life for 1.5 s, while '
-                       'others have finished the rollout of step 12; look there\n')
+                       'others wait for the rollout of step 12; look there\n')
 
 
 def met(ranks, late, minutes, told=''):
@@ -441,6 +444,16 @@ def test_ranks_of_a_copy():
     assert [ranks_of_a_copy(0, 12, '8'), ranks_of_a_copy(0, 12, None), ranks_of_a_copy(6, 12, '4')] == [12, 12, 6]
     with pytest.raises(UserError, match='shard_ranks=8 does not divide the 12 ranks; give a divisor'):
         ranks_of_a_copy(8, 12, '4')
+    with pytest.raises(UserError, match='shard_ranks=-2 does not divide the 2 ranks'):
+        ranks_of_a_copy(-2, 2, '2')
+
+
+@pytest.mark.parametrize('word', ['--device=gpu', '--dtype=int8', '--model=gpt', '--shard_ranks=two', '--shards=2'])
+def test_a_wrong_option_of_studies_shards_is_one_line(monkeypatch, word):
+    """--device=gpu and --dtype=int8 were tracebacks of torch, the others four lines."""
+    monkeypatch.setattr(sys, 'argv', ['shards.py', word])
+    with pytest.raises(UserError, match='; see --help$'):
+        shards.parsed()
 
 
 def test_a_bridge_wants_a_whole_teacher():

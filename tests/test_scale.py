@@ -220,6 +220,16 @@ def test_what_does_not_fit_says_so(lines):
                for (gpus, name), limit in limits.items())
 
 
+def test_on_how_many_gpus_an_8b_pair_fits():
+    """docs/scale.md said that it needs eight: the tables have no rows of two and four."""
+    found = [[scale.fits(scale.STUDENTS['8B'], gpus, size) for gpus in (1, 2, 4)] for size in ('80 GB', '141 GB')]
+    assert [words.startswith('no: ') for words in found[0]] == [True, True, False]
+    assert [words.startswith('no: ') for words in found[1]] == [True, False, False]
+    text = (ROOT / 'docs/scale.md').read_text()
+    assert 'four GPUs of 80 GB (`eval_rows=4`;' in text and found[0][2] == 'teacher whole, eval_rows=4'
+    assert 'two of 141 GB\n(`eval_rows=16`)' in text and found[1][1] == 'teacher whole, eval_rows=16'
+
+
 def test_docs_show_the_tables_as_they_are_calculated(lines):
     """After a change of a count or of an assumption: python -m studies.scale, and paste its tables."""
     text = (ROOT / 'docs/scale.md').read_text()
