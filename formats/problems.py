@@ -10,7 +10,8 @@ several training sets against each other. Questions and answers are data: nothin
 evaluated. formats/rows.py reads the files and names the columns; docs/data.md shows the layouts. What a row
 may hold is checked for every row, because files are downloaded or written by hand:
 
-    question    a text, or a list of messages, each an object whose role and content are texts
+    question    a text, or a list of messages, each an object whose role is one of SPEAKERS and whose content
+                is a text
     answer      a text, a whole number or a finite number, or none; a list, an object or true is an error
     any text    at most LONGEST_TEXT characters, all of which UTF-8 can write
 """
@@ -43,11 +44,14 @@ NO_ROWS = re.compile(r'(state|dataset_info|dataset_infos|dataset_dict)\.json|cac
 # Columns of conversations, which may hold the answer too.
 CONVERSATIONS = ('messages', 'conversations')
 
-# Roles as ShareGPT calls them.
+# The roles of messages, in small letters, and what ShareGPT calls two of them. Another role would be rendered
+# as it is: the answer of a 'chatbot' would be a part of the question.
+SPEAKERS = ('system', 'developer', 'user', 'assistant', 'tool')
 ROLES = {'human': 'user', 'gpt': 'assistant'}
 
 # How Python or JSON prints messages or a ground truth: what a list in a cell of a csv file becomes.
 PRINTED = re.compile(r"""\s*(\[\s*\{\s*['"](role|content|from|value)|\{\s*['"](ground_truth|style))['"]""")
+PRINTED_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)           # ['7'], of an answer
 
 
 @dataclass(frozen=True)
@@ -139,42 +143,71 @@ def question_and_answer(row, where):
     # verl keeps the answer one level deeper: {'reward_model': {'ground_truth': '7'}}.
     if isinstance(answers['reward_model'], dict):
         answers['reward_model'] = answers['reward_model'].get('ground_truth')
-    answer_column = next((name for name, answer in answers.items() if answer is not None), None)
+    answer_column = next((name for name, answer in answers.items() if has_value(answer)), None)
     if answer_column is None:
         return question, column, None, None
     answer = answer_text(answers[answer_column], where)
     check_text(answer, where)
-    return question, column, final_answer(answer), answer_column
+    return question, column, final_answer(answer) or None, answer_column
+
+
+def has_value(cell):
+    """Does a row say anything in a column? A text without a letter says nothing."""
+    return bool(cell.strip()) if isinstance(cell, str) else cell is not None
 
 
 def question_of(row, where):
     """-> (question, its column, the assistant's last message or None). A question that is a list of messages
     ends before that message."""
-    column = next((name for name in QUESTION_COLUMNS if row.get(name)), None)
+    column = next((name for name in QUESTION_COLUMNS if row.get(name) and has_value(row[name])), None)
     value = row.get(column)
+    if column == 'instruction':
+        value = with_input(value, row.get('input'), where)
     if isinstance(value, str):
-        # Alpaca: what the instruction is about may have a column of its own.
-        if column == 'instruction' and row.get('input') and isinstance(row['input'], str):
-            value = f'{value}\n\n{row["input"]}'
         check_text(value, where)
         return value, column, None
 
-    messages = messages_of(value)
+    messages = messages_of(value, where) or []
     last_message = None
-    if messages and column in CONVERSATIONS and messages[-1]['role'] == 'assistant':
-        last_message = messages.pop()['content']
-    if not messages:
+    if column in CONVERSATIONS:
+        messages, last_message = split_conversation(messages, row.get('system'), where)
+    if all(message['role'] == 'system' for message in messages):
         raise UserError(f'{where}: no question; wants {" or ".join(QUESTION_COLUMNS)}, '
                         'a text or [{role, content}]')
     for message in messages:
-        check_text(message['role'], where)
         check_text(message['content'], where)
     return messages, column, last_message
 
 
-def messages_of(value):
+def with_input(instruction, given, where):
+    """Alpaca: what an instruction is about may have a column of its own, `input` -> both as one text."""
+    if not has_value(given):
+        return instruction
+    if not isinstance(instruction, str) or type(given) not in (str, int, float):
+        found = f'{shown(instruction, 30)} and {shown(given, 30)}'
+        raise UserError(f'{where}: instruction and input are {found}; wants two texts')
+    return f'{instruction}\n\n{given}'
+
+
+def split_conversation(messages, system, where):
+    """Messages -> (those that ask, the content of the assistant's last one or None). system: what the system
+    says, if that has a column of its own."""
+    last_message = None
+    if messages and messages[-1]['role'] == 'assistant':
+        *messages, last = messages
+        last_message = last['content']
+
+    # A part of the answer must not stand in the question.
+    if messages and messages[-1]['role'] == 'assistant':
+        raise UserError(f'{where}: ends with two messages of the assistant; join them')
+    if isinstance(system, str) and has_value(system) and messages and messages[0]['role'] != 'system':
+        messages = [{'role': 'system', 'content': system}, *messages]
+    return messages, last_message
+
+
+def messages_of(value, where):
     """A list of messages, each with a role and a content that are texts -> [{role, content}]; None if it is
-    something else. ShareGPT's {from, value} means the same."""
+    something else. ShareGPT's {from, value} means the same. A role that is unknown is a UserError."""
     if not isinstance(value, list):
         return None
     messages = []
@@ -183,11 +216,15 @@ def messages_of(value):
             return None
         role = message.get('role')
         if role is None:
-            role = ROLES.get(str(message.get('from')), message.get('from'))
+            role = message.get('from')
         content = message.get('content', message.get('value'))
         if not isinstance(role, str) or not isinstance(content, str):
             return None
-        messages.append({'role': role, 'content': content})
+        speaker = ROLES.get(role.lower(), role.lower())
+        if speaker not in SPEAKERS:
+            raise UserError(f'{where}: a message has the role {shown(role)}; wants {", ".join(SPEAKERS)}, '
+                            'human or gpt')
+        messages.append({'role': speaker, 'content': content})
     return messages
 
 
@@ -195,13 +232,20 @@ def answer_text(answer, where):
     """A known answer as text; a UserError if it is neither a text nor a number. The text of a list,
     "['7']", would be an answer that no model can ever give."""
     # TRL's completions can be messages.
-    messages = messages_of(answer)
+    messages = messages_of(answer, where)
     if messages:
-        answer = messages[-1]['content']
+        last = messages[-1]
+        if last['role'] != 'assistant':
+            raise UserError(f"{where}: the answer ends with a message of the role {last['role']}; wants "
+                            'one of the assistant')
+        answer = last['content']
     is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
     if not is_number and not isinstance(answer, str):
         raise UserError(f'{where}: the answer {shown(answer)} is of type {type(answer).__name__}; '
                         'wants a text or a number')
+    if PRINTED_LIST.fullmatch(str(answer)):
+        raise UserError(f'{where}: the answer {shown(answer)} is a list printed as a text; wants a single '
+                        'answer')
     return str(answer)
 
 

@@ -238,12 +238,54 @@ TALK = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}, {'
     ({'instruction': 'i', 'input': None, 'output': 'o'}, 'i', 'o'),
     ({'question': 'q', 'input': 'x', 'Ground_Truth': '3', 'reward_model': {'ground_truth': '4'}}, 'q', '3'),
     ({'question': 'q', 'reward_model': {'style': 'rule'}, 'completion': [{'role': 'assistant', 'content': 'c'}]}, 'q', 'c'),
+    ({'instruction': 'Double it.', 'input': 21, 'output': '42'}, 'Double it.\n\n21', '42'),
+    ({'question': 'q', 'answer': '', 'solution': '5'}, 'q', '5'),
+    ({'question': ' \n', 'problem': 'q', 'answer': ' ', 'output': 0}, 'q', '0'),
+    ({'question': 'q', 'answer': 'no ####\n'}, 'q', None),
+    ({'conversations': [{'from': 'Human', 'value': 'u'}, {'from': 'GPT', 'value': '7'}]}, TALK[1:2], '7'),
+    ({'conversations': [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'u'}, {'from': 'gpt', 'value': '7'}]}, TALK[:2], '7'),
+    ({'system': 's', 'conversations': [{'from': 'user', 'value': 'u'}, {'from': 'assistant', 'value': '7'}]}, TALK[:2], '7'),     # OpenThoughts
+    ({'system': 'x', 'messages': TALK}, TALK[:2], 'so 5'),
+    ({'System': None, 'messages': TALK[1:]}, TALK[1:2], 'so 5'),
+    ({'messages': [*TALK, TALK[1], {'role': 'assistant', 'content': '6'}]}, [*TALK, TALK[1]], '6'),
 ])
 def test_the_first_column_that_has_a_value_counts(tmp_path, row, question, answer):
-    """The order of rows.QUESTION_COLUMNS and rows.ANSWER_COLUMNS; a conversation's own answer comes last."""
+    """The order of rows.QUESTION_COLUMNS and rows.ANSWER_COLUMNS; a conversation's own answer comes last. A blank text is no
+    value: '' was an answer, with which every rollout counted as wrong. An input that is a number and the column `system` of
+    a conversation were left out without a word."""
     (tmp_path / 'p.jsonl').write_bytes(jsonl([row]))
     problem, = load(tmp_path / 'p.jsonl')
     assert (problem.question, problem.answer) == (question, answer)
+
+
+def said_by(*roles):
+    return [{'role': role, 'content': 'x'} for role in roles]
+
+
+@pytest.mark.parametrize('row, says', [
+    ({'conversations': [{'from': 'human', 'value': 'u'}, {'from': 'chatgpt', 'value': '7'}]}, "the role 'chatgpt'; wants system, developer"),
+    ({'prompt': said_by('user', 'model')}, "the role 'model'"),
+    ({'messages': said_by('user', 'assistant', 'assistant')}, 'ends with two messages of the assistant; join them'),
+    ({'messages': said_by('system', 'assistant')}, 'no question'),
+    ({'prompt': 'q', 'completion': said_by('assistant', 'user')}, 'the answer ends with a message of the role user'),
+    ({'instruction': 'i', 'input': {'a': 1}, 'output': 'o'}, "instruction and input are 'i' and {'a': 1}; wants two texts"),
+    ({'instruction': said_by('user'), 'input': '1', 'output': 'o'}, 'wants two texts'),
+    ({'prompt': 'q', 'reward_model': {'ground_truth': '["7"]'}}, 'is a list printed as a text'),
+    ({'question': 'q', 'answer': " ['7', '8']\n"}, 'is a list printed as a text'),
+])
+def test_a_row_that_would_be_read_wrongly_is_refused(tmp_path, row, says):
+    """Each of these was read: with the answer as a part of the question, with half of the question, or with an answer that no
+    model can give."""
+    (tmp_path / 'p.jsonl').write_bytes(jsonl([row]))
+    line = refusal(tmp_path / 'p.jsonl')
+    assert line.startswith('p.jsonl:1: ') and says in line
+
+
+def test_an_answer_that_is_a_list_in_mathematics_is_read(tmp_path):
+    """An interval or a vector: what shows a printed list are the quotes."""
+    answers = ['[0, 1]', '(a, b)', "f'", '["', '[x]']
+    (tmp_path / 'p.jsonl').write_bytes(jsonl([{'question': answer, 'answer': answer} for answer in answers]))
+    assert [problem.answer for problem in load(tmp_path / 'p.jsonl')] == answers
 
 
 def test_the_columns_and_missing_answers_are_printed(tmp_path, capsys):
