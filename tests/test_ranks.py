@@ -294,7 +294,7 @@ def test_a_teacher_that_does_not_fit_is_not_evaluated():
     shared = 'distill.shared_size'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, lambda tok, tok_t: 0)
-        assert evaluate_model(cfg, setup, None, 'teacher', 'teacher') == {}
+        assert evaluate_model(cfg, setup, None, None, 0, 'teacher') == {}
 
 
 # ---- errors -------------------------------------------------------------------------------------
