@@ -225,8 +225,8 @@ def run(main, cfg_of):
     except OSError as error:
         line = f'{error.filename or "system"}: {error.strerror or error}; look at space and permissions there'
     except RuntimeError as error:
-        # A collective fails if another rank has died, or does not come to it in time.
-        if not re.search('gloo|NCCL', str(error)):
+        # A collective, or the store, fails if another rank has died, or does not come in time.
+        if not isinstance(error, dist.DistError) and not re.search('gloo|NCCL', str(error)):
             raise
         line = (f'rank {os.environ.get("RANK", 0)}: another rank has died or is silent, look at its log '
                 f'({cut(str(error).splitlines()[0], 150)})')

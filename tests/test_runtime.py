@@ -8,6 +8,7 @@ import time
 import unicodedata
 
 import pytest
+from torch import distributed as dist
 
 from support import runtime
 from support.runtime import ROOT, UserError, cut, print0, printable, run, shown, start
@@ -77,6 +78,10 @@ def test_an_error_is_one_line_of_at_most_300_characters(capsys):
         raise RuntimeError('[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:5')
     line = ended(lost, capsys, 2).err
     assert line.startswith('error: rank 0: another rank has died or is silent, look at its log ([/py') and line.count('\n') == 1
+
+    def storeless(_):
+        raise dist.DistStoreError('wait timeout after 3600000ms, keys: /default_pg/0//cuda//0')
+    assert ended(storeless, capsys, 2).err.startswith('error: rank 0: another rank has died or is silent, look at its log (wait t')
 
     def full(_):
         raise OSError(28, 'No space left on device', 'b\x1b[2J' * 99)
