@@ -46,7 +46,7 @@ def load_config(argv=None, script=''):
 
     # The config file comes first, wherever it stands: the command line may change what it says.
     cfg = check(read_config_file(files[0]), files[0]) if files else dict(default)
-    cfg = check(cfg | given, 'command line')
+    cfg = check(cfg | given, 'command line', script)
     if cfg['ranks'] and not cfg['dry_run']:
         raise UserError(f'ranks={cfg["ranks"]}: belongs to --dry-run; torchrun starts ranks')
     return cfg
@@ -64,11 +64,11 @@ def read_argument(arg, script):
     """One word of a command line -> (key, value)."""
     key, equals, text = arg.removeprefix('--').partition('=')
     key = key.replace('-', '_')
-    if not equals and not isinstance(default.get(key), bool):
-        advice = f'give {key}=VALUE' if key in default else hint(key, default)
-        raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; {advice}')
     if script and key in default and key not in reads[script]:
         raise UserError(unread(key, script, reads))
+    if not equals and not isinstance(default.get(key), bool):
+        advice = f'give {key}=VALUE' if key in default else hint(key, reads.get(script, default), script)
+        raise UserError(f'{cut(arg, 60)}: not key=value, and not a switch; {advice}')
     return key, parse(key, text) if equals else True
 
 
@@ -101,11 +101,13 @@ def parse(key, text):
         return text
 
 
-def check(cfg, where):
-    """cfg, with every key there is, each of the right type and in range; else UserError."""
+def check(cfg, where, script=''):
+    """cfg, with every key there is, each of the right type and in range; else UserError. script: as in
+    `load_config`."""
     checked = dict(default)
     for key, value in cfg.items():
         if key not in default:
-            raise UserError(f'{where}: unknown key {shown(key)}; {hint(key, default)}')
+            advice = hint(key, reads.get(script, default), script)
+            raise UserError(f'{where}: unknown key {shown(key)}; {advice}')
         checked[key] = check_value(key, value, default[key], checks.get(key), where)
     return checked

@@ -9,6 +9,7 @@ Simpler than accepting them: a config has one name for one thing. What it does n
 as a batch size per device into one over all devices.
 """
 import difflib
+import re
 
 ELSEWHERE = {   # our key: its names elsewhere
     # models, problems, folders
@@ -82,12 +83,17 @@ SAME = by_name((names, key) for key, names in ELSEWHERE.items())         # {name
 SENTENCES = by_name(INSTEAD.items())                                     # {name elsewhere: what to do}
 
 
-def hint(name, keys):
-    """A sentence for a name that is none of `keys`: which one was meant, or what to do instead."""
+def hint(name, keys, script=''):
+    """A sentence for a name that no key has: which key was meant, or what to do instead.
+
+    keys: those that the script reads; without a script, all. A key that it does not read is not offered.
+    """
     # verl writes data.train_batch_size: what stands behind the last dot says what it is.
     plain = str(name)[-60:].lower().replace('-', '_').rpartition('.')[2]
+    unknown = f'{script} has no key for it; see --help' if script else 'see --help for all keys'
     if plain in SENTENCES:
-        return SENTENCES[plain]
+        named = re.findall(r'(\w+)=', SENTENCES[plain])
+        return SENTENCES[plain] if set(named) <= set(keys) else unknown
 
     # The same word in another form, another trainer's word, a misspelt word of ours or of theirs.
     meant = plain if plain in keys else SAME.get(plain)
@@ -96,14 +102,24 @@ def hint(name, keys):
         if not near:
             return 'see --help for all keys'
         meant = SAME.get(near[0], near[0])
-    return f'did you mean {meant!r}?'
+    if meant not in keys:
+        meant = relative(meant, keys)
+    return f'did you mean {meant!r}?' if meant else unknown
+
+
+def relative(key, keys):
+    """A key -> its relative among `keys`, or None: what training calls n is eval_n in an evaluation,
+    and lr is bridge_lr in a fit."""
+    for other in (f'eval_{key}', f'bridge_{key}', key.removeprefix('eval_')):
+        if other != key and other in keys:
+            return other
+    return None
 
 
 def unread(key, script, reads):
     """The error line for a key that this script does not read. reads: {script: its keys}."""
-    # What training calls n is eval_n in an evaluation, and lr is bridge_lr in a fit.
-    for other in (f'eval_{key}', f'bridge_{key}', key.removeprefix('eval_')):
-        if other != key and other in reads[script]:
-            return f'{script} does not read {key}=; did you mean {other}=?'
+    other = relative(key, reads[script])
+    if other:
+        return f'{script} does not read {key}=; did you mean {other}=?'
     readers = ' and '.join(other for other, keys in reads.items() if key in keys)
     return f'{script} does not read {key}=, a key of {readers}; leave it out, or see --help'

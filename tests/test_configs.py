@@ -280,6 +280,28 @@ def test_names_of_other_trainers_get_a_hint(name, says):
         load_config([f'--{name}=1'], 'distill.py')
 
 
+@pytest.mark.parametrize('script, name, says', [
+    ('eval_math.py', 'num_generations', "did you mean 'eval_n'?"), ('eval_math.py', 'max_tokens', "did you mean 'eval_max_new_tokens'?"),
+    ('bridge.py', 'learning_rate', "did you mean 'bridge_lr'?"), ('eval_math.py', 'learning_rate', 'eval_math.py has no key for it'),
+    ('bridge.py', 'num_train_epochs', 'bridge.py has no key for it'), ('minimal.py', 'wandb_log', 'minimal.py has no key for it'),
+    ('eval_math.py', 'model_name_or_path', "did you mean 'student'?"), ('bridge.py', 'batch_size', 'bridge.py has no key for it'),
+    ('eval_math.py', 'eval_m', "did you mean 'eval_n'?"), ('eval_math.py', 'lr', 'eval_math.py does not read lr='),
+])
+def test_a_hint_names_a_key_that_the_script_reads(script, name, says):
+    """`eval_math.py num_generations=4` was sent to n=, which eval_math.py refuses."""
+    for words in ([f'{name}=1'], [f'--{name}', '1']):
+        with pytest.raises(UserError, match=re.escape(says)):
+            load_config(words, script)
+
+
+def test_no_hint_leads_to_a_key_that_the_script_refuses():
+    for script, keys in reads.items():
+        for name in (*SAME, *SENTENCES):
+            says = hint(name, keys, script)
+            offered = re.findall(r"did you mean '(\w+)'|(\w+)=", says)
+            assert {one or two for one, two in offered} <= set(keys), (script, name, says)
+
+
 @pytest.mark.parametrize('words, says', [
     (['--lr', '1e-3'], '--lr: not key=value, and not a switch; give lr=VALUE'),
     (['--learning_rate', '1e-3'], "--learning_rate: not key=value, and not a switch; did you mean 'lr'?"),
