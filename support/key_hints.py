@@ -108,8 +108,8 @@ def hint(name, keys, script=''):
 
 
 def relative(key, keys):
-    """What training calls n is eval_n in an evaluation, and lr is bridge_lr in a fit -> that key; None if it
-    is not among `keys`."""
+    """A key -> its relative among `keys`, or None: what training calls n is eval_n in an evaluation,
+    and lr is bridge_lr in a fit."""
     for other in (f'eval_{key}', f'bridge_{key}', key.removeprefix('eval_')):
         if other != key and other in keys:
             return other
