@@ -34,8 +34,9 @@ config = dict(
     teacher='',                 # Hugging Face folder or id; frozen
     data='',                    # training problems: a file (.parquet, .arrow, .jsonl, .json, .csv, .tsv,
                                 # .txt, .gz), a folder, a data set's id, or several with commas; docs/data.md
-    eval_data='',               # held-out problems, likewise, each a set of its own; '' = no evaluation;
-                                # by name: aime24, aime25, aimo, amc23, math500 (eval_math.py)
+    eval_data='',               # held-out problems: files, folders or ids like those of data=, each a set of
+                                # its own, or by name: aime24, aime25, aimo, amc23, math500 (eval_math.py);
+                                # '' = no evaluation; docs/data.md
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
     date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
@@ -130,7 +131,7 @@ config = dict(
                                 # by name their instruction to answer in \boxed{}, for others nothing
     eval_temperature=0.7,       # the paper's
     eval_top_p=1.0,             # the authors' scripts use 0.95
-    eval_max_new_tokens=0,      # 0 = max_new_tokens (the authors' scripts use 31744)
+    eval_max_new_tokens=0,      # longest answer, tokens; 0 = the config's max_new_tokens (authors: 31744)
     eval_teacher=True,          # also the teacher, before the first step: it needs whole weights for that
     regrade=False,              # --regrade: eval_math.py grades the answers that are there once more
     eval_rows=64,               # answers sampled at once on a rank; 64 of 16k tokens: 30 GB of cache at 1.5B

@@ -7,10 +7,11 @@ What was answered in the evaluations of a run: written into its folder, and a fe
 
 A line is one answer:
 
-    {"set": "eval", "problem": 0, "sample": 0, "prompt": "<bos>1+2=", "text": "3;\\boxed{3}<eos>",
-     "answer": "3", "extracted": "3", "correct": true, "length": 9, "stopped": true}
+    {"set": "eval", "problem": 0, "sample": 0, "prompt": "1+2=", "text": "1+2=3;\\boxed{3}",
+     "answer": "3", "extracted": "3", "correct": true, "length": 10, "stopped": true}
 
-`answer` is the known answer, `extracted` the one that the grader found in the text (null if there is none).
+Texts have no special tokens (`<eos>` is the tenth token here). `answer` is the known answer, `extracted` the
+one that the grader found in the text (null if there is none).
 A file is written when its evaluation is finished, completely or not at all, so an evaluation that is
 repeated after a resume replaces it. A token takes about four bytes, so the files are small beside the
 checkpoints.
