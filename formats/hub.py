@@ -82,10 +82,10 @@ def hub_id(path_or_repo, dataset=False):
     mistyped folder would be somebody's repository there."""
     match = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', path_or_repo)
     if not match or '..' in path_or_repo:
-        raise UserError(f'{shown(path_or_repo)}: no such folder, and not a hub id (owner/name)')
+        raise UserError(f'{shown(path_or_repo)}: no such file or folder, and not a hub id (owner/name)')
     first = path_or_repo.split('/')[0]
     if first.startswith('.') or first == 'out' or os.path.lexists(first) or match[1].endswith(DATA_ENDINGS):
-        raise UserError(f'{shown(path_or_repo)}: no such folder or file; it looks like a path, so the hub is '
+        raise UserError(f'{shown(path_or_repo)}: no such file or folder; it looks like a path, so the hub is '
                         f'not asked (for a hub id, start where no folder {shown(first)} is)')
     return HubId(match[1], match[2] or '', 'dataset' if dataset else 'model')
 

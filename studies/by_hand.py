@@ -25,7 +25,7 @@ from rollout import sample
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
 from support.command_help import command_words
 from support.optimizer import adamw
-from support.runtime import run
+from support.runtime import UserError, run, shown
 
 LETTERS = '0123456789=.'        # the vocabulary: an id is a place in this text; '.' ends an answer
 LAYERS = [1, 2]
@@ -156,5 +156,13 @@ def finite_differences(matrix, loss_now, step=1e-5):
     return gradient
 
 
+def from_shell(words):
+    """The settings are arguments of `main`; a word on the command line would change nothing."""
+    if words:
+        raise UserError(f"{shown(words[0])}: this command has no settings; in Python: from studies.by_hand "
+                        "import main; main(average='token')")
+    main()
+
+
 if __name__ == '__main__':
-    run(lambda words: main(), lambda: command_words('studies/by_hand.py'))
+    run(from_shell, lambda: command_words('studies/by_hand.py'))

@@ -34,6 +34,8 @@ def check_value(key, value, default, rule, where):
     # The type. A whole number may stand for a float; one that is too large for a float is in no range.
     if isinstance(default, float) and type(value) is int:
         value = float(max(-1e300, min(value, 1e300)))
+    if type(value) is int and list in (rule or ()):
+        raise UserError(f'{told}; {GIVE_LAYERS}')
     if type(value) is not type(default):
         raise UserError(f'{told} is {type(value).__name__}, but {key} is {type(default).__name__} '
                         f'(default {default!r})')

@@ -40,6 +40,7 @@ ELSEWHERE = {   # our key: its names elsewhere
     'checkpointing': 'gradient_checkpointing enable_gradient_checkpointing activation_checkpointing',
     'compile': 'torch_compile',
     # evaluation and saving
+    'temperature': 'temp sampling_temperature',
     'eval_every': 'eval_steps eval_interval eval_freq test_freq',
     'save_every': 'save_steps save_interval save_freq',
     'keep': 'save_total_limit',
@@ -53,7 +54,7 @@ INSTEAD = {     # names elsewhere: what to do
     'micro_batch_size ppo_micro_batch_size_per_gpu':
         'give prompts_per_step=, over all ranks; token_budget= cuts it into micro-batches by itself',
     'per_device_eval_batch_size': 'give eval_rows=, the answers that are sampled at once on a rank',
-    'num_train_epochs total_epochs epochs': 'give steps=; a step takes prompts_per_step= problems',
+    'num_train_epochs total_epochs num_epochs epochs': 'give steps=; a step takes prompts_per_step= problems',
     'warmup_steps warmup_iters': 'give warmup=, a share of the steps',
     'min_lr_ratio min_lr_rate': 'give min_lr=, a share of lr',
     'bf16 fp16': 'give dtype=bfloat16',

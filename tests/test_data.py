@@ -265,7 +265,7 @@ def test_bad_tokenizers(folder):
     (folder / 'tokenizer.json').unlink()
     with pytest.raises(UserError, match='no such file'):
         load_tokenizer(str(folder))
-    with pytest.raises(UserError, match="'': no such folder"):
+    with pytest.raises(UserError, match="'': no such file or folder"):
         load_tokenizer('')
 
 
@@ -329,7 +329,7 @@ def test_bad_problems(folder, text, says):
     with pytest.raises(UserError) as e:
         load_problems(folder / 'p.jsonl', load_tokenizer(str(folder)))
     assert says in str(e.value) and '\n' not in str(e.value)
-    with pytest.raises(UserError, match='no such folder'):
+    with pytest.raises(UserError, match='no such file or folder'):
         load_problems(folder / 'none.jsonl', None)
     (folder / 'p.jsonl').write_bytes(b'{"question": "\xff", "answer": "1"}')
     with pytest.raises(UserError, match=":1: 'utf-8' codec"):

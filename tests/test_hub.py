@@ -285,7 +285,7 @@ def test_what_looks_local_is_never_asked_of_the_hub(path, dataset, monkeypatch, 
     monkeypatch.setattr(huggingface_hub.HfApi, 'repo_info', asked)
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'here').mkdir()
-    with pytest.raises(UserError, match='no such folder') as error:
+    with pytest.raises(UserError, match='no such file or folder') as error:
         snapshot(path, dataset=dataset)
     assert len(str(error.value)) < 300
 

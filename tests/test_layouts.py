@@ -200,8 +200,8 @@ def test_several_files_with_commas_between(tmp_path, capsys):
     capsys.readouterr()
     assert load(both) == EXPECTED
     assert '15 rows, 3 of them repeated; 12 problems left' in capsys.readouterr().out
-    assert "'./nope.jsonl': no such folder or file" in refusal(f'{tmp_path}/half.jsonl,./nope.jsonl')
-    assert "'': no such folder" in refusal(f'{tmp_path}/half.jsonl,')
+    assert "'./nope.jsonl': no such file or folder" in refusal(f'{tmp_path}/half.jsonl,./nope.jsonl')
+    assert "'': no such file or folder" in refusal(f'{tmp_path}/half.jsonl,')
 
 
 @pytest.mark.parametrize('ending', ['csv', 'tsv', 'csv.gz', 'jsonl.gz', 'txt.gz', 'json.gz'])

@@ -517,7 +517,7 @@ def tensors(change):
      "names 'model-2.safetensors', which is not there"),
     (lambda f: (shutil.copy(f / 'model.safetensors', f.parent), write_json(f / 'model.safetensors.index.json', {
         'weight_map': dict.fromkeys(index_all(f), '../model.safetensors')})), "names '../model.safetensors'"),
-    (shutil.rmtree, 'no such folder'),
+    (shutil.rmtree, 'no such file or folder'),
     (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe'), 'not valid JSON'),
 ])
 def test_bad_folder(tmp_path, spoil, says):
