@@ -503,7 +503,7 @@ def test_folders_and_files_that_are_not_there(toy_dir, tmp_path, capsys):
         return argv(toy_dir, tmp_path / 'r', **keys)
     assert 'student=' in refused(capsys, args(student=''))
     assert 'no such file or folder' in refused(capsys, args(student=tmp_path / 'none'))
-    assert 'no such folder' in refused(capsys, args(teacher='a/b/c'))
+    assert 'no such file or folder' in refused(capsys, args(teacher='a/b/c'))
     assert "'none.jsonl': no such file or folder" in refused(capsys, args(data='none.jsonl'))
     assert 'no .parquet, .arrow, .jsonl, .json, .csv, .tsv file in it for test' in refused(capsys, args(eval_data=tmp_path))
     assert 'problems come as' in refused(capsys, args(data=ROOT / 'README.md'))
