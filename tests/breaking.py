@@ -448,8 +448,12 @@ def full_disk(named):
         def no_space():
             raise OSError(28, os.strerror(28), 'somewhere')
         ended = finish(job, trap=Trap(0, number, no_space))
-        wrong = refused(ended) or leftovers(job.out) or named.goes_on(job)
-        yield f'no space before "{named.whole.events[0][number]}"', wrong
+        event = named.whole.events[0][number]
+        if 'curve.png' in event:             # a run does not end because of its figure
+            wrong = told_and_finished(ended) or leftovers(job.out) or difference(job, named.whole.made)
+        else:
+            wrong = refused(ended) or leftovers(job.out) or named.goes_on(job)
+        yield f'no space before "{event}"', wrong
 
     # A limit on the size of files cuts a write in two, as a full disk does.
     for kind in ('OPRD', 'bridge', 'evaluation'):
@@ -461,6 +465,13 @@ def full_disk(named):
             ended = finish(job, prepare=limit_files(size))
             wrong = refused(ended) or leftovers(job.out) or named.goes_on(job, whole=whole)
             yield f'{kind}: no file beyond {size} bytes', wrong
+
+
+def told_and_finished(ended):
+    """'' if the run said in a line that it could not draw its figure, and went on to its end."""
+    if ended.code != 0 or ended.out.count('curve.png could not be drawn') != 1:
+        return f'exit code {ended.code}, {ended.out.count("could not be drawn")} lines about the figure'
+    return ''
 
 
 def limit_files(size):
