@@ -263,7 +263,8 @@ def train(cfg, setup, env, run_folder):
             # 1. prompts: a function of (step, seed). Answer i of the step is number i % n to slot i // n.
             # It goes to rank i % world, so the n answers to one hard prompt do not meet on one rank.
             order = prompt_order(len(setup.train), cfg['prompts_per_step'], step, cfg['seed'])
-            mine = range(env.rank, cfg['prompts_per_step'] * cfg['n'], env.world)
+            answers = cfg['prompts_per_step'] * cfg['n']
+            mine = range(env.rank, answers, env.world)
             problems = [setup.train[order[i // cfg['n']]] for i in mine]
 
             # 2. rollout: the random numbers of an answer are a function of (seed, step, slot, sample).
@@ -274,7 +275,6 @@ def train(cfg, setup, env, run_folder):
             # 3. rows: which positions are supervised, with weights that sum to 1 over all ranks.
             reading, mask = supervised_positions(cfg, setup, roll, problems)
             tokens = all_reduce(mask.sum())
-            answers = cfg['prompts_per_step'] * cfg['n']
             weights = position_weights(mask, cfg['loss_average'], answers, tokens)
             micro_batches = partial(cut_rollout, roll, budget=cfg['token_budget'], reading=reading,
                                     offset=cfg['position_offset'])

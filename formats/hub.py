@@ -126,12 +126,6 @@ def commits():
     return {str(source): commit.sha for source, commit in resolved.items()}
 
 
-def commit_of(path_or_repo, dataset=False):
-    """The commit of a hub id; '' for a local folder, apart from one in the cache of the hub."""
-    folder = snapshot(path_or_repo, dataset=dataset)
-    return folder.name if folder.parent.name == 'snapshots' else ''
-
-
 def stay_at(known):
     """From now on each of these ids means this commit, {id: commit}, wherever it is on the hub now. A run
     that is resumed goes on with what it was started with."""

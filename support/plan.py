@@ -24,6 +24,7 @@ import torch
 
 from support.files import existing_above
 from support.memory import GiB, checkpoint_bytes, peak, saving, weights_of
+from support.report import amount
 from support.runtime import UserError, ranks_of_a_copy
 
 GPUS = 8                        # of a machine, if a dry run is not told otherwise
@@ -230,19 +231,11 @@ def time_lines(plan, is_here):
         evaluation = rounds * sampling_seconds(student, plan.s, work.eval_answers, work.eval_prompt,
                                                work.eval_new, rate)
     total = steps * step + count * evaluation
-    return [f'a step, of one rank: {amount(read, "B")} read per decoded token of {work.answers} answers, '
-            f'{amount(flops, "FLOP")} in the update',
+    return [f'a step, of one rank: {amount(read, gap=" ")}B read per decoded token of {work.answers} '
+            f'answers, {amount(flops, gap=" ")}FLOP in the update',
             f'time, a rough estimate of the least for answers of full length, {rate.words}: '
             f'{seconds(step)} a step ({seconds(sampling)} of it sampling), {seconds(evaluation)} an '
             f'evaluation, {seconds(total)} for {steps} steps and {count} evaluations']
-
-
-def amount(number, unit):
-    """1.5e12, 'B' -> '1.5 TB'."""
-    for size, letter in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M')):
-        if number >= size:
-            return f'{number / size:.3g} {letter}{unit}'
-    return f'{number:.3g} {unit}'
 
 
 def seconds(number):

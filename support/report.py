@@ -108,15 +108,15 @@ def duration(seconds):
     return f'{seconds:.0f}s'
 
 
-def amount(number):
+def amount(number, gap=''):
     """A positive number in three significant digits: 0.0427 -> '0.0427', 12 -> '12', 8214 -> '8.21k',
-    999_700 -> '1M'."""
+    999_700 -> '1M'. gap: between digits and letter, where a unit follows: '8.21 k' + 'B'."""
     rounded = float(f'{number:.3g}')         # first, so that 999.7 becomes 1k and not 1000
     thousands = 0
-    while rounded >= 1000 and thousands < 3:
+    while rounded >= 1000 and thousands < 5:
         rounded /= 1000
         thousands += 1
-    return f'{rounded:.3g}' + ('', 'k', 'M', 'G')[thousands]
+    return f'{rounded:.3g}{gap}' + ('', 'k', 'M', 'G', 'T', 'P')[thousands]
 
 
 def first_step_notes(row, adam_eps):

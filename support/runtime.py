@@ -439,14 +439,15 @@ class Meeting:
         UserError that names it, on every rank that waits.
         """
         try:
-            # The rank that comes last opens the door, and removes the door before, which all have passed.
+            # The rank that comes last notes that all have come. What it noted of the wait before this one
+            # has been read by all, and is removed.
             number = self.store.add(f'arrivals of {self.rank}', 1)
             if self.store.add(f'arrived {number}', 1) == self.world:
-                self.store.set(f'door {number}', 'open')
-                self.store.delete_key(f'door {number - 1}')
+                self.store.set(f'all have come {number}', '')
+                self.store.delete_key(f'all have come {number - 1}')
                 self.store.delete_key(f'arrived {number - 1}')
                 return
-            if self.until(lambda: self.store.check([f'door {number}']), task, minutes):
+            if self.until(lambda: self.store.check([f'all have come {number}']), task, minutes):
                 return
             missing = [rank for rank in range(self.world) if self.arrivals(rank) < number]
             if not missing:                  # the last one has come just now

@@ -27,7 +27,7 @@ import eval_math
 from configs import load_config
 from distill import main
 from formats import hub
-from formats.hub import commit_of, commits, snapshot, stay_at
+from formats.hub import commits, snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
 from formats.problems import problem_files
 from studies import publish
@@ -315,10 +315,10 @@ def test_a_model_of_the_hub_is_the_model_that_was_put_there(server, tmp_path):
     model = load_model('me/model')
     for (name, parameter), other in zip(model.named_parameters(), tiny_model().parameters(), strict=True):
         assert torch.equal(parameter, other), name
-    assert commit_of('me/model') == 'a' * 40 and commit_of('me/model@v1.2') == 'b' * 40
-    assert commit_of('me/problems', dataset=True) == 'a' * 40 and commit_of(tmp_path / 'made') == ''
+    (tmp_path / 'local').mkdir()
+    assert snapshot('me/model').name == 'a' * 40 and snapshot('me/model@v1.2').name == 'b' * 40
+    assert snapshot('me/problems', dataset=True).name == 'a' * 40 and snapshot(tmp_path / 'local') == tmp_path / 'local'
     assert commits() == {'me/model': 'a' * 40, 'me/model@v1.2': 'b' * 40, 'datasets/me/problems': 'a' * 40}
-    assert commit_of(snapshot('me/model@v1.2')) == 'b' * 40
 
 
 def test_an_id_means_one_commit_for_the_life_of_a_process(server):

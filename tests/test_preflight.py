@@ -32,6 +32,7 @@ from support.preflight import (
     check_prompts,
     layer_lines,
 )
+from support.report import amount
 from support.runtime import UserError
 
 needs_proc = pytest.mark.skipif(not os.path.isdir('/proc'), reason='no /proc here')
@@ -267,7 +268,7 @@ def test_a_dry_run_of_the_bridge_samples_nothing(toy_dir, tmp_path, capsys):
 
 def test_durations_and_amounts_are_in_units_that_read_well():
     assert [plan.seconds(x) for x in (0.123, 45.2, 600, 20000)] == ['0.12 s', '45 s', '10 min', '5.6 h']
-    assert [plan.amount(x, 'B') for x in (12, 3.5e6, 1.54e12)] == ['12 B', '3.5 MB', '1.54 TB']
+    assert [amount(x, ' ') + 'B' for x in (12, 3.5e6, 1.54e12)] == ['12 B', '3.5 MB', '1.54 TB']
 def test_steps_without_a_loss_are_found_as_a_walk_over_all_steps_finds_them():
     """Only the steps near the knots are looked at. Knots with jumps and flat parts at random, on shares that are steps and
     on others; the first step without a loss is the one that is told."""

@@ -331,7 +331,7 @@ def without_torchrun(tmp_path, job):
 
 
 def test_ranks_without_torchrun_stop_together(tmp_path):
-    """The store of `barrier` lies in rank 0 then. It left as soon as it had opened the last door, and the other one, which
+    """The store of `barrier` lies in rank 0 then. It left as soon as it had noted that both had come, and the other one, which
     looks five times a second, said that the first machine does not answer, with exit code 2."""
     started = without_torchrun(tmp_path, {'stop': 1.0})
     printed = [p.communicate(timeout=90)[1] for p in started]
