@@ -42,8 +42,10 @@ def functions_of_a_step(args, step):
     return seen
 
 
-# Read on their own, as the sampler and the decoder that they are; and clocks, collectives, text.
-BESIDE = ('rollout.py', 'model.py', 'kernels/__init__', 'kernels/decode', 'support/runtime', 'formats/', 'grading/', 'tests/')
+# Read on their own, as the sampler and the decoder that they are; and clocks, collectives, text. support/limited is the
+# grader's child process: it is asked only for answers that the grader has not met before in this process.
+BESIDE = ('rollout.py', 'model.py', 'kernels/__init__', 'kernels/decode', 'support/runtime', 'support/limited', 'formats/',
+          'grading/', 'tests/')
 
 
 def test_the_path_of_one_step_is_short(toy_dir, tmp_path):
