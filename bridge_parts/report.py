@@ -2,8 +2,8 @@
 What stage 1 measured, for people: the figures of bridge.json and the table that is printed.
 
 bridge.judge measures at every rank; here ranks 1, 2, 4, ... up to the full width are shown, and the
-rank that will be used. Simpler than usual: plain dictionaries, no plotting (studies/figures.py
-draws them).
+rank that will be used. lam and rho2 are kept of every component: 1 MB for 28 layers of 2048. Simpler
+than usual: plain dictionaries, no plotting (studies/figures.py draws them).
 
 Letters: R full rank, r rank; lam, rho2 and E: see bridge_parts/closed_form.py.
 """
@@ -42,7 +42,10 @@ def report(judged, layer_map, asked):
         shown['R2'] = at_ranks(predicted / variance, ranks)
         shown['explained'] = at_ranks(variance / total, ranks)
         shown['E'] = at_ranks(found['E'] / total, ranks)
-        shown['rho2'] = found['rho2'][:64].tolist()
+
+        # Theorem 3's two numbers of every component: what E is made of at any rank.
+        for key in ('lam', 'rho2'):
+            shown[key] = [float(f'{value:.6g}') for value in found[key].tolist()]
         shown['best rank'] = int(found['E'].argmin()) + 1
         layers[str(layer)] = shown
     return {'rank': best, 'used': used, 'ranks': R, 'layers': layers}
