@@ -175,7 +175,8 @@ def label_ends(axes, ends):
     for name, height in spread(heights, LABEL_HEIGHT).items():
         x, y, color = ends[name]
         axes.annotate(name, (x, y), (1.03, height), textcoords='axes fraction', color=color, va='center',
-                      arrowprops={'arrowstyle': '-', 'color': color, 'lw': 0.4, 'shrinkA': 0, 'shrinkB': 0},
+                      arrowprops={'arrowstyle': '-', 'color': color, 'lw': 0.4, 'shrinkA': 0, 'shrinkB': 0,
+                                  'relpos': (0, 0.5)},
                       annotation_clip=False)
 
 
