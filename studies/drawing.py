@@ -43,6 +43,7 @@ STYLE = {
     'axes.grid': True, 'grid.alpha': 0.25, 'axes.axisbelow': True,
     'axes.spines.top': False, 'axes.spines.right': False,
     'legend.frameon': False, 'legend.handlelength': 3, 'legend.labelspacing': 0.3,
+    'legend.columnspacing': 1.3, 'legend.handletextpad': 0.6,
     'pdf.fonttype': 42,                      # text stays text, which journals ask for
 }
 

@@ -155,6 +155,7 @@ def kept(monkeypatch):
 def badly_placed_texts(figure):
     """A figure that was saved -> pairs of its texts of which one is drawn over the other, and texts that leave it. Measured
     are the boxes as drawn; ticks beyond the limits of their axis are not drawn."""
+    figure.draw_without_rendering()          # a PDF was drawn last, in other units
     hidden = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
