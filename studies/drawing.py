@@ -157,10 +157,15 @@ def draw_seeds(axes, steps, by_seed, label, look):
     """
     mean = [fmean(values) for values in zip(*by_seed, strict=True)]
     if len(by_seed) > 1:
-        for values in by_seed:
-            axes.plot(steps, values, color=look['color'], lw=0.5, alpha=0.6)
+        draw_thin(axes, steps, by_seed, look)
     axes.plot(steps, mean, label=label, markevery=marked(steps), **look)
     whole_ticks(axes)
+
+
+def draw_thin(axes, steps, lines, look):
+    """The lines of which another line is the mean. They lie below the means of all methods."""
+    for values in lines:
+        axes.plot(steps, values, color=look['color'], lw=0.5, alpha=0.5, zorder=1.5)
 
 
 def marked(points):

@@ -220,6 +220,7 @@ def test_seeds_are_thin_lines_beside_their_mean():
     assert [list(line.get_ydata()) for line in thin] == [[1, 2, 6], [3, 4, 8]] and list(mean.get_ydata()) == [2, 3, 7]
     assert {line.get_color() for line in thin} == {mean.get_color()} == {LOOKS['OPRD'][0]}
     assert all(line.get_linewidth() < mean.get_linewidth() / 2 and line.get_label()[0] == '_' for line in thin)
+    assert all(line.get_zorder() < other.get_zorder() for line in thin for other in (mean, alone, long))
     assert (mean.get_label(), mean.get_marker(), list(alone.get_ydata())) == ('a', 'o', [7, 9])
     assert mean.get_markevery() is None and long.get_markevery() == SPACING
 
