@@ -33,7 +33,7 @@ from paper.runs import (
     told_apart,
 )
 from studies.drawing import COLUMN, PAGE, draw_seeds, look_of, new_figure, paper_style, save
-from studies.figures import LARGEST, accuracy, accuracy_metrics, layer_names, read_bridge, spread
+from studies.figures import LARGEST, accuracy, accuracy_metrics, draw_layers, layer_names, read_bridge
 from support.fields import Field, check_fields
 from support.files import write_json
 from support.optimizer import ever_positive
@@ -45,7 +45,6 @@ MAKE_RUNS = 'python -m studies.compare toy_paper makes such runs of the toy'
 MAKE_BRIDGE = 'python bridge.py configs/toy_bridge.py makes one of the toy'
 WINDOW = 3                      # evaluations in a rolling mean of Figure 4: one and its two neighbours
 FEW = 10                        # with fewer evaluations than these, Figure 4 shows them as they are
-MOST_LABELS = 10                # with more layers than these, a color bar says which line is which
 
 
 # ---- from folders to files -------------------------------------------------------------------------
@@ -115,7 +114,7 @@ def problems_of(run):
 
 
 def curve_of(seeds, name):
-    """What the runs of one method have logged under a name -> {'steps', 'by_seed'}; None if they have nothing.
+    """What the runs of one method have logged under a name -> {'steps', 'by_seed'}; None if it is nothing.
 
     UserError: the runs have measured it after different steps, so there is no mean over them.
     """
@@ -126,9 +125,9 @@ def curve_of(seeds, name):
     steps = curves[0][0]
     for run, (other, _) in zip(seeds, curves, strict=True):
         if other != steps:
-            raise UserError(f'{seeds[0].folder} and {run.folder} are seeds of {run.method} with {name} '
-                            f'after other steps ({steps_in_words(steps)}, and {steps_in_words(other)}); finish '
-                            'both, or give one of them')
+            found = f'{steps_in_words(steps)}; {steps_in_words(other)}'
+            raise UserError(f'{seeds[0].folder} and {run.folder} are seeds of {run.method} and have {name} '
+                            f'after other steps ({found}); finish both, or give one of them')
     if not steps:
         return None
     return {'steps': steps, 'by_seed': [values for _, values in curves]}
@@ -168,9 +167,13 @@ def first_models(methods, metric):
 
 
 def rolling(values, window):
-    """Centred rolling mean. At both ends it is the mean of the values that are there."""
-    half = window // 2
-    return [fmean(values[max(0, at - half):at + half + 1]) for at in range(len(values))]
+    """Centred rolling mean. Towards both ends it narrows, so that it stays centred: the first value and the
+    last one are as they are."""
+    means = []
+    for at in range(len(values)):
+        half = min(window // 2, at, len(values) - 1 - at)
+        means.append(fmean(values[at - half:at + half + 1]))
+    return means
 
 
 # ---- what the drawings share ---------------------------------------------------------------------
@@ -212,13 +215,8 @@ def figure1_data(runs):
     metric = accuracy(runs[0].rows)[1]
     if metric is None:
         raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
-    machines = {machine: run for seeds in methods.values() for run in seeds for machine in machines_of(run.folder)}
-    if len(machines) > 1:
-        (first, first_run), (other, other_run), *_ = machines.items()
-        raise UserError(f'{first_run.folder} was made on {first}, and {other_run.folder} on {other}; their times '
-                        'cannot be compared; put them in separate figures')
-    data |= {'metric': metric, 'machine': next(iter(machines)), 'methods': {},
-             **first_models(methods, metric)}
+    data |= {'metric': metric, 'machine': one_machine(methods), 'methods': {}}
+    data |= first_models(methods, metric)
     for method, seeds in methods.items():
         gigabytes = [largest(run.rows, 'mem/update_dpeak') for run in seeds]
         data['methods'][method] = {
@@ -228,6 +226,21 @@ def figure1_data(runs):
             'gigabytes': None if None in gigabytes else gigabytes,
         }
     return data
+
+
+def one_machine(methods):
+    """The kind of machine that made all runs; a UserError if there are two, whose times mean nothing side by
+    side."""
+    made_on = {}                             # {kind of machine: one of its runs}
+    for seeds in methods.values():
+        for run in seeds:
+            for machine in machines_of(run.folder):
+                made_on.setdefault(machine, run)
+    if len(made_on) > 1:
+        (machine, run), (other_machine, other), *_ = made_on.items()
+        raise UserError(f'{run.folder} was made on {machine}, and {other.folder} on {other_machine}; their '
+                        'times cannot be compared; put them in separate figures')
+    return next(iter(made_on))
 
 
 def largest(rows, name):
@@ -240,7 +253,7 @@ def draw_figure1(data, file):
     peaks = [max(method['gigabytes']) for method in data['methods'].values() if method['gigabytes']]
     measured = len(peaks) == len(data['methods'])
     with paper_style():
-        figure, (axes,) = new_figure(width=COLUMN, height=3.0)
+        figure, (axes,) = new_figure(width=COLUMN, height=2.6)
         for name, method in data['methods'].items():
             look = look_of(name)
             middle = (fmean(method['minutes']), fmean(method['accuracy']))
@@ -249,10 +262,12 @@ def draw_figure1(data, file):
             axes.scatter(method['minutes'], method['accuracy'], s=3, color=look['color'], lw=0)
             axes.plot(*middle, label=name, **look | {'linestyle': 'None'})
         draw_models(axes, data)
-        axes.set(xlabel='all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
+        axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
         axes.set_xlim(left=0)
-        area = f'Largest bubble: {max(peaks):.1f} GB' if measured else 'Equal bubbles: memory was not measured'
-        notes = f'{area}. {answers_of(data)}\nTimes of {data["machine"]}. Small points: the seeds.'
+        area = 'Bubbles are equal: memory was not measured.'
+        if measured:
+            area = f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.'
+        notes = f'{area} Small points: the seeds. {answers_of(data)} Made on {data["machine"]}.'
         return save(figure, file, notes)
 
 
@@ -292,7 +307,8 @@ def draw_figure4(data, file):
     smooth = any(len(curve['steps']) >= FEW for values in data['sets'].values()
                  for curve in values['methods'].values())
     with paper_style():
-        figure, panels = new_figure(columns=count, width=PAGE if count > 1 else COLUMN, height=2.9, sharey=True)
+        width = PAGE if count > 1 else COLUMN
+        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
         for axes, (name, values) in zip(panels, data['sets'].items(), strict=True):
             for method, curve in values['methods'].items():
                 look = look_of(method)
@@ -302,8 +318,8 @@ def draw_figure4(data, file):
             draw_models(axes, values)
             axes.set(xlabel='step', title=name, ylim=(0, 105))
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
-        mean = f'Centred mean of {WINDOW} evaluations, ' if smooth else ''
-        notes = f'{mean}{mean_of_seeds(data)} {answers_of(data)}'
+        mean = f'Thick lines: centred mean of {WINDOW} evaluations. ' if smooth else ''
+        notes = f'{mean_of_seeds(data)} {mean}{answers_of(data)}'
         return save(figure, file, notes)
 
 
@@ -375,7 +391,7 @@ def draw_over_steps(data, file, panels):
     """A panel for each {name of the log: label of the y axis}."""
     width = COLUMN if len(panels) == 1 else PAGE
     with paper_style():
-        figure, axes = new_figure(columns=len(panels), width=width, height=2.9)
+        figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
         for panel, (name, label) in zip(axes, panels.items(), strict=True):
             draw_curves(panel, data[name])
             panel.set(xlabel='step', ylabel=label)
@@ -410,40 +426,25 @@ def layers_of(seeds):
 def draw_figure6(data, file):
     """Left: the mean over layers of every method. Then: the layers of two methods."""
     with paper_style():
-        figure, (left, *others) = new_figure(columns=1 + len(data['layers']), height=2.9, sharey=True)
+        figure, (left, *others) = new_figure(columns=1 + len(data['layers']), height=2.5, sharey=True)
         draw_curves(left, data['rep/cos'])
         left.set(xlabel='step', ylabel='cosine to the teacher', title='mean over layers')
         for axes, (method, layers) in zip(others, data['layers'].items(), strict=True):
-            draw_layers(figure, axes, layers)
+            draw_layers(figure, axes, rows_of_means(layers))
             axes.set(xlabel='step', title=f'layers, {method}')
         return save(figure, file, mean_of_seeds(data))
 
 
-def draw_layers(figure, axes, layers):
-    """The cosine of each layer, mean over seeds, from dark for the first layer to light for the last. Few
-    layers are labelled beside the ends of their lines; of many a color bar says which is which."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-    dark = colormaps['viridis']([0.8 * number / 255 for number in range(256)])   # yellow is not seen on white
-    scale = ScalarMappable(Normalize(1, max(int(layer) for layer in layers)), ListedColormap(dark))
-    ends = {}
+def rows_of_means(layers):
+    """Curves of layers -> rows as a log has them, of means over seeds."""
+    steps = next(iter(layers.values()))['steps']
+    rows = [{'step': step} for step in steps]
     for layer, curve in layers.items():
-        mean = [fmean(values) for values in zip(*curve['by_seed'], strict=True)]
-        axes.plot(curve['steps'], mean, color=scale.to_rgba(int(layer)))
-        ends[layer] = mean[-1]
-    if len(layers) > MOST_LABELS:
-        figure.colorbar(scale, ax=axes, label='student layer')
-        return
-
-    # Room at the right for the labels, which are moved apart where lines end close together.
-    steps = curve['steps']
-    axes.set_xlim(right=steps[-1] + 0.3 * (steps[-1] - steps[0]))
-    low, high = axes.get_ylim()
-    heights = spread({layer: (end - low) / (high - low) for layer, end in ends.items()}, 0.07)
-    for layer, height in heights.items():
-        axes.annotate(f'layer {layer}', (steps[-1], ends[layer]), (0.99, height), textcoords='axes fraction',
-                      ha='right', va='center', fontsize=7, color=scale.to_rgba(int(layer)))
+        for row, values in zip(rows, zip(*curve['by_seed'], strict=True), strict=True):
+            row[f'rep/cos/{layer}'] = fmean(values)
+    for row in rows:
+        row['rep/cos'] = fmean(row[f'rep/cos/{layer}'] for layer in layers)
+    return rows
 
 
 def figure6(folders, to='out/paper'):
@@ -476,7 +477,7 @@ def figure7_data(runs):
 def draw_figure7(data, file):
     """Left: accuracy over steps. Right: after the last step, against mu."""
     with paper_style():
-        figure, (left, right) = new_figure(columns=2, height=2.9, sharey=True)
+        figure, (left, right) = new_figure(columns=2, height=2.5, sharey=True)
         by_mu = sorted(data['methods'].items(), key=lambda item: item[1]['mu'])
         for number, (method, values) in enumerate(by_mu):
             look = look_of(method)
@@ -510,8 +511,8 @@ JOINS = {'d': PAIR, 'L': PAIR, 'tokens': Field(list, 2, 2, items=Field(str)), 't
 
 
 def figure12_data(folders):
-    """Folders of bridges -> of each kind of bridge its held-out cosines, means over layers, before and after
-    stage 1, at every rank that was judged. Bridges of one kind are seeds."""
+    """Folders of bridges -> of each kind of bridge its held-out cosines before and after stage 1, means over
+    layers, at every rank that was judged. Bridges of one kind are seeds."""
     groups = {}                              # {(name, settings): [(folder, bridge.json)]}
     for folder in folders:
         made = read_bridge(folder)
@@ -538,7 +539,7 @@ def joined_models(made):
 
 
 def curves_of_bridges(seeds):
-    """Contents of bridge.json of every seed -> cosines before and after stage 1, at the ranks that all of them
+    """Contents of bridge.json of every seed -> cosines before and after stage 1, at the ranks that all seeds
     have, and where the mean is largest."""
     ranks_of = [set(next(iter(made['layers'].values()))['cos']) for made in seeds]
     ranks = sorted(int(rank) for rank in set.intersection(*ranks_of))
@@ -558,7 +559,8 @@ def draw_figure12(data, file):
     """A panel for each kind of bridge."""
     count = len(data['bridges'])
     with paper_style():
-        figure, panels = new_figure(columns=count, width=PAGE if count > 1 else COLUMN, height=2.7, sharey=True)
+        width = PAGE if count > 1 else COLUMN
+        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
         for axes, (name, curves) in zip(panels, data['bridges'].items(), strict=True):
             draw_seeds(axes, curves['ranks'], curves['after'], 'after stage 1', look_of('OPRD-Bridge'))
             draw_seeds(axes, curves['ranks'], curves['before'], 'before stage 1',

@@ -223,8 +223,8 @@ def by_method(runs):
 
 
 def told_apart(groups):
-    """[(name, ((key, value), ...)), ...] -> names, each with those of its keys added that differ from those of
-    another group of that name."""
+    """[(name, ((key, value), ...)), ...] -> names. Where two would be equal, the keys that differ between
+    them are added: 'OPRD, lr=0.001'."""
     names = []
     for name, settings in groups:
         same_name = [dict(other) for other_name, other in groups if other_name == name]
