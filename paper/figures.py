@@ -25,6 +25,7 @@ from statistics import fmean
 from paper.runs import (
     PAIRS,
     Missing,
+    began_with,
     by_method,
     machines_of,
     of_kind,
@@ -37,12 +38,13 @@ from studies.figures import LARGEST, accuracy, accuracy_metrics, draw_layers, la
 from support.fields import Field, check_fields
 from support.files import write_json
 from support.optimizer import ever_positive
-from support.provenance import lasting_starts, read_starts
 from support.run_folder import scores_of
 from support.runtime import UserError
 
 MAKE_RUNS = 'python -m studies.compare toy_paper makes such runs of the toy'
 MAKE_BRIDGE = 'python bridge.py configs/toy_bridge.py makes one of the toy'
+DRAWN = Field(float, -1e9, 1e9)              # a value of a log; a mean of them cannot overflow
+COUNTS = Field(dict, items=Field(int, 0, 10**9), default={})
 WINDOW = 3                      # evaluations in a rolling mean of Figure 4: one and its two neighbours
 FEW = 10                        # with fewer evaluations than these, Figure 4 shows them as they are
 
@@ -109,8 +111,28 @@ def common_data(runs):
 
 def problems_of(run):
     """{held-out set: number of its problems}, as the run noted it; {} where it did not."""
-    starts = lasting_starts(read_starts(run.folder))
-    return starts[-1].get('problems', {}).get('eval_data', {}) if starts else {}
+    noted = began_with(run).get('problems', {})
+    file = run.folder / 'starts.jsonl'
+    return check_fields(noted, {'eval_data': COUNTS}, f'{file}: problems', 'delete it')['eval_data']
+
+
+def metrics_of(methods):
+    """Names of the accuracies in the logs: first the plain one, then one for each set.
+
+    Missing if the runs were not evaluated. UserError: a run that has gone on with another eval_n has scores of
+    two kinds, and no curve.
+    """
+    runs = [run for seeds in methods.values() for run in seeds if accuracy_metrics(run.rows)]
+    if not runs:
+        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    names = accuracy_metrics(runs[0].rows)
+    for run in runs:
+        found = accuracy_metrics(run.rows)
+        if found != names or found[0] != f'avg@{run.config["eval_n"]}':
+            raise UserError(f'{run.folder}: scores of {", ".join(found)} before the first step, where '
+                            f'{runs[0].folder} has {", ".join(names)}, and eval_n={run.config["eval_n"]}; give '
+                            'runs that were evaluated alike from their first step on')
+    return names
 
 
 def curve_of(seeds, name):
@@ -121,6 +143,8 @@ def curve_of(seeds, name):
     curves = []
     for run in seeds:
         measured = [row for row in run.rows if row.get(name) is not None]
+        for row in measured:
+            check_fields(row, {name: DRAWN}, f'{run.folder}/log.jsonl:{row["step"] + 1}', 'restore the file')
         curves.append(([row['step'] for row in measured], [row[name] for row in measured]))
     steps = curves[0][0]
     for run, (other, _) in zip(seeds, curves, strict=True):
@@ -212,18 +236,19 @@ def draw_models(axes, scores):
 def figure1_data(runs):
     """Of every method and seed: accuracy after the last step, minutes of all steps, and GB of the update."""
     methods, data = common_data(runs)
-    metric = accuracy(runs[0].rows)[1]
-    if metric is None:
-        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    metric = metrics_of(methods)[0]
     data |= {'metric': metric, 'machine': one_machine(methods), 'methods': {}}
     data |= first_models(methods, metric)
     for method, seeds in methods.items():
-        gigabytes = [largest(run.rows, 'mem/update_dpeak') for run in seeds]
+        curve = curve_of(seeds, f'eval/{metric}')
+        if curve is None:
+            continue
+        memory = curve_of(seeds, 'mem/update_dpeak')
         data['methods'][method] = {
             'steps': seeds[0].rows[-1]['step'],
-            'accuracy': [accuracy(run.rows)[0][-1][1] for run in seeds],
+            'accuracy': [values[-1] for values in curve['by_seed']],
             'minutes': [seconds_of_steps(run.rows) / 60 for run in seeds],
-            'gigabytes': None if None in gigabytes else gigabytes,
+            'gigabytes': memory and [max(values) for values in memory['by_seed']],
         }
     return data
 
@@ -243,15 +268,10 @@ def one_machine(methods):
     return next(iter(made_on))
 
 
-def largest(rows, name):
-    """The largest value of a name in a log; None if it was not measured."""
-    return max((row[name] for row in rows if row.get(name) is not None), default=None)
-
-
 def draw_figure1(data, file):
     """Bubbles: their area is memory, their middle the mean over seeds; the seeds are small points."""
     peaks = [max(method['gigabytes']) for method in data['methods'].values() if method['gigabytes']]
-    measured = len(peaks) == len(data['methods'])
+    measured = len(peaks) == len(data['methods']) and min(peaks) > 0
     with paper_style():
         figure, (axes,) = new_figure(width=COLUMN, height=2.6)
         for name, method in data['methods'].items():
@@ -281,9 +301,7 @@ def figure1(folders, to='out/paper'):
 def figure4_data(runs):
     """Of every held-out set: each method's accuracies, and their rolling mean over evaluations."""
     methods, data = common_data(runs)
-    metrics = accuracy_metrics(runs[0].rows)
-    if not metrics:
-        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    metrics = metrics_of(methods)
     data |= {'metric': metrics[0], 'window': WINDOW, 'sets': {}}
 
     # Of several sets the first name is their mean, which has no panel of its own.
@@ -458,15 +476,13 @@ def figure7_data(runs):
     """Of each weight mu of Eq. (6) beside Eq. (3): the accuracies over steps, the last ones, and the learning
     rate. Weights that change during a run are not compared."""
     methods, data = common_data(runs)
-    data |= {'metric': accuracy(runs[0].rows)[1], 'methods': {}}
-    if data['metric'] is None:
-        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    data |= {'metric': metrics_of(methods)[0], 'methods': {}}
     for method, seeds in methods.items():
         config = seeds[0].config
         weights = (config['oprd_weight'], config['opd_weight'])
         constant = not any(isinstance(weight, list) for weight in weights)
-        if config['opd'] == 'sampled' and constant and weights[1] > 0:
-            curve = curve_of(seeds, f'eval/{data["metric"]}')
+        curve = curve_of(seeds, f'eval/{data["metric"]}')
+        if config['opd'] == 'sampled' and constant and weights[1] > 0 and curve:
             data['methods'][method] = {'mu': weights[0] / weights[1], 'lr': config['lr'], **curve}
     if len({values['mu'] for values in data['methods'].values()}) < 2:
         raise Missing(f'fewer than two weights mu of Eq. (6) beside OPD top-1; {MAKE_RUNS}')
