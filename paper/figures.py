@@ -28,6 +28,7 @@ from paper.runs import (
     began_with,
     by_method,
     machines_of,
+    method_key,
     of_kind,
     read_runs,
     seconds_of_steps,
@@ -84,14 +85,20 @@ def write_figure(data, draw, file):
 # ---- from runs to numbers ------------------------------------------------------------------------
 
 def shown_runs(runs):
-    """The runs of one pair -> (those that a figure shows, those that it leaves out). Runs that are evaluated
-    only before and after training have no curve; they are shown if no other run has one."""
-    with_curve = []
-    without = []
+    """The runs of one pair -> (those that a figure shows, those that it leaves out). Methods that are
+    evaluated only before and after training have no curve; they are shown if no other method has one."""
+    have_curve = set()                       # methods
     for run in runs:
-        enough = len(accuracy(run.rows)[0]) > 2
-        (with_curve if enough else without).append(run)
-    return (with_curve, without) if with_curve else (without, [])
+        if len(accuracy(run.rows)[0]) > 2:
+            have_curve.add((run.method, method_key(run.config)))
+    if not have_curve:
+        return runs, []
+    shown = []
+    left_out = []
+    for run in runs:
+        has_curve = (run.method, method_key(run.config)) in have_curve
+        (shown if has_curve else left_out).append(run)
+    return shown, left_out
 
 
 def common_data(runs):
@@ -119,8 +126,8 @@ def problems_of(run):
 def metrics_of(methods):
     """Names of the accuracies in the logs: first the plain one, then one for each set.
 
-    Missing if the runs were not evaluated. UserError: a run that has gone on with another eval_n has scores of
-    two kinds, and no curve.
+    Missing if the runs were not evaluated. UserError: a run that has gone on with another eval_n has scores
+    of two kinds, and no curve.
     """
     runs = [run for seeds in methods.values() for run in seeds if accuracy_metrics(run.rows)]
     if not runs:
@@ -129,9 +136,9 @@ def metrics_of(methods):
     for run in runs:
         found = accuracy_metrics(run.rows)
         if found != names or found[0] != f'avg@{run.config["eval_n"]}':
-            raise UserError(f'{run.folder}: scores of {", ".join(found)} before the first step, where '
-                            f'{runs[0].folder} has {", ".join(names)}, and eval_n={run.config["eval_n"]}; give '
-                            'runs that were evaluated alike from their first step on')
+            raise UserError(f'{run.folder}: scores of {", ".join(found)} before the first step, where eval_n='
+                            f'{run.config["eval_n"]} and {runs[0].folder} has {", ".join(names)}; give runs '
+                            'that were evaluated alike from their first step on')
     return names
 
 
