@@ -172,7 +172,8 @@ def steps_in_words(steps):
 
 
 def curves_data(runs, names, what):
-    """{name of the log: its curves of every method} with what is common. Missing if no run has them."""
+    """{name of the log: its curves of every method}, smoothed and as they are, with what is common. Missing
+    if no run has them."""
     methods, data = common_data(runs)
     for name in names:
         data[name] = {}
@@ -182,7 +183,7 @@ def curves_data(runs, names, what):
                 data[name][method] = curve
     if not any(data[name] for name in names):
         raise Missing(f'no run has logged {" or ".join(names)}, {what}; {MAKE_RUNS}')
-    return data
+    return smoothed(data, names)
 
 
 def first_models(methods, metric):
@@ -197,25 +198,39 @@ def first_models(methods, metric):
     return scores
 
 
-def rolling(values, window):
-    """Centred rolling mean. Towards both ends it narrows, so that it stays centred: the first value and the
-    last one are as they are."""
+def rolling(steps, values, window, narrow=False):
+    """Centred rolling mean over so many steps, an odd number. At both ends it takes the steps that are there.
+    narrow: there it takes as few on one side as on the other, so that the first value stays as it is."""
     means = []
-    for at in range(len(values)):
-        half = min(window // 2, at, len(values) - 1 - at)
-        means.append(fmean(values[at - half:at + half + 1]))
+    for step in steps:
+        half = window // 2
+        if narrow:
+            half = min(half, step - steps[0], steps[-1] - step)
+        near = [value for other, value in zip(steps, values, strict=True) if abs(other - step) <= half]
+        means.append(fmean(near))
     return means
+
+
+def smoothed(data, names):
+    """Curves of every step, with the same curves over a tenth of the steps beside them: a rollout is a small
+    sample, and six methods that jump from step to step cannot be told apart."""
+    curves = [curve for name in names for curve in data[name].values()]
+    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
+    for curve in curves:
+        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
+    return data
 
 
 # ---- what the drawings share ---------------------------------------------------------------------
 
-def mean_of_seeds(data):
-    """How many seeds a line stands for, as a text under a figure."""
+def mean_of_seeds(data, smooth=''):
+    """How many seeds a line stands for, as a text under a figure. smooth: how the lines were smoothed."""
     counts = sorted({len(seeds) for seeds in data['seeds'].values()})
+    smooth = smooth and f', {smooth}'
     if counts == [1]:
-        return 'One seed.'
+        return f'One seed{smooth}.'
     number = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
-    return f'Lines: mean of {number} seeds. Thin lines: the seeds.'
+    return f'Thick lines: mean of {number} seeds{smooth}. Thin lines: the seeds.'
 
 
 def answers_of(data):
@@ -224,10 +239,10 @@ def answers_of(data):
     return f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
 
 
-def draw_curves(axes, curves):
-    """Every method's curve in its look."""
+def draw_curves(axes, curves, key):
+    """Every method's curve in its look. key: 'smooth', or 'by_seed' for the values as they are."""
     for method, curve in curves.items():
-        draw_seeds(axes, curve['steps'], curve['by_seed'], method, look_of(method))
+        draw_seeds(axes, curve['steps'], curve[key], method, look_of(method))
 
 
 def draw_models(axes, scores):
@@ -290,7 +305,7 @@ def draw_figure1(data, file):
             axes.plot(*middle, label=name, **look | {'linestyle': 'None'})
         draw_models(axes, data)
         axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
         area = 'Bubbles are equal: memory was not measured.'
         if measured:
             area = f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.'
@@ -319,7 +334,10 @@ def figure4_data(runs):
             if curve is None:
                 continue
             mean = [fmean(values) for values in zip(*curve['by_seed'], strict=True)]
-            curve['mean'] = rolling(mean, WINDOW) if len(mean) >= FEW else mean
+            if len(mean) >= FEW:
+                # Narrow, because the first value is the untrained student, from which all methods start.
+                mean = rolling(range(len(mean)), mean, WINDOW, narrow=True)
+            curve['mean'] = mean
             curves[method] = curve
         name = metric.partition('/')[2] or next(iter(data['problems']), 'held-out problems')
         data['sets'][name] = {'methods': curves, **first_models(methods, metric)}
@@ -343,8 +361,8 @@ def draw_figure4(data, file):
             draw_models(axes, values)
             axes.set(xlabel='step', title=name, ylim=(0, 105))
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
-        mean = f'Thick lines: centred mean of {WINDOW} evaluations. ' if smooth else ''
-        notes = f'{mean_of_seeds(data)} {mean}{answers_of(data)}'
+        mean = mean_of_seeds(data, f'centred mean of {WINDOW} evaluations' if smooth else '')
+        notes = f'{mean} {answers_of(data)}'
         return save(figure, file, notes)
 
 
@@ -418,9 +436,9 @@ def draw_over_steps(data, file, panels):
     with paper_style():
         figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
         for panel, (name, label) in zip(axes, panels.items(), strict=True):
-            draw_curves(panel, data[name])
+            draw_curves(panel, data[name], 'smooth')
             panel.set(xlabel='step', ylabel=label)
-        return save(figure, file, mean_of_seeds(data))
+        return save(figure, file, mean_of_seeds(data, f'centred mean of {data["window"]} steps'))
 
 
 # ---- Figure 6 ------------------------------------------------------------------------------------
@@ -452,7 +470,7 @@ def draw_figure6(data, file):
     """Left: the mean over layers of every method. Then: the layers of two methods."""
     with paper_style():
         figure, (left, *others) = new_figure(columns=1 + len(data['layers']), height=2.5, sharey=True)
-        draw_curves(left, data['rep/cos'])
+        draw_curves(left, data['rep/cos'], 'by_seed')
         left.set(xlabel='step', ylabel='cosine to the teacher', title='mean over layers')
         for axes, (method, layers) in zip(others, data['layers'].items(), strict=True):
             draw_layers(figure, axes, rows_of_means(layers))
@@ -507,16 +525,17 @@ def draw_figure7(data, file):
             draw_seeds(left, values['steps'], values['by_seed'], method, look)
             last = [seed[-1] for seed in values['by_seed']]
             right.plot(number, fmean(last), **look | {'linestyle': 'None'})
-            right.scatter([number] * len(last), last, s=4, color=look['color'], lw=0)
+            right.scatter([number - 0.12] * len(last), last, s=4, color=look['color'], lw=0)
             right.annotate(f'{fmean(last):.1f}', (number, fmean(last)), (6, 0), textcoords='offset points',
-                           va='center', fontsize=7)
+                           va='center', bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
         draw_models(left, data)
         draw_models(right, data)
-        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
+        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105), title='over steps')
         labels = [f'{values["mu"]:g}\nlr={values["lr"]:g}' for _, values in by_mu]
         right.set(xlabel='weight mu of Eq. (6)', xlim=(-0.5, len(by_mu) - 0.3), title='after the last step')
         right.set_xticks(range(len(by_mu)), labels)
-        return save(figure, file, f'{mean_of_seeds(data)} {answers_of(data)}')
+        notes = f'{mean_of_seeds(data)} Small points: the seeds. {answers_of(data)}'
+        return save(figure, file, notes)
 
 
 def figure7(folders, to='out/paper'):

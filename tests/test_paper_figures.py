@@ -49,6 +49,11 @@ def approx(nested):
     return pytest.approx(nested, rel=1e-12)
 
 
+def with_smooth(steps, by_seed):
+    """A curve of a few steps, of which a tenth is less than two: it is not smoothed."""
+    return {'steps': steps, 'by_seed': by_seed, 'smooth': by_seed}
+
+
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
     folders = write_study(tmp_path_factory.mktemp('study'))
@@ -137,14 +142,30 @@ def test_figure_4_has_a_panel_for_each_set_and_a_rolling_mean(tmp_path, drawn):
 
 @pytest.mark.parametrize('window', [1, 3, 5])
 def test_a_rolling_mean_is_centred(window):
-    """Of a straight line it is the line, up to its ends; and each value is the mean of those around it."""
-    line = [2.0 * at + 1 for at in range(9)]
-    assert figures.rolling(line, window) == pytest.approx(line)
+    """It is the mean of what is measured within half a window, whatever lies between. A narrow one keeps a straight line as it
+    is up to its ends, where the other one takes what is there."""
+    steps = [1, 2, 3, 4, 6, 8, 9]
     values = [1.0, 5.0, -2.0, 8.0, 0.5, 3.0, 7.0]
     half = window // 2
-    for at in range(half, 7 - half):
-        assert figures.rolling(values, window)[at] == pytest.approx(sum(values[at - half:at + half + 1]) / window)
-    assert figures.rolling([4.0], window) == [4.0]
+    by_step = dict(zip(steps, values, strict=True))
+    for step, mean in zip(steps, figures.rolling(steps, values, window), strict=True):
+        near = [by_step[other] for other in range(step - half, step + half + 1) if other in by_step]
+        assert mean == pytest.approx(sum(near) / len(near))
+    line = [2.0 * at + 1 for at in range(9)]
+    assert figures.rolling(range(9), line, window, narrow=True) == pytest.approx(line)
+    assert figures.rolling(range(9), line, window)[0] == pytest.approx(1 + half)
+    assert figures.rolling([7], [4.0], window) == [4.0]
+
+
+def test_a_curve_of_every_step_is_smoothed_over_a_tenth_of_the_steps(tmp_path, drawn):
+    """A hundred steps: eleven of them. What is measured every ten steps stays as it is, and both say the same."""
+    log = {'eval/avg@16': [20.0] * 101, 'entropy/student': [None, *range(1, 101)], 'entropy/teacher': [None if step % 20 else step / 10 for step in range(101)]}
+    data = figures.figure11_data(read_runs([write_run(tmp_path / 'a', log)]))
+    smooth = {name: data[name]['OPRD']['smooth'][0] for name in ('entropy/student', 'entropy/teacher')}
+    assert data['window'] == 11 and smooth['entropy/student'][:3] == [3.5, 4.0, 4.5] and smooth['entropy/student'][49] == 50
+    assert smooth['entropy/teacher'] == [0, 2, 4, 6, 8, 10] == data['entropy/teacher']['OPRD']['by_seed'][0]
+    figures.draw_figure11(data, 'x')
+    assert list(drawn[0][0].axes[0].lines[0].get_ydata()) == smooth['entropy/student'] and drawn[0][1] == 'One seed, centred mean of 11 steps.'
 
 
 @pytest.mark.parametrize('number, name, at', [(5, 'len/mean', 0.1), (10, 'opd/overlap16', 0.7)])
@@ -152,27 +173,26 @@ def test_figures_5_and_10_are_the_logged_numbers(study, number, name, at):
     steps = {method: [1, 2, 3, 4] for method in COMMON['runs']}
     if number == 10:
         steps['OPRD'] = [1, 4]
-    curves = {method: {'steps': found, 'by_seed': [[at + step / 100 + shift for step in found] for shift in (0, 0.01)]}
-              for method, found in steps.items()}
-    assert getattr(figures, f'figure{number}_data')(study) == COMMON | {name: approx(curves)}
+    curves = {method: with_smooth(found, [[at + step / 100 + shift for step in found] for shift in (0, 0.01)]) for method, found in steps.items()}
+    assert getattr(figures, f'figure{number}_data')(study) == COMMON | {name: approx(curves), 'window': 1}
 
 
 def test_figure_9_has_the_methods_with_an_output_term(study):
-    curves = {method: {'steps': [1, 2, 3, 4], 'by_seed': [[0.4, -0.3, 0.2, 0.1], [0.41, -0.3, 0.2, 0.11]]} for method in OUTPUT}
-    assert figures.figure9_data(study) == COMMON | {'loss/opd': approx(curves)}
+    curves = {method: with_smooth([1, 2, 3, 4], [[0.4, -0.3, 0.2, 0.1], [0.41, -0.3, 0.2, 0.11]]) for method in OUTPUT}
+    assert figures.figure9_data(study) == COMMON | {'loss/opd': approx(curves), 'window': 1}
 
 
 def test_figure_11_has_both_entropies(study):
     data = figures.figure11_data(study)
-    assert data['entropy/student']['OPD top-1'] == approx({'steps': [1, 2, 3, 4], 'by_seed': [[0.51, 0.52, 0.53, 0.54], [0.52, 0.53, 0.54, 0.55]]})
-    assert data['entropy/teacher']['OPRD'] == approx({'steps': [1, 4], 'by_seed': [[0.61, 0.64], [0.62, 0.65]]})
-    assert list(data) == [*COMMON, 'entropy/student', 'entropy/teacher'] and list(data['entropy/teacher']) == list(COMMON['runs'])
+    assert data['entropy/student']['OPD top-1'] == approx(with_smooth([1, 2, 3, 4], [[0.51, 0.52, 0.53, 0.54], [0.52, 0.53, 0.54, 0.55]]))
+    assert data['entropy/teacher']['OPRD'] == approx(with_smooth([1, 4], [[0.61, 0.64], [0.62, 0.65]]))
+    assert list(data) == [*COMMON, 'entropy/student', 'entropy/teacher', 'window'] and list(data['entropy/teacher']) == list(COMMON['runs'])
 
 
 def test_figure_6_has_every_method_and_the_layers_of_two(study, drawn):
     """The first method that matches hidden states, and the first that does not: the others would hide these."""
     data = figures.figure6_data(study)
-    assert data['rep/cos']['OPRD'] == approx({'steps': [1, 2, 3, 4], 'by_seed': [[0.21, 0.22, 0.23, 0.24], [0.22, 0.23, 0.24, 0.25]]})
+    assert data['rep/cos']['OPRD'] == approx(with_smooth([1, 2, 3, 4], [[0.21, 0.22, 0.23, 0.24], [0.22, 0.23, 0.24, 0.25]]))
     assert list(data['layers']) == ['OPRD', 'OPD top-1'] and list(data['layers']['OPRD']) == ['1', '2']
     assert data['layers']['OPRD']['2'] == approx({'steps': [1, 2, 3, 4], 'by_seed': [[0.41, 0.42, 0.43, 0.44], [0.42, 0.43, 0.44, 0.45]]})
     figures.draw_figure6(data, 'x')
