@@ -172,8 +172,7 @@ def steps_in_words(steps):
 
 
 def curves_data(runs, names, what):
-    """{name of the log: its curves of every method}, smoothed and as they are, with what is common. Missing
-    if no run has them."""
+    """{name of the log: its curves of every method} with what is common. Missing if no run has them."""
     methods, data = common_data(runs)
     for name in names:
         data[name] = {}
@@ -183,7 +182,7 @@ def curves_data(runs, names, what):
                 data[name][method] = curve
     if not any(data[name] for name in names):
         raise Missing(f'no run has logged {" or ".join(names)}, {what}; {MAKE_RUNS}')
-    return smoothed(data, names)
+    return data
 
 
 def first_models(methods, metric):
@@ -211,9 +210,10 @@ def rolling(steps, values, window, narrow=False):
     return means
 
 
-def smoothed(data, names):
-    """Curves of every step, with the same curves over a tenth of the steps beside them: a rollout is a small
-    sample, and six methods that jump from step to step cannot be told apart."""
+def smooth_curves_data(runs, names, what):
+    """The same, and beside each curve the curve over a tenth of the steps: a rollout is a small sample, and
+    methods that jump from step to step cannot be told apart."""
+    data = curves_data(runs, names, what)
     curves = [curve for name in names for curve in data[name].values()]
     data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
     for curve in curves:
@@ -375,7 +375,7 @@ def figure4(folders, to='out/paper'):
 
 def figure5_data(runs):
     """Mean length of the answers of each training step."""
-    return curves_data(runs, ['len/mean'], 'the length of answers')
+    return smooth_curves_data(runs, ['len/mean'], 'the length of answers')
 
 
 def draw_figure5(data, file):
@@ -389,7 +389,7 @@ def figure5(folders, to='out/paper'):
 
 def figure9_data(runs):
     """The output-space term of every method that has one."""
-    return curves_data(runs, ['loss/opd'], 'a term in the output space')
+    return smooth_curves_data(runs, ['loss/opd'], 'a term in the output space')
 
 
 def draw_figure9(data, file):
@@ -403,7 +403,7 @@ def figure9(folders, to='out/paper'):
 
 def figure10_data(runs):
     """Share of the 16 likeliest tokens that both models have in common."""
-    return curves_data(runs, ['opd/overlap16'], 'the overlap of the 16 likeliest tokens')
+    return smooth_curves_data(runs, ['opd/overlap16'], 'the overlap of the 16 likeliest tokens')
 
 
 def draw_figure10(data, file):
@@ -417,7 +417,7 @@ def figure10(folders, to='out/paper'):
 
 def figure11_data(runs):
     """Entropies of both models on the answers of the student."""
-    return curves_data(runs, ['entropy/student', 'entropy/teacher'], 'entropies')
+    return smooth_curves_data(runs, ['entropy/student', 'entropy/teacher'], 'entropies')
 
 
 def draw_figure11(data, file):
