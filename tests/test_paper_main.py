@@ -73,7 +73,8 @@ def test_all_draws_what_it_can_and_names_the_rest(tmp_path, capsys, monkeypatch)
     refuse = False
     files = paper.draw_all([], 'x')
     assert capsys.readouterr().out == 'figure6: no cosines; make some\n'
-    wanted = {**paper.FIGURES, **paper.TABLES, 'theorem3': ''}
+    wanted = [*paper.FIGURES, *paper.TABLES, 'theorem2', 'theorem3']
+    assert len(wanted) == 17
     assert files == [f'x/{command}.png' for command in wanted if command != 'figure6']
     refuse = True
     with pytest.raises(UserError, match='not drawn: figure7; the lines above say why'):
