@@ -45,7 +45,7 @@ def read_words(words):
     options = {}
     for word in words[1:]:
         key, equals, value = word.partition('=')
-        if equals:
+        if equals and key.isidentifier():            # out/lr=0.001 is a folder
             options[key] = value
         else:
             folders.append(word)

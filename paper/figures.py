@@ -19,6 +19,7 @@ are drawn where all are such runs, and are otherwise named under 'left out' in t
 Simpler than usual: nothing is fitted and nothing is interpolated. A line is the mean over seeds, and the thin
 lines beside it are the seeds. Figure 8 measures two models and is in first_last.py.
 """
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from statistics import fmean
 
@@ -185,6 +186,17 @@ def curves_data(runs, names, what):
     return data
 
 
+def smooth_curves_data(runs, names, what):
+    """What `curves_data` returns, with a rolling mean over a tenth of the steps beside each curve: a rollout is
+    a small sample, and methods that jump from step to step cannot be told apart."""
+    data = curves_data(runs, names, what)
+    curves = [curve for name in names for curve in data[name].values()]
+    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
+    for curve in curves:
+        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
+    return data
+
+
 def first_models(methods, metric):
     """Scores of the models before the first step, the same for all methods -> {'student', 'teacher'}, means
     over seeds; a teacher that was not evaluated is left out."""
@@ -205,20 +217,10 @@ def rolling(steps, values, window, narrow=False):
         half = window // 2
         if narrow:
             half = min(half, step - steps[0], steps[-1] - step)
-        near = [value for other, value in zip(steps, values, strict=True) if abs(other - step) <= half]
-        means.append(fmean(near))
+        first = bisect_left(steps, step - half)
+        behind = bisect_right(steps, step + half)
+        means.append(fmean(values[first:behind]))
     return means
-
-
-def smooth_curves_data(runs, names, what):
-    """The same, and beside each curve the curve over a tenth of the steps: a rollout is a small sample, and
-    methods that jump from step to step cannot be told apart."""
-    data = curves_data(runs, names, what)
-    curves = [curve for name in names for curve in data[name].values()]
-    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
-    for curve in curves:
-        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
-    return data
 
 
 # ---- what the drawings share ---------------------------------------------------------------------
@@ -306,11 +308,14 @@ def draw_figure1(data, file):
         draw_models(axes, data)
         axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
         axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
-        area = 'Bubbles are equal: memory was not measured.'
+        notes = [f'Small points: the seeds. {answers_of(data)}', f'Made on {data["machine"]}.']
         if measured:
-            area = f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.'
-        notes = f'{area} Small points: the seeds. {answers_of(data)} Made on {data["machine"]}.'
-        return save(figure, file, notes)
+            notes.append(f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.')
+        else:
+            notes.append('Bubbles are equal: memory was not measured.')
+        if data['pair'] != PAIRS['same']:
+            notes.append('Stage 1 of a bridge is not counted.')
+        return save(figure, file, ' '.join(notes))
 
 
 def figure1(folders, to='out/paper'):
