@@ -187,8 +187,8 @@ def curves_data(runs, names, what):
 
 
 def smooth_curves_data(runs, names, what):
-    """What `curves_data` returns, with a rolling mean over a tenth of the steps beside each curve: a rollout is
-    a small sample, and methods that jump from step to step cannot be told apart."""
+    """What `curves_data` returns, with a rolling mean over a tenth of the steps beside each curve: a rollout
+    is a small sample, and methods that jump from step to step cannot be told apart."""
     data = curves_data(runs, names, what)
     curves = [curve for name in names for curve in data[name].values()]
     data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
@@ -239,6 +239,17 @@ def answers_of(data):
     """How many answers a score stands for, as a text under a figure."""
     problems = sum(data['problems'].values())
     return f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
+
+
+def figure_of(count):
+    """-> (figure, so many panels, at most three side by side)."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width = PAGE if count > 1 else COLUMN
+    figure, panels = new_figure(rows, columns, width, height=2.5 * rows, sharey=True)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
 
 
 def draw_curves(axes, curves, key):
@@ -351,12 +362,10 @@ def figure4_data(runs):
 
 def draw_figure4(data, file):
     """A panel for each set: thick lines are rolling means, thin ones the evaluations of each seed."""
-    count = len(data['sets'])
     smooth = any(len(curve['steps']) >= FEW for values in data['sets'].values()
                  for curve in values['methods'].values())
     with paper_style():
-        width = PAGE if count > 1 else COLUMN
-        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
+        figure, panels = figure_of(len(data['sets']))
         for axes, (name, values) in zip(panels, data['sets'].items(), strict=True):
             for method, curve in values['methods'].items():
                 look = look_of(method)
@@ -364,11 +373,11 @@ def draw_figure4(data, file):
                     axes.plot(curve['steps'], seed, color=look['color'], lw=0.5, alpha=0.5)
                 axes.plot(curve['steps'], curve['mean'], label=method, **look)
             draw_models(axes, values)
-            axes.set(xlabel='step', title=name, ylim=(0, 105))
+            count = f', {data["problems"][name]} problems' if name in data['problems'] else ''
+            axes.set(xlabel='step', title=f'{name}{count}', ylim=(0, 105))
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
         mean = mean_of_seeds(data, f'centred mean of {WINDOW} evaluations' if smooth else '')
-        notes = f'{mean} {answers_of(data)}'
-        return save(figure, file, notes)
+        return save(figure, file, f'{mean} {data["answers"]} answers to each problem.')
 
 
 def figure4(folders, to='out/paper'):
@@ -590,6 +599,8 @@ def curves_of_bridges(seeds):
     have, and where the mean is largest."""
     ranks_of = [set(next(iter(made['layers'].values()))['cos']) for made in seeds]
     ranks = sorted(int(rank) for rank in set.intersection(*ranks_of))
+    if not ranks:
+        raise UserError('bridge.json: the seeds of a bridge were judged at no common rank; rerun bridge.py')
     curves = {'ranks': ranks}
     for key, title in (('cos', 'after'), ('before', 'before')):
         curves[title] = []
@@ -604,10 +615,8 @@ def curves_of_bridges(seeds):
 
 def draw_figure12(data, file):
     """A panel for each kind of bridge."""
-    count = len(data['bridges'])
     with paper_style():
-        width = PAGE if count > 1 else COLUMN
-        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
+        figure, panels = figure_of(len(data['bridges']))
         for axes, (name, curves) in zip(panels, data['bridges'].items(), strict=True):
             draw_seeds(axes, curves['ranks'], curves['after'], 'after stage 1', look_of('OPRD-Bridge'))
             draw_seeds(axes, curves['ranks'], curves['before'], 'before stage 1',
@@ -615,7 +624,7 @@ def draw_figure12(data, file):
             axes.axvline(fmean(curves['rank of Theorem 3']), color='0.3', ls='-.', lw=0.8,
                          label="Theorem 3's rank")
             best = f'best {curves["best"]:.3f} at r = {curves["best rank"]}'
-            axes.set(xscale='log', xlabel='rank r', title=f'{name}\n{best}')
+            axes.set(xscale='log', xlabel='rank r', title=f'teacher: {name}\n{best}')
             powers = [2**exponent for exponent in range(curves['ranks'][-1].bit_length())]
             ticks = powers[::1 + len(powers) // 8]
             axes.set_xticks(ticks, ticks)

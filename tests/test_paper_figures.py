@@ -285,6 +285,18 @@ def test_a_damaged_bridge_is_refused_in_one_line(tmp_path, changes):
     assert '\n' not in str(error.value)
 
 
+def test_many_panels_are_three_side_by_side(tmp_path, drawn):
+    """Seven of them in one row would be narrower than their titles."""
+    figures.draw_figure12(figures.figure12_data([write_bridge(tmp_path / f'{number}', d=[96, 100 + number]) for number in range(7)]), 'x')
+    places = [axes.get_position() for axes in drawn[0][0].axes]
+    assert len(places) == 7 and len({round(place.x0, 3) for place in places}) == 3 and len({round(place.y0, 3) for place in places}) == 3
+
+
+def test_seeds_of_a_bridge_without_a_common_rank_are_one_line(tmp_path):
+    with pytest.raises(UserError, match='no common rank; rerun bridge.py'):
+        figures.figure12_data([write_bridge(tmp_path / 'a'), write_bridge(tmp_path / 'b', ranks=(3, 5))])
+
+
 def test_runs_without_a_curve_are_left_out_where_others_have_one(study, tmp_path):
     """The runs of Theorem 3, one for each rank, would fill every figure with lines between two points."""
     log = {'eval/avg@16': [20.0, None, None, None, 50.0], 'len/mean': [None, 1.0, 1.0, 1.0, 1.0]}
