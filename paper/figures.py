@@ -49,6 +49,7 @@ DRAWN = Field(float, -1e9, 1e9)              # a value of a log; a mean of them 
 COUNTS = Field(dict, items=Field(int, 0, 10**9), default={})
 WINDOW = 3                      # evaluations in a rolling mean of Figure 4: one and its two neighbours
 FEW = 10                        # with fewer evaluations than these, Figure 4 shows them as they are
+WHITE = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 1}        # behind a number beside a point
 
 
 # ---- from folders to files -------------------------------------------------------------------------
@@ -541,7 +542,7 @@ def draw_figure7(data, file):
             right.plot(number, fmean(last), **look | {'linestyle': 'None'})
             right.scatter([number - 0.12] * len(last), last, s=4, color=look['color'], lw=0)
             right.annotate(f'{fmean(last):.1f}', (number, fmean(last)), (6, 0), textcoords='offset points',
-                           va='center', bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
+                           va='center', bbox=WHITE)
         draw_models(left, data)
         draw_models(right, data)
         left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105), title='over steps')
@@ -623,8 +624,10 @@ def draw_figure12(data, file):
                        look_of('student') | {'marker': 'o'})
             axes.axvline(fmean(curves['rank of Theorem 3']), color='0.3', ls='-.', lw=0.8,
                          label="Theorem 3's rank")
-            best = f'best {curves["best"]:.3f} at r = {curves["best rank"]}'
-            axes.set(xscale='log', xlabel='rank r', title=f'teacher: {name}\n{best}')
+            best = (curves['best rank'], curves['best'])
+            label = f'{curves["best"]:.3f} at r = {curves["best rank"]}'
+            axes.annotate(label, best, (0, -9), textcoords='offset points', va='top', bbox=WHITE)
+            axes.set(xscale='log', xlabel='rank r', title=f'teacher: {name}')
             powers = [2**exponent for exponent in range(curves['ranks'][-1].bit_length())]
             ticks = powers[::1 + len(powers) // 8]
             axes.set_xticks(ticks, ticks)

@@ -272,7 +272,7 @@ def test_figure_12_is_the_mean_over_layers_of_every_bridge(tmp_path, drawn):
                             'best rank': 2, 'best': 0.71, 'at full width': 0.46, 'rank of Theorem 3': [2, 4]})
     figures.draw_figure12(data, 'x')
     panels = drawn[0][0].axes
-    assert [axes.get_title().split('\n')[1] for axes in panels] == ['best 0.710 at r = 2', 'best 0.700 at r = 2', 'best 0.700 at r = 2']
+    assert [text.get_text() for axes in panels for text in axes.texts] == ['0.710 at r = 2', '0.700 at r = 2', '0.700 at r = 2']
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[0].lines}
     assert lines['after stage 1'] == pytest.approx([0.61, 0.71, 0.61, 0.46]) and lines['before stage 1'] == pytest.approx([0.2] * 4)
     assert list(panels[0].get_xticks()) == [1, 2, 4, 8, 16, 32, 64]
