@@ -139,11 +139,12 @@ def toy_cfg(toy_dir):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """The figures of matplotlib that are saved, in order."""
+    """The figures of matplotlib that are saved, in order; one that is saved as two files stands there once."""
     figures, save = [], Figure.savefig
 
     def recorded_save(figure, *a, **k):
-        figures.append(figure)
+        if figure not in figures:
+            figures.append(figure)
         save(figure, *a, **k)
     monkeypatch.setattr(Figure, 'savefig', recorded_save)
     return figures
