@@ -381,7 +381,8 @@ def draw_figure4(data, file):
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
         lines = mean_of_seeds(data)
         if smooth:
-            lines = mean_of_seeds(data, f'centred mean of {WINDOW} evaluations', 'the evaluations of each seed')
+            mean = f'centred mean of {WINDOW} evaluations'
+            lines = mean_of_seeds(data, mean, 'the evaluations of each seed')
         return save(figure, file, f'{lines} {data["answers"]} answers to each problem.')
 
 
