@@ -239,9 +239,11 @@ def mean_of_seeds(data, smooth='', thin='the seeds'):
 
 
 def answers_of(data):
-    """How many answers a score stands for, as a text under a figure."""
+    """What a point is, and how many answers a score stands for, as a text under a figure."""
     problems = sum(data['problems'].values())
-    return f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
+    counts = f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
+    several = any(len(seeds) > 1 for seeds in data['seeds'].values())
+    return f'Small points: the seeds. {counts}' if several else counts
 
 
 def figure_of(count):
@@ -322,7 +324,7 @@ def draw_figure1(data, file):
         draw_models(axes, data)
         axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
         axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
-        notes = [f'Small points: the seeds. {answers_of(data)}', f'Made on {data["machine"]}.']
+        notes = [f'{answers_of(data)} Made on {data["machine"]}.']
         if measured:
             notes.append(f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.')
         else:
@@ -465,16 +467,16 @@ def draw_over_steps(data, file, panels):
 
 def figure6_data(runs):
     """Cosines of student and teacher: of every method the mean over layers, and each layer of two methods:
-    the first one that matches hidden states, and the first one that does not."""
+    the first one that matches hidden states, and the last one that does not, which sees most of the output
+    distribution."""
     data = curves_data(runs, ['rep/cos'], 'cosines of the hidden states')
     methods, _ = common_data(runs)
-    data['layers'] = {}
-    for matches in (True, False):
-        for method in data['rep/cos']:
-            seeds = methods[method]
-            if ever_positive(seeds[0].config['oprd_weight']) == matches:
-                data['layers'][method] = layers_of(seeds)
-                break
+    matching = []
+    others = []
+    for method in data['rep/cos']:
+        matches = ever_positive(methods[method][0].config['oprd_weight'])
+        (matching if matches else others).append(method)
+    data['layers'] = {method: layers_of(methods[method]) for method in [*matching[:1], *others[-1:]]}
     return data
 
 
@@ -554,7 +556,7 @@ def draw_figure7(data, file):
         labels = [f'{values["mu"]:g}\nlr={values["lr"]:g}' for _, values in by_mu]
         right.set(xlabel='weight mu of Eq. (6)', xlim=(-0.5, len(by_mu) - 0.3), title='after the last step')
         right.set_xticks(range(len(by_mu)), labels)
-        notes = f'{mean_of_seeds(data)} Small points: the seeds. {answers_of(data)}'
+        notes = f'{mean_of_seeds(data)} {answers_of(data)}'
         return save(figure, file, notes)
 
 

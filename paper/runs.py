@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import default, free
+from studies.drawing import LOOKS
 from studies.figures import read_configs, read_log, require_comparable
 from support.fields import Field, check_fields
 from support.optimizer import ever_positive
@@ -208,19 +209,27 @@ def method_of(config):
 
 
 def by_method(runs):
-    """{name of a method: its runs, one of each seed}, in the order in which the methods come.
+    """{name of a method: its runs, one of each seed}, in one order for all figures and tables: as in
+    studies.drawing.LOOKS, then by rank, then as they come.
 
     Where methods would share a name, the keys that differ between them are added to it. UserError: a method
     has a seed twice; or the methods of a toy do not all have the same seeds.
     """
     groups = {}                              # {(name, method_key): runs}
-    for run in runs:
+    for run in sorted(runs, key=place_of):
         groups.setdefault((run.method, method_key(run.config)), []).append(run)
     methods = {}
     for name, seeds in zip(told_apart(list(groups)), groups.values(), strict=True):
         methods[name] = [replace(run, method=name) for run in sorted(seeds, key=lambda run: run.seed)]
     refuse_uneven_seeds(methods)
     return methods
+
+
+def place_of(run):
+    """Where a run's method stands among others."""
+    names = list(LOOKS)
+    name = re.sub(r' r=\d+', '', run.method)
+    return (names.index(name) if name in names else len(names), run.config['bridge_rank'])
 
 
 def told_apart(groups):

@@ -190,7 +190,7 @@ def test_figure_11_has_both_entropies(study):
 
 
 def test_figure_6_has_every_method_and_the_layers_of_two(study, drawn):
-    """The first method that matches hidden states, and the first that does not: the others would hide these."""
+    """The first method that matches hidden states, and the last that does not: the others would hide these."""
     data = figures.figure6_data(study)
     assert data['rep/cos']['OPRD'] == approx({'steps': [1, 2, 3, 4], 'by_seed': [[0.21, 0.22, 0.23, 0.24], [0.22, 0.23, 0.24, 0.25]]})
     assert list(data['layers']) == ['OPRD', 'OPD top-1'] and list(data['layers']['OPRD']) == ['1', '2']
@@ -201,6 +201,14 @@ def test_figure_6_has_every_method_and_the_layers_of_two(study, drawn):
     assert [text.get_text() for text in figure.axes[1].texts] == ['layer 1', 'layer 2']
     lines = [list(line.get_ydata()) for line in figure.axes[1].lines]
     assert lines == [pytest.approx([start + step / 100 + 0.005 for step in (1, 2, 3, 4)]) for start in (0.3, 0.4, 0.35)]
+
+
+def test_figure_6_shows_the_layers_of_the_exact_kl(tmp_path):
+    """Of the output-space methods it sees the whole distribution."""
+    folders = [write_run(tmp_path / name, columns(50.0), **keys) for name, keys in (
+        ('a', TOP1 | dict(opd='full')), ('b', TOP1), ('c', dict(oprd_weight=1, opd_weight=1, opd='sampled')), ('d', {}))]
+    assert list(figures.figure6_data(read_runs(folders))['layers']) == ['OPRD', 'OPD full KL']
+    assert list(figures.figure6_data(read_runs(folders[2:3]))['layers']) == ['OPD top-1 + 1 OPRD']
 
 
 def test_figure_7_has_a_curve_for_each_mu(study, drawn):
@@ -236,7 +244,7 @@ def test_what_is_drawn_is_in_the_data(study, drawn, number):
             known.add(round(value, 9))
     collect(data)
     (figure, notes), = drawn
-    assert 'seeds' in notes
+    assert 'the seeds' in notes
     for axes in figure.axes if number != 6 else figure.axes[:1]:             # the layers of Figure 6 have a test of their own
         assert axes.get_xlabel() and axes.lines
         for line in axes.lines:

@@ -107,6 +107,16 @@ def test_methods_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_path):
     assert max(map(len, by_method(read_runs([runs[0].folder, long])))) < 50
 
 
+def test_methods_have_one_order(tmp_path):
+    """Whatever the folders' order, which in a folder of runs is that of the alphabet: else the legend of each figure and the
+    lines of each table would have another one."""
+    keys = {'d': dict(bridge='b', bridge_rank=16), 'c': dict(bridge='b', bridge_rank=2), 'b': dict(oprd_weight=0, opd_weight=1, opd='full'),
+            'a': dict(), 'e': dict(oprd_weight=0, opd_weight=1, opd='sampled'), 'f': dict(oprd_weight=0, opd_weight=1, opd_k=4)}
+    runs = read_runs([write_run(tmp_path / name, SCORES, **changed) for name, changed in keys.items()])
+    wanted = ['OPRD', 'OPD top-1', 'OPD full KL', 'OPRD-Bridge r=2', 'OPRD-Bridge r=16', 'OPD top-4']
+    assert list(by_method(runs)) == wanted == list(by_method(runs[::-1]))
+
+
 def test_a_seed_that_is_there_twice_or_not_at_all_is_refused(tmp_path):
     """A mean over two students would stand beside a mean over one. Real students do not change with the seed."""
     runs = {name: write_run(tmp_path / name, SCORES, seed=seed, **keys) for name, seed, keys in (
