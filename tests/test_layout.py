@@ -12,7 +12,7 @@ import pytest
 
 from support.runtime import ROOT
 
-FOLDERS = ('bridge_parts', 'configs', 'kernels', 'formats', 'cross_tokenizer', 'grading', 'support', 'studies')
+FOLDERS = ('bridge_parts', 'configs', 'kernels', 'paper', 'formats', 'cross_tokenizer', 'grading', 'support', 'studies')
 ROOT_FILES = sorted(p.name for p in ROOT.glob('*.py'))
 FILES = ROOT_FILES + sorted(str(p.relative_to(ROOT)) for name in FOLDERS for p in (ROOT / name).glob('*.py'))
 RUN_TIME = {'torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'tqdm', 'huggingface_hub', 'jinja2',
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     'bridge.py': {*LIBRARIES, 'bridge_parts', 'configs', 'formats', 'cross_tokenizer', 'studies', 'support'},
     'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'studies', 'support'},
     'studies': {*LIBRARIES, 'configs', 'cross_tokenizer', 'formats', 'kernels', 'studies', 'support'},
+    'paper': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'paper', 'studies', 'support'},
 }
 # What is written for people, and endings of files that look like names of a module: `bridge.json`.
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', *sorted(f'docs/{p.name}' for p in (ROOT / 'docs').glob('*.md'))]
