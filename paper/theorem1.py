@@ -1,12 +1,12 @@
 """
-Theorem 1 (in the appendix 4 to 6) as an experiment: the noise that a sampled token adds to the gradient.
+Theorem 1 (4 to 6 in the appendix) as an experiment: the noise that a sampled token adds to the gradient.
 
     python -m paper theorem1                       the toy's pair; about a minute on two cores
     python -m paper theorem1 student=out/a/student teacher=out/a/teacher data=out/a/train.jsonl
 
-The theorem: once the tokens before a position are given, the gradient of Eq. (6) there is a number, and has
-no variance. That of Eq. (3) depends on the token that is sampled next. As the student comes near the teacher,
-its signal falls like delta^2 and its variance like delta, so that their ratio goes to 0.
+The theorem: once the tokens before a position are given, the gradient of Eq. (6) there has no variance. That
+of Eq. (3) depends on the token that is sampled next. As the student comes near the teacher, to a distance
+delta, the signal of Eq. (3) falls like delta^2 and its variance like delta, so that their ratio goes to 0.
 
 Measured is the gradient with respect to all weights, or to the logits where it says so. With g(y) the
 gradient if the token y is sampled, and p(y) the student's probability of it:
@@ -14,11 +14,40 @@ gradient if the token y is sampled, and p(y) the student's probability of it:
     signal     |sum_y p(y) g(y)|^2                 the squared length of the mean gradient
     variance   sum_y p(y) |g(y) - mean|^2          of all its components together
 
-All V tokens are enumerated, so both are exact. The student walks in a straight line to the teacher: weights
-teacher + left (student - teacher). The prefixes stay those that the untrained student has written.
+All V tokens are enumerated, so both are exact. The student walks in a straight line to the teacher: its
+weights are teacher + left (student - teacher), and the prefixes stay those that it wrote at first.
 
-Simpler than usual: for each token of the vocabulary one gradient is kept, so the models must be small. What it
-does not do: follow a training run, whose way to the teacher is not straight.
+Simpler than usual: one gradient is kept for each token of the vocabulary, so the models must be small. What
+it does not do: follow a training run, whose way to the teacher is not straight.
+
+READING (the toy's pair of seed 0; the figure is theorem1.png, its numbers are in theorem1.json)
+
+No variance: confirmed for Eq. (6), exactly 0 over all tokens. It is equally 0 for the exact KL and for top-k,
+which read no sampled token either. So the theorem sets apart Eq. (3) from all others, and not hidden states
+from output space.
+
+The slopes depend on what delta is. The theorem's pair, 2 and 1, follows if student and teacher disagree about
+tokens of probability delta alone, by log-ratios that do not shrink. A teacher that stays as it is, with no
+probability of 0, and a student whose weights come near it give another pair. Every log-ratio is then of the
+order of the distance in weights, and KL, signal and variance are all quadratic in it: 1 and 1 against the KL,
+2 and 2 against the distance. The ratio goes to a constant. (In the logits it cannot fall below half of the
+smallest probability.) Measured on the way to the teacher, against the KL: 1.00 and 0.97 (in the logits, over
+all 641 positions: 1.00 and 1.01). The ratio of the means falls from 0.19 to 0.001 and stays there. So as a
+limit the claim does not hold here. Before the limit it has a true core: over the first half of the way (1/2
+to 1/16 left) the signal's slope is 1.6 and the variance's 1.1, because the student also becomes sure of
+itself. In the logits these two are 1.15 and 1.00, and the numbers depend on the positions that are chosen.
+
+Over the positions of one student the theorem's picture is nearly right: 1.8 and 1.1, since positions differ
+in how much probability their rare tokens have. The ratio follows that probability with slope 1.0, wherever
+the student is on its way. A sure student makes Eq. (3) noisy, be it near the teacher or not.
+
+The variance of Eq. (3) does go to 0, as every reward does. It would not if the derivative of log p - log q
+itself were left in the estimate, a reward of 1 + log p - log q: then the slope is 0.0.
+
+What the theorem leaves out: prefixes vary too. Over whole answers the ratio of OPRD is 0.36 to 0.40 on all of
+the way. That of the exact KL is 0.04 at one of four students and not above its error at the three others,
+although no token's noise is in it. That of Eq. (3) is lower still: sampled tokens make 73 to 99% of its
+variance. So most of the distance between OPRD and Eq. (3) on this toy is not the theorem's.
 
 Letters: B answers, T tokens, K positions, V vocabulary, N weights, d width; p student, q teacher.
 """
@@ -44,14 +73,15 @@ from studies.drawing import PAGE, look_of, new_figure, paper_style, save
 from support.files import write_json
 from support.runtime import UserError, print0, start
 
-# Shares of the way that are left. The KL falls by five orders from MIDDLE, and by four over the last three.
+# Shares of the way that are left, and two parts of it over which slopes are taken.
 LEFT = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64, 1 / 256, 1 / 1024)
 MIDDLE = slice(1, 5)
 END = slice(5, 8)
 LEFT_ROLLOUTS = (1, 1 / 4, 1 / 16, 1 / 64)
+SHOWN = {1: 'untrained', 1 / 256: 'arrived'}       # students of which every position is shown
 SMALL_KL = 0.01                 # slopes over positions are taken below it: above it the KL saturates
-PREFIX_ANSWERS = 8              # answers whose positions are looked at
-POSITIONS = 16                  # of these, so many with the gradients of all weights
+PREFIX_ANSWERS = 16             # answers whose positions are looked at
+POSITIONS = 24                  # of these, so many with the gradients of all weights
 ROLLOUTS = 80                   # answers for the variance between answers
 MAX_NEW_TOKENS = 48
 MOST_NUMBERS = 10**8            # V times N, the gradients of one position
@@ -176,21 +206,29 @@ def look_at(model, teacher, ids, vocab):
 # ---- the experiments ---------------------------------------------------------------------------------
 
 def positions_data(pair, roll):
-    """Every position of the untrained student's answers, with gradients of the logits, at the beginning of
-    the way and near its end -> {'untrained', 'arrived': {'kl', 'signal', 'variance', 'unsure': lists of K}}. unsure:
-    the probability of all tokens but the likeliest."""
+    """Every position of the untrained student's answers, with gradients of the logits.
+
+    -> (points, means). points: {'untrained', 'arrived' (where 1/256 of the way is left): {'kl', 'signal',
+    'variance', 'unsure': lists of K}}; unsure is the probability of all tokens but the likeliest. means: at
+    each share of the way that is left, {'left', 'kl', 'signal', 'variance', 'median ratio': lists of n}.
+    """
     at = flat_positions(roll)
-    z_t = logits_at(pair.teacher, roll.ids, at, pair.vocab)
-    data = {}
-    for name, left in (('untrained', 1), ('arrived', 1 / 256)):
+    z_t = logits_at(pair.teacher, roll.ids, at, pair.vocab)                  # (K, V)
+    points = {}
+    means = {'left': list(LEFT), 'kl': [], 'signal': [], 'variance': [], 'median ratio': []}
+    for left in LEFT:
         z_s = logits_at(pair.at(left), roll.ids, at, pair.vocab)
         p = z_s.softmax(-1)
         signal, variance = moments(p, token_gradients(z_s, z_t, kind='sampled'))
-        top = p.max(-1, keepdim=True)
-        unsure = p.scatter(-1, top.indices, 0.0).sum(-1)
-        data[name] = {'left': left, 'kl': kl_rows(z_s, z_t).tolist(), 'signal': signal.tolist(),
-                      'variance': variance.tolist(), 'unsure': unsure.tolist()}
-    return data
+        likeliest = p.max(-1, keepdim=True).indices
+        columns = {'kl': kl_rows(z_s, z_t), 'signal': signal, 'variance': variance,
+                   'unsure': p.scatter(-1, likeliest, 0.0).sum(-1)}
+        for name in ('kl', 'signal', 'variance'):
+            means[name].append(float(columns[name].mean()))
+        means['median ratio'].append(float((signal / variance).median()))
+        if left in SHOWN:
+            points[SHOWN[left]] = {name: column.tolist() for name, column in columns.items()}
+    return points, means
 
 
 def spread_out(kl, count):
@@ -272,8 +310,8 @@ def families_data():
 
 
 def two_token_ratio(unsure):
-    """Signal over variance of Eq. (3) at two tokens, where the student has arrived at the teacher: P (1 - P) /
-    (1 - 2 P)^2 with P the probability of the less likely one."""
+    """Signal over variance of Eq. (3) at two tokens, where the student has arrived at the teacher:
+    P (1 - P) / (1 - 2 P)^2 with P the probability of the less likely one."""
     return unsure * (1 - unsure) / (1 - 2 * unsure) ** 2
 
 
@@ -397,9 +435,10 @@ def mean_over_positions(series):
 def slopes_of(data):
     """The exponents of signal and variance against the KL -> {what: [exponent, standard error]}.
 
-    'end NAME', 'middle NAME': means over positions on the way, near the teacher and before. 'untrained NAME',
-    'arrived NAME': over positions, of one student. 'ratio unsure': of signal over variance against the
-    probability of all tokens but the likeliest. 'inner NAME', 'rare NAME': of the two families.
+    'end NAME', 'middle NAME': means over positions on the way, near the teacher and before; with 'logits' at
+    the end, of all positions and the gradient of the logits. 'untrained NAME', 'arrived NAME': over the
+    positions of one student. 'ratio unsure': of signal over variance against the probability of all tokens
+    but the likeliest. 'inner NAME', 'rare NAME': of the two families.
     """
     slopes = {}
     way = data['way']
@@ -410,6 +449,10 @@ def slopes_of(data):
             slopes[f'middle {name}'] = slope(kl[MIDDLE], mean[MIDDLE])
             slopes[f'end {name}'] = slope(kl[END], mean[END])
     slopes['end left'] = slope(way['left'][END], kl[END])
+    means = data['all positions']
+    for name in ('signal', 'variance'):
+        slopes[f'middle {name} logits'] = slope(means['kl'][MIDDLE], means[name][MIDDLE])
+        slopes[f'end {name} logits'] = slope(means['kl'][END], means[name][END])
 
     for student, columns in data['positions'].items():
         near = [k for k, kl in enumerate(columns['kl']) if kl < SMALL_KL]
@@ -426,7 +469,8 @@ def slopes_of(data):
 
 def ratios(columns):
     """Signal over variance of each position -> a list."""
-    return [signal / variance for signal, variance in zip(columns['signal'], columns['variance'], strict=True)]
+    pairs = zip(columns['signal'], columns['variance'], strict=True)
+    return [signal / variance for signal, variance in pairs]
 
 
 # ---- the data, the figure, the command -------------------------------------------------------------------
@@ -435,7 +479,8 @@ def theorem1_data(pair):
     """All experiments on one pair -> a dict of lists and numbers."""
     roll = pair.rollout(pair.student, PREFIX_ANSWERS, step=1)
     data = {'vocabulary': pair.vocab, 'weights': sum(weight.numel() for weight in pair.student.parameters()),
-            'families': families_data(), 'positions': positions_data(pair, roll)}
+            'families': families_data()}
+    data['positions'], data['all positions'] = positions_data(pair, roll)
     at = flat_positions(roll)
     chosen = at[spread_out(data['positions']['untrained']['kl'], POSITIONS)].tolist()
     print0(f'theorem1: {len(LEFT)} students on the way, {len(chosen)} positions, {pair.vocab} gradients each')
@@ -449,17 +494,19 @@ def theorem1_data(pair):
 
 def draw_theorem1(data, file):
     """The four panels -> files."""
+    answers = data['rollouts']['answers']
     notes = ('in brackets: slopes against the KL, in (a) of the last three points, in (b) below a KL of '
-             f'{SMALL_KL}\n(d): {data["rollouts"]["answers"]} answers a point, one standard error; an arrow is an '
-             'upper limit; points are moved sideways')
+             f'{SMALL_KL}\n(d): {answers} answers a point, one standard error; an arrow is an upper limit; '
+             'points are moved sideways')
     with paper_style():
         figure, panels = new_figure(2, 2, width=PAGE, height=5.2)
+        for axes in panels:
+            axes.set(xscale='log', yscale='log')
         draw_way(panels[0], data)
         draw_positions(panels[1], data)
         draw_unsure(panels[2], data['positions'])
         draw_rollouts(panels[3], data['rollouts'])
         for axes in panels:
-            axes.set(xscale='log', yscale='log')
             axes.minorticks_off()
         return save(figure, file, notes)
 
@@ -474,13 +521,13 @@ def draw_way(axes, data):
              ('signal OPD top-2', 'OPD top-2', 'signal, top-2'),
              ('signal OPD full KL', 'OPD full KL', 'signal, top-1 and full KL')]
     for name, method, label in lines:
-        exponent = data['slopes'][f'end {name}'][0]
+        exponent = round(data['slopes'][f'end {name}'][0], 1) + 0.0          # 0.0 and not -0.0
         axes.plot(kl, mean_over_positions(way[name]), label=f'{label} ({exponent:.1f})', **look_of(method))
     # Room for the legend above the lines.
     bottom = min(mean_over_positions(way['signal OPD full KL']))
     top = max(mean_over_positions(way['variance OPD top-1 + grad log p']))
     axes.set(title='(a) one student on its way', xlabel='mean KL to the teacher (nats)',
-             ylabel='of the gradient of all weights', ylim=(bottom / 10, 10 * top * (top / bottom) ** 0.35))
+             ylabel='signal, variance (all weights)', ylim=(bottom / 10, 10 * top * (top / bottom) ** 0.5))
     axes.legend(loc='upper left', borderaxespad=0.2)
 
 
@@ -496,13 +543,14 @@ def draw_positions(axes, data):
     axes.plot(rare['kl'], rare['variance'], color='black', lw=0.8, label='rare tokens (1.0 and 2.0)')
     axes.plot(rare['kl'], rare['signal'], color='black', lw=0.8)
     axes.set(title='(b) one student, each position', xlabel='KL to the teacher there (nats)',
-             ylabel='of the gradient of the logits')
+             ylabel='signal, variance (logits)')
     axes.legend(loc='lower right', markerscale=2)
 
 
 def draw_unsure(axes, positions):
     """(c) Signal over variance against how unsure the student is."""
-    looks = (('untrained', 'untrained student', 'o', '#0072B2'), ('arrived', '1/256 of the way left', 'x', '#D55E00'))
+    looks = (('untrained', 'untrained student', 'o', '#0072B2'),
+             ('arrived', '1/256 of the way left', 'x', '#D55E00'))
     for student, label, marker, color in looks:
         columns = positions[student]
         axes.plot(columns['unsure'], ratios(columns), ls='', marker=marker, ms=2, mew=0.6, color=color,
@@ -510,7 +558,7 @@ def draw_unsure(axes, positions):
     unsure = [10 ** (exponent / 20) for exponent in range(-80, -7)]
     axes.plot(unsure, [two_token_ratio(x) for x in unsure], color='black', lw=0.8,
               label='two tokens, student = teacher')
-    axes.set(title='(c) the ratio follows how sure it is', xlabel='1 - probability of the likeliest token',
+    axes.set(title='(c) ratio and certainty, each position', xlabel='1 - probability of the likeliest token',
              ylabel='signal / variance, top-1')
     axes.legend(loc='upper left', markerscale=2)
 
@@ -559,13 +607,14 @@ def load_pair(student, teacher, data):
     tok_t = load_tokenizer(teacher)
     models = [load_model(folder).double() for folder in (student, teacher)]
     if models[0].config != models[1].config or not same_vocabulary(tok_s, tok_t):
-        raise UserError(f'{student} and {teacher}: two shapes or two vocabularies, so there is no straight way '
-                        'from one to the other; give a pair of one shape')
+        raise UserError(f'{student} and {teacher}: two shapes or two vocabularies, so there is no straight '
+                        'way from one to the other; give a pair of one shape')
     vocab = shared_size(tok_s, tok_t)
     numbers = vocab * sum(weight.numel() for weight in models[0].parameters())
     if numbers > MOST_NUMBERS:
-        raise UserError(f'{student}: {vocab} tokens times its weights are {numbers:.1e} numbers, the gradients of '
-                        f'one position; give a model with at most {MOST_NUMBERS:.0e}, such as the toy')
+        raise UserError(f'{student}: {vocab} tokens times its weights are {numbers:.1e} numbers, the '
+                        f'gradients of one position; give a model with at most {MOST_NUMBERS:.0e}, such as '
+                        'the toy')
     problems = load_problems(data, tok_s, first=ROLLOUTS, show=False)
     return Pair(*models, [problem.ids for problem in problems], stop_set(tok_s, tok_t), vocab)
 

@@ -84,17 +84,17 @@ def test_moments_are_those_of_tokens_that_the_sampler_draws():
     prompt = [1, 4, 2, 7]
     roll = sample(pair.student, [prompt], 4000, max_new_tokens=1, stop=[0], seed=3)
     tokens = roll.ids[:, -1]
-    gradients = torch.stack([gradient_of_step(pair, prompt, token, 'OPD top-1') for token in range(V)])[tokens]
+    by_token = torch.stack([gradient_of_step(pair, prompt, token, 'OPD top-1') for token in range(V)])   # (V, N)
     ids = torch.tensor([prompt])
     z_s, z_t = (t1.logits_at(model, ids, torch.tensor([3]), V) for model in (pair.student, pair.teacher))
     look = t1.look_at(pair.at(1), pair.teacher, ids, V)
     signal, variance = t1.moments(z_s.softmax(-1), t1.token_gradients(z_s, z_t, kind='sampled'), look.gram)
 
-    squares = gradients.square().sum(-1)
+    squares = by_token.square().sum(-1)[tokens]
     assert abs(squares.mean() - (signal + variance)) < 4 * squares.std() / math.sqrt(4000)
     assert squares.std() / math.sqrt(4000) < 0.05 * variance                 # a bound that says something
     mean = gradient_of_step(pair, prompt, 0, 'OPD full KL')                  # the mean of Eq. (3) is Eq. (4)
-    products = gradients @ mean
+    products = (by_token @ mean)[tokens]
     assert abs(products.mean() - signal) < 4 * products.std() / math.sqrt(4000)
 
 
@@ -307,6 +307,10 @@ def test_the_numbers_of_a_position(small):
     p, q = student[0, column].tolist(), teacher[0, column].tolist()
     columns = small.numbers['positions']['untrained']
     assert columns['kl'][0] == pytest.approx(sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)), rel=1e-5)
+    means = small.numbers['all positions']
+    assert means['kl'][0] == pytest.approx(sum(columns['kl']) / len(columns['kl']), rel=1e-5)
+    ratios = sorted(a / b for a, b in zip(columns['signal'], columns['variance'], strict=True))
+    assert means['median ratio'][0] == pytest.approx(ratios[(len(ratios) - 1) // 2], rel=1e-5)
     assert columns['unsure'][0] == pytest.approx(1 - math.exp(max(p)), rel=1e-5)
 
 
