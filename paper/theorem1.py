@@ -30,24 +30,25 @@ The slopes depend on what delta is. The theorem's pair, 2 and 1, follows if stud
 tokens of probability delta alone, by log-ratios that do not shrink. A teacher that stays as it is, with no
 probability of 0, and a student whose weights come near it give another pair. Every log-ratio is then of the
 order of the distance in weights, and KL, signal and variance are all quadratic in it: 1 and 1 against the KL,
-2 and 2 against the distance. The ratio goes to a constant. (In the logits it cannot fall below half of the
-smallest probability.) Measured on the way to the teacher, against the KL: 1.00 and 0.97 (in the logits, over
-all 641 positions: 1.00 and 1.01). The ratio of the means falls from 0.19 to 0.001 and stays there. So as a
-limit the claim does not hold here. Before the limit it has a true core: over the first half of the way (1/2
-to 1/16 left) the signal's slope is 1.6 and the variance's 1.1, because the student also becomes sure of
-itself. In the logits these two are 1.15 and 1.00, and the numbers depend on the positions that are chosen.
+2 and 2 against the distance. The ratio goes to a constant; in the logits, near the teacher, it is at least
+half of the smallest probability. Measured against the KL, near the teacher: 1.00 and 0.97 (in the logits,
+over all 641 positions: 1.00 and 1.01). So as a limit the claim does not hold here.
 
-Over the positions of one student the theorem's picture is nearly right: 1.8 and 1.1, since positions differ
-in how much probability their rare tokens have. The ratio follows that probability with slope 1.0, wherever
-the student is on its way. A sure student makes Eq. (3) noisy, be it near the teacher or not.
+Before the limit it describes what happens: the ratio of the means falls from 0.19 to 0.001, and then stays.
+Between 1/2 and 1/16 of the way the signal's slope is 1.6 and the variance's 1.1 (in the logits 1.2 and 1.0;
+a few unsure positions decide these numbers). The student becomes sure of itself on this part of the way.
+Over the positions of one student the theorem's picture is nearly right, too: 1.8 and 1.1, since positions
+differ in how much probability their rare tokens have. The ratio follows that probability with slope 1.0, far
+from the teacher and near it. So Eq. (3) is noisy where the student is sure, and not because it is near.
 
 The variance of Eq. (3) does go to 0, as every reward does. It would not if the derivative of log p - log q
 itself were left in the estimate, a reward of 1 + log p - log q: then the slope is 0.0.
 
 What the theorem leaves out: prefixes vary too. Over whole answers the ratio of OPRD is 0.36 to 0.40 on all of
-the way. That of the exact KL is 0.04 at one of four students and not above its error at the three others,
-although no token's noise is in it. That of Eq. (3) is lower still: sampled tokens make 73 to 99% of its
-variance. So most of the distance between OPRD and Eq. (3) on this toy is not the theorem's.
+the way. That of the exact KL is 0.04 at one of four students and within its error at the others, although it
+has no token noise; that of Eq. (3) is lower by another factor of 4 to 155. So two factors lie between Eq. (3)
+and OPRD. The theorem explains one of them; the other one, from the exact KL to OPRD, is 9 at that student and
+at least 14 at the others.
 
 Letters: B answers, T tokens, K positions, V vocabulary, N weights, d width; p student, q teacher.
 """
@@ -171,6 +172,17 @@ def flat_positions(roll):
     return position_mask(roll).flatten().nonzero().squeeze(-1)
 
 
+def flat_gradient(loss, weights):
+    """The gradient of a loss by all weights as one vector (N,). That of a weight which has no part in the
+    loss is 0: Eq. (6) never reaches the head."""
+    gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+    parts = []
+    for weight, gradient in zip(weights, gradients, strict=True):
+        part = torch.zeros_like(weight) if gradient is None else gradient
+        parts.append(part.flatten())
+    return torch.cat(parts)
+
+
 @dataclass
 class Position:
     """What one position of one student gives."""
@@ -196,11 +208,10 @@ def look_at(model, teacher, ids, vocab):
     for gradient in by_weight:                                               # (V, ...)
         gram += gradient.flatten(1) @ gradient.flatten(1).t()
 
-    # Eq. (6) reads states and no token. The head has no part in it, so its gradient is None.
+    # Eq. (6) reads states and no token.
     loss = oprd_loss(h_s, h_t, torch.ones(1, dtype=logits.dtype))
-    squares = [gradient.square().sum() for gradient in torch.autograd.grad(loss, weights, allow_unused=True)
-               if gradient is not None]
-    return Position(logits.detach()[None], gram[None], float(sum(squares)))
+    hidden_signal = flat_gradient(loss, weights).square().sum()
+    return Position(logits.detach()[None], gram[None], float(hidden_signal))
 
 
 # ---- the experiments ---------------------------------------------------------------------------------
@@ -210,12 +221,13 @@ def positions_data(pair, roll):
 
     -> (points, means). points: {'untrained', 'arrived' (where 1/256 of the way is left): {'kl', 'signal',
     'variance', 'unsure': lists of K}}; unsure is the probability of all tokens but the likeliest. means: at
-    each share of the way that is left, {'left', 'kl', 'signal', 'variance', 'median ratio': lists of n}.
+    each share of the way that is left, {'left', 'kl', 'signal', 'variance', 'unsure', 'median ratio':
+    lists of n}.
     """
     at = flat_positions(roll)
     z_t = logits_at(pair.teacher, roll.ids, at, pair.vocab)                  # (K, V)
     points = {}
-    means = {'left': list(LEFT), 'kl': [], 'signal': [], 'variance': [], 'median ratio': []}
+    means = {'left': list(LEFT), 'kl': [], 'signal': [], 'variance': [], 'unsure': [], 'median ratio': []}
     for left in LEFT:
         z_s = logits_at(pair.at(left), roll.ids, at, pair.vocab)
         p = z_s.softmax(-1)
@@ -223,7 +235,7 @@ def positions_data(pair, roll):
         likeliest = p.max(-1, keepdim=True).indices
         columns = {'kl': kl_rows(z_s, z_t), 'signal': signal, 'variance': variance,
                    'unsure': p.scatter(-1, likeliest, 0.0).sum(-1)}
-        for name in ('kl', 'signal', 'variance'):
+        for name in columns:
             means[name].append(float(columns[name].mean()))
         means['median ratio'].append(float((signal / variance).median()))
         if left in SHOWN:
@@ -235,7 +247,8 @@ def spread_out(kl, count):
     """Numbers of `count` positions that stand for all: those at even ranks of their KL, K numbers."""
     by_kl = sorted(range(len(kl)), key=kl.__getitem__)
     count = min(count, len(kl))
-    return [by_kl[int((rank + 0.5) * len(kl) / count)] for rank in range(count)]
+    step = len(kl) / count
+    return [by_kl[int((number + 0.5) * step)] for number in range(count)]
 
 
 def way_data(pair, roll, chosen):
@@ -256,12 +269,19 @@ def way_data(pair, roll, chosen):
         gram = torch.cat([look.gram for look in looks])                      # (K, V, V)
         p = z_s.softmax(-1)
 
-        columns = {'kl': kl_rows(z_s, z_t).tolist(), 'signal OPRD': [look.hidden_signal for look in looks]}
-        gradients = {name: token_gradients(z_s, z_t, **kind) for name, kind in OBJECTIVES.items()}
+        # The gradients of every objective for every token, and Eq. (3) with the score left in.
+        gradients = {}
+        for name, objective in OBJECTIVES.items():
+            gradients[name] = token_gradients(z_s, z_t, **objective)         # (K, V, V)
         gradients['OPD top-1 + grad log p'] = gradients['OPD top-1'] + score_gradients(z_s)
+
+        columns = {'kl': kl_rows(z_s, z_t).tolist(), 'signal OPRD': [look.hidden_signal for look in looks]}
         for name, by_token in gradients.items():
             signal, variance = moments(p, by_token, gram)
-            columns |= {f'signal {name}': signal.tolist(), f'variance {name}': variance.tolist()}
+            columns[f'signal {name}'] = signal.tolist()
+            columns[f'variance {name}'] = variance.tolist()
+
+        # One more number for each position's list.
         for name, column in columns.items():
             data.setdefault(name, [[] for _ in chosen])
             for series, value in zip(data[name], column, strict=True):
@@ -275,6 +295,7 @@ def token_has_no_part(pair, roll, at):
     T = roll.ids.shape[1]
     prefix = roll.ids[at // T, :at % T + 1]                                  # (t,)
     model = pair.at(1)
+    weights = list(model.parameters())
     layers = list(range(1, model.config.L + 1))
     last = torch.tensor([len(prefix) - 1])
     gradients = []
@@ -282,11 +303,15 @@ def token_has_no_part(pair, roll, at):
         ids = torch.cat([prefix, torch.tensor([token])])[None]               # (1, t + 1)
         with torch.no_grad():
             h_t = pair.teacher.hidden(ids, layers, last)
-        loss = oprd_loss(model.hidden(ids, layers, last), h_t, torch.ones(1, dtype=torch.float64))
-        gradients.append(flat_gradient(loss, list(model.parameters())))
+        h_s = model.hidden(ids, layers, last)
+        loss = oprd_loss(h_s, h_t, torch.ones(1, dtype=torch.float64))
+        gradients.append(flat_gradient(loss, weights))
+
+    # As in `moments`: equal gradients have a variance of exactly 0.
     gradients = torch.stack(gradients)                                       # (V, N)
     away = gradients - gradients[0]
-    return float((away - away.mean(0)).square().sum(-1).mean() / gradients[0].square().sum())
+    variance = (away - away.mean(0)).square().sum(-1).mean()
+    return float(variance / gradients[0].square().sum())
 
 
 def families_data():
@@ -316,15 +341,6 @@ def two_token_ratio(unsure):
 
 
 # ---- whole answers: what else varies -------------------------------------------------------------------
-
-def flat_gradient(loss, weights):
-    """The gradient of a loss by all weights as one vector (N,)."""
-    gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-    parts = []
-    for weight, gradient in zip(weights, gradients, strict=True):
-        parts.append((torch.zeros_like(weight) if gradient is None else gradient).flatten())
-    return torch.cat(parts)
-
 
 def signal_to_noise(inner, squares):
     """Signal over variance of the gradient of one answer -> (ratio, its standard error by the jackknife).
@@ -468,9 +484,9 @@ def slopes_of(data):
 
 
 def ratios(columns):
-    """Signal over variance of each position -> a list."""
+    """Signal over variance of each position -> a list; 0 where student and teacher are equal."""
     pairs = zip(columns['signal'], columns['variance'], strict=True)
-    return [signal / variance for signal, variance in pairs]
+    return [signal / variance if variance else 0.0 for signal, variance in pairs]
 
 
 # ---- the data, the figure, the command -------------------------------------------------------------------
@@ -609,6 +625,9 @@ def load_pair(student, teacher, data):
     if models[0].config != models[1].config or not same_vocabulary(tok_s, tok_t):
         raise UserError(f'{student} and {teacher}: two shapes or two vocabularies, so there is no straight '
                         'way from one to the other; give a pair of one shape')
+    weights = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    if all(torch.equal(ours, theirs) for ours, theirs in weights):
+        raise UserError(f'{student} and {teacher} have the same weights; give two models')
     vocab = shared_size(tok_s, tok_t)
     numbers = vocab * sum(weight.numel() for weight in models[0].parameters())
     if numbers > MOST_NUMBERS:

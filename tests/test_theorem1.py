@@ -340,6 +340,8 @@ def test_what_cannot_be_measured_is_told(toy_cfg, tmp_path, monkeypatch):
     save_model(tiny_model(V=21, context=64), tmp_path / 'other', source=student)
     with pytest.raises(UserError, match='a pair of one shape'):
         t1.theorem1([], tmp_path, student, str(tmp_path / 'other'), data=toy_cfg['data'])
+    with pytest.raises(UserError, match='have the same weights'):
+        t1.theorem1([], tmp_path, student, student)
     monkeypatch.setattr(t1, 'MOST_NUMBERS', 1000)
     with pytest.raises(UserError, match='such as the toy'):
         t1.theorem1([], tmp_path, student, teacher)
