@@ -531,7 +531,7 @@ def draw_way(axes, data):
     """(a) Signal and variance as the student comes near: means over positions."""
     way = data['way']
     kl = mean_over_positions(way['kl'])
-    lines = [('variance OPD top-1 + grad log p', 'student', 'variance, top-1 and ∇log p'),
+    lines = [('variance OPD top-1 + grad log p', 'student', 'variance, top-1 plus ∇log p'),
              ('variance OPD top-1', 'OPD top-1', 'variance, top-1'),
              ('signal OPRD', 'OPRD', 'signal, OPRD'),
              ('signal OPD top-2', 'OPD top-2', 'signal, top-2'),
@@ -554,8 +554,8 @@ def draw_positions(axes, data):
     for name, method in (('variance', 'OPD top-1'), ('signal', 'OPD full KL')):
         look = look_of(method)
         exponent = data['slopes'][f'untrained {name}'][0]
-        axes.plot(columns['kl'], columns[name], ls='', marker=look['marker'], ms=1.8, color=look['color'],
-                  label=f'{name}, top-1 ({exponent:.1f})')
+        axes.scatter(columns['kl'], columns[name], s=3, marker=look['marker'], color=look['color'], lw=0,
+                     label=f'{name}, top-1 ({exponent:.1f})')
     axes.plot(rare['kl'], rare['variance'], color='black', lw=0.8, label='rare tokens (1.0 and 2.0)')
     axes.plot(rare['kl'], rare['signal'], color='black', lw=0.8)
     axes.set(title='(b) one student, each position', xlabel='KL to the teacher there (nats)',
@@ -565,12 +565,12 @@ def draw_positions(axes, data):
 
 def draw_unsure(axes, positions):
     """(c) Signal over variance against how unsure the student is."""
-    looks = (('untrained', 'untrained student', 'o', '#0072B2'),
-             ('arrived', '1/256 of the way left', 'x', '#D55E00'))
-    for student, label, marker, color in looks:
+    looks = (('untrained', 'untrained student', 'o', '#0072B2', 0),
+             ('arrived', '1/256 of the way left', 'x', '#D55E00', 0.6))
+    for student, label, marker, color, width in looks:
         columns = positions[student]
-        axes.plot(columns['unsure'], ratios(columns), ls='', marker=marker, ms=2, mew=0.6, color=color,
-                  label=label)
+        axes.scatter(columns['unsure'], ratios(columns), s=4, marker=marker, color=color, lw=width,
+                     label=label)
     unsure = [10 ** (exponent / 20) for exponent in range(-80, -7)]
     axes.plot(unsure, [two_token_ratio(x) for x in unsure], color='black', lw=0.8,
               label='two tokens, student = teacher')

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import rounding, step_sums, tiny_model
+from conftest import argv, rounding, step_sums, tiny_model
 
+from configs import load_config
 from formats.huggingface import save_model
 from output_losses import make_objective, opd_rows
 from paper import theorem1 as t1
@@ -324,8 +325,17 @@ def test_the_figure_shows_the_numbers(small, tmp_path, kept):
     series = way['variance OPD top-1']
     assert list(lines['variance, top-1'].get_ydata()) == pytest.approx([sum(values) / 3 for values in zip(*series, strict=True)])
     assert list(lines['variance, top-1'].get_xdata()) == pytest.approx([sum(values) / 3 for values in zip(*way['kl'], strict=True)])
-    points = kept[0].axes[1].lines[0]
-    assert list(points.get_ydata()) == small.numbers['positions']['untrained']['variance']
+    points = kept[0].axes[1].collections[0].get_offsets()
+    columns = small.numbers['positions']['untrained']
+    assert points.tolist() == [list(point) for point in zip(columns['kl'], columns['variance'], strict=True)]
+
+
+def test_without_folders_it_takes_the_pair_of_the_toy(small, toy_dir, monkeypatch):
+    monkeypatch.setattr(t1, 'load_config', lambda words: load_config(argv(toy_dir, 'unused')))
+    pair = t1.load_pair('', '', '')
+    for got, want in ((pair.student, small.pair.student), (pair.teacher, small.pair.teacher)):
+        assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+    assert pair.prompts[:4] == small.pair.prompts and len(pair.prompts) == 40
 
 
 def test_what_cannot_be_measured_is_told(toy_cfg, tmp_path, monkeypatch):
