@@ -38,9 +38,9 @@ Before the limit it describes what happens: the ratio of the means falls from 0.
 Between 1/2 and 1/16 of the way the signal's slope is 1.6 and the variance's 1.1 (in the logits 1.2 and 1.0;
 a few unsure positions decide these numbers). The student becomes sure of itself meanwhile: on average all
 tokens but the likeliest have 0.065 of the probability at first, and 0.003 at 1/16 of the way. Over the
-positions of one student the theorem's picture is nearly right, too: 1.8 and 1.1 for the untrained student, 1.5
-and 1.0 at 1/256 of the way, since positions differ in how much probability their rare tokens have. The ratio
-follows that probability with slope 1.0, far from the teacher and near it. So Eq. (3) is noisy where the
+positions of one student the theorem's picture is nearly right, too: 1.8 and 1.1 for the untrained student,
+1.5 and 1.0 at 1/256 of the way, since positions differ in how much probability their rare tokens have. The
+ratio follows that probability with slope 1.0, far from the teacher and near it. So Eq. (3) is noisy where the
 student is sure, and not because it is near.
 
 The variance of Eq. (3) does go to 0, as every reward does. It would not if the derivative of log p - log q
