@@ -435,22 +435,23 @@ PARTS = {'rest': {'linestyle': '-'}, 'low': {'linestyle': ':'}}
 
 
 def draw_theorem2(data, file):
-    """Up to six panels. Above, Theorem 7 and what it leaves open; below, the heads, Theorem 8 and training."""
-    draw = [draw_moved, draw_shares, draw_heads, draw_directions]
+    """Up to six panels, two in a row: Theorem 7, Theorem 8, and where student and teacher differ."""
+    draw = [draw_moved, draw_heads, draw_directions, draw_shares]
     if data['twin']:
         draw.insert(0, draw_twin)
     if data['runs']:
         draw.append(draw_parts)
     with paper_style():
-        columns = -(-len(draw) // 2)
-        figure, axes = new_figure(2, columns, PAGE, 4.6)
+        rows = -(-len(draw) // 2)
+        figure, axes = new_figure(rows, 2, PAGE, 2.3 * rows)
         for draw_panel, panel in zip(draw, axes, strict=False):
             draw_panel(panel, data)
         for panel in axes[len(draw):]:
             panel.remove()
         notes = f"{data['answers']} answers of the untrained student, {data['positions']:,} positions"
-        if data['runs']:
-            notes += f"; {len({run['seed'] for run in data['runs']})} seeds (thin lines)"
+        seeds = {run['seed'] for run in data['runs']}
+        if len(seeds) > 1:
+            notes += f'; after training: mean of {len(seeds)} seeds'
         return save(figure, file, notes)
 
 
@@ -495,7 +496,7 @@ def draw_moved(axes, data):
     moved = data['moved']
     for key, label, marker in (('rest', 'the rest', 'o'), ('low', low_name(data), 's')):
         axes.plot(moved['layers'], moved[key], label=label, color='0.2', marker=marker, **PARTS[key])
-    axes.set(ylabel='KL of the output (nats)', title='effect of moving one part')
+    axes.set(ylabel='KL between outputs (nats)', title="when one part becomes the teacher's")
     layer_axis(axes, moved['layers'])
 
 
@@ -508,7 +509,7 @@ def draw_shares(axes, data):
     for method, runs in methods_of(data).items():
         last = [{key: run[key][-1] for key in PARTS} for run in runs]
         axes.plot(layers, shares(last), label=f'after {method}', **look_of(method))
-    axes.set(ylabel='share of the difference (%)', ylim=(0, 100), title=f'share in the {low_name(data)}')
+    axes.set(ylabel='share of Eq. (6) (%)', ylim=(0, 100), title=f'share of the {low_name(data)}')
     axes.legend(loc='lower left')
     layer_axis(axes, layers)
 
@@ -532,10 +533,11 @@ def draw_heads(axes, data):
         share = [number / d for number in range(1, seen + 1)]
         zero = f'{d - seen} of {d} are 0' if seen < d else f'none of {d} is 0'
         for key, label, width in (('sigma', f'{name}: {zero}', 1.3),
-                                  ('sigma_with_norm', '  with the norm', 0.6)):
+                                  ('sigma_with_norm', f'{name}, with the norm', 0.6)):
             values = [value / head[key][0] for value in head[key][:seen]]
             axes.plot(share, values, label=label, color=color, linestyle=line, lw=width)
-    axes.set(xlabel='i / d', ylabel='σᵢ / σ₁', yscale='log', xlim=(-0.02, 1.02), title="the head's singular values")
+    axes.set(xlabel='number of the direction i / width d', ylabel='σᵢ / σ₁', yscale='log', xlim=(-0.02, 1.02),
+             title="the head's singular values")
 
 
 def draw_directions(axes, data):
@@ -551,8 +553,8 @@ def draw_directions(axes, data):
               label='mean KL')
     axes.set(xlabel='(σ₁/σᵢ)²', ylabel='KL along 1 / KL along i', xscale='log', yscale='log',
              title='a small step along direction i')
-    axes.set_ylim(top=30 * max(quantiles['90%']))
-    axes.legend(loc='upper left', ncols=2, columnspacing=1, handlelength=2)
+    axes.set_ylim(top=8 * max(quantiles['90%']))
+    axes.legend(loc='upper left', ncols=2)
 
 
 def draw_parts(axes, data):
@@ -563,9 +565,9 @@ def draw_parts(axes, data):
             by_seed = [[step[-1] for step in run[key]] for run in runs]
             largest = max(largest, *(max(values) for values in by_seed))
             draw_seeds(axes, runs[0]['steps'], by_seed, f'{method}, {what}', look_of(method) | PARTS[key])
-    axes.set(xlabel='step', ylabel='Eq. (6) of the last layer', yscale='log', title='training')
-    axes.set_ylim(top=8 * largest)
-    axes.legend(loc='upper left', handlelength=2)
+    axes.set(xlabel='step', ylabel='Eq. (6) of the last layer', yscale='log', title='the last layer during training')
+    axes.set_ylim(top=5 * largest)
+    axes.legend(loc='upper left', ncols=2, columnspacing=1, handlelength=2.5)
 
 
 # ---- the command --------------------------------------------------------------------------------
