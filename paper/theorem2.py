@@ -565,7 +565,8 @@ def draw_parts(axes, data):
             by_seed = [[step[-1] for step in run[key]] for run in runs]
             largest = max(largest, *(max(values) for values in by_seed))
             draw_seeds(axes, runs[0]['steps'], by_seed, f'{method}, {what}', look_of(method) | PARTS[key])
-    axes.set(xlabel='step', ylabel='Eq. (6) of the last layer', yscale='log', title='the last layer during training')
+    axes.set(xlabel='step', ylabel='Eq. (6) of the last layer', yscale='log',
+             title='the last layer during training')
     axes.set_ylim(top=5 * largest)
     axes.legend(loc='upper left', ncols=2, columnspacing=1, handlelength=2.5)
 
