@@ -64,6 +64,7 @@ from support.runtime import UserError, print0, shown
 TOKENS = 64                     # of an answer, at most
 ROWS = 64                       # positions whose logits are held at once
 VOCABULARY_ROWS = 8192          # rows of a head that are factored at once
+ROUNDING = 1e-12                # a KL below this is drawn as 0
 MOVED_LAYERS = 5                # in which states are moved, evenly spaced; of a shallow model all layers
 FEWEST_CHECKPOINTS = 3          # that a run must have kept, or there is no course to see
 
@@ -221,7 +222,7 @@ def twin_of(model):
             reads.weight.copy_(reads.weight * norm.weight @ Q)
             norm.weight.fill_(1.0)
             writes.weight.copy_(Q @ writes.weight)
-    return twin.eval()
+    return twin.requires_grad_(False).eval()
 
 
 # The output-space losses, as output_losses.opd_rows names them.
@@ -482,11 +483,12 @@ def draw_twin(axes, data):
     before = data['before']
     distance = [low + rest for low, rest in zip(before['low'], before['rest'], strict=True)]
     kl = {'teacher': before['kl'], 'twin': data['twin']['largest_loss']['full KL (4)']}
-    for name, values, marker in (('teacher', distance, 'o'), ('twin', data['twin']['eq6'], 's')):
-        look = {'linestyle': '-' if name == 'twin' else '--', 'color': '0.2', 'marker': marker}
-        axes.plot(data['layers'], values, label=f'to the {name}: KL {kl[name]:.2g}', **look)
+    twin = data['twin']['eq6']
+    for name, values, line, marker in (('teacher', distance, '--', 'o'), ('twin', twin, '-', 's')):
+        label = f'to the {name}: KL {0 if kl[name] < ROUNDING else kl[name]:.2g}'
+        axes.plot(data['layers'], values, label=label, color='0.2', linestyle=line, marker=marker)
     axes.set(ylabel='Eq. (6)', title='equal outputs, other states')
-    axes.set_ylim(0, 1.45 * max(distance + data['twin']['eq6']))
+    axes.set_ylim(0, 1.45 * max(distance + twin))
     axes.legend(loc='upper left')
     layer_axis(axes, data['layers'])
 
