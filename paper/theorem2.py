@@ -485,7 +485,7 @@ def draw_twin(axes, data):
     kl = {'teacher': before['kl'], 'twin': data['twin']['largest_loss']['full KL (4)']}
     twin = data['twin']['eq6']
     for name, values, line, marker in (('teacher', distance, '--', 'o'), ('twin', twin, '-', 's')):
-        label = f'to the {name}: KL {0 if kl[name] < ROUNDING else kl[name]:.2g}'
+        label = f'to the {name}: KL {0 if kl[name] < ROUNDING else kl[name]:.3g}'
         axes.plot(data['layers'], values, label=label, color='0.2', linestyle=line, marker=marker)
     axes.set(ylabel='Eq. (6)', title='equal outputs, other states')
     axes.set_ylim(0, 1.45 * max(distance + twin))

@@ -14,6 +14,7 @@ from configs import load_config
 from distill import main as distill_main
 from formats.huggingface import load_model, save_model
 from formats.tokenizer import load_tokenizer
+from output_losses import opd_rows
 from paper import theorem2
 from paper.__main__ import main
 from paper.runs import Missing
@@ -147,6 +148,14 @@ def test_no_output_space_loss_sees_the_null_space_and_all_see_the_rest():
             assert (value > 0.1) == is_seen and (gradients[name] > 0.01) == is_seen
             assert is_seen or max(value, gradients[name]) < 1e-12
         assert change.square().mean() > 0.1
+
+    # Nor is there a gradient in the null space when student and teacher differ elsewhere; Eq. (6) has one.
+    for settings in theorem2.LOSSES.values():
+        leaf = h.clone().requires_grad_()
+        loss = opd_rows(leaf @ W.t(), (h + random) @ W.t(), token, **settings).sum()
+        gradient, = torch.autograd.grad(loss, leaf)
+        low, rest = split(gradient, basis)
+        assert low.abs().max() < 1e-12 and rest.abs().max() > 0.01
 
 
 @pytest.mark.parametrize('shape', [dict(), dict(family='qwen2', tied=True), dict(family='llama', H=2, G=1, e=10),
@@ -340,8 +349,8 @@ def toy_run(toy_dir, tmp_path_factory):
     return out
 
 
-def test_the_command_measures_a_run_at_its_kept_checkpoints(toy_run, toy_cfg, tmp_path, capsys):
-    """Steps, KL and both parts of Eq. (6) against the models read here; the same bytes twice."""
+def test_the_command_measures_a_run_at_its_kept_checkpoints(toy_run, toy_cfg, tmp_path, capsys, monkeypatch):
+    """Steps, KL and both parts of Eq. (6) against the models read here; the same numbers twice."""
     main(['theorem2', str(toy_run), f'to={tmp_path / "a"}', 'problems=5', f'head={toy_cfg["student"]}'])
     assert capsys.readouterr().out.split() == [str(tmp_path / 'a' / f'theorem2.{end}') for end in ('json', 'png', 'pdf')]
     data = json.loads((tmp_path / 'a/theorem2.json').read_text())
@@ -364,12 +373,12 @@ def test_the_command_measures_a_run_at_its_kept_checkpoints(toy_run, toy_cfg, tm
     assert run['kl'][3] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
     assert {key: run[key][0] for key in ('kl', 'head', 'low', 'rest')} == data['before']
 
+    monkeypatch.setattr(theorem2, 'save', lambda *figure: [])
     main(['theorem2', str(toy_run), f'to={tmp_path / "b"}', 'problems=5', f'head={toy_cfg["student"]}'])
-    for ending in ('json', 'png', 'pdf'):
-        assert (tmp_path / f'a/theorem2.{ending}').read_bytes() == (tmp_path / f'b/theorem2.{ending}').read_bytes()
+    assert (tmp_path / 'a/theorem2.json').read_bytes() == (tmp_path / 'b/theorem2.json').read_bytes()
 
 
-def test_the_figure_draws_the_data(kept, tmp_path):
+def test_the_figure_draws_the_data(monkeypatch):
     """Six panels for a toy with runs, and lines at the numbers of the data: a part under the other's label, or shares
     of the first step instead of the last one, would be seen."""
     with_runs = {
@@ -383,22 +392,25 @@ def test_the_figure_draws_the_data(kept, tmp_path):
         'moved': {'layers': [1, 2], 'low': [0.2, 0.0], 'rest': [0.1, 0.3]},
         'runs': [{'method': 'OPRD', 'seed': seed, 'steps': [0, 10], 'low': [[3.0, 1.0], [0.1, 0.1 + 0.2 * seed]],
                   'rest': [[1.0, 1.0], [0.1, 0.3]]} for seed in (0, 1)]}
-    theorem2.draw_theorem2(with_runs, tmp_path / 'x')
-    panels = kept[0].axes
-    assert len(panels) == 6 and {text.get_text() for text in kept[0].texts} == set()
-    lines = [{line.get_label(): line.get_ydata() for line in axes.lines} for axes in panels]
+    monkeypatch.setattr(theorem2, 'save', lambda figure, file, notes: (figure, notes))
+    figure, notes = theorem2.draw_theorem2(with_runs, 'x')
+    panels = figure.axes
+    assert len(panels) == 6
+    assert notes == '2 answers of the untrained student, 10 positions; after training: mean of 2 seeds'
+    lines = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in panels]
     assert lines[0]['to the teacher: KL 0.3'] == pytest.approx([4, 2]) and lines[0]['to the twin: KL 0'] == [0.5, 0.25]
     assert lines[1] == {'the rest': [0.1, 0.3], 'null space': [0.2, 0.0]}
     assert lines[2]['the toy: 2 of 8 are 0'] == [1, 0.75, 0.75, 0.5, 0.5, 0.25]
     assert lines[3]['mean KL'] == [1.0, 2.0] and lines[3]['median position'] == [1.0, 3.0]
-    assert lines[4]['before'] == pytest.approx([75, 50]) and list(lines[4]['random direction']) == [25, 25]
+    assert lines[4]['before'] == pytest.approx([75, 50]) and lines[4]['random direction'] == [25, 25]
     assert lines[4]['after OPRD'] == pytest.approx([50, (25 + 50) / 2])
     assert lines[5]['OPRD, null space'] == pytest.approx([1, 0.2]) and lines[5]['OPRD, the rest'] == pytest.approx([1, 0.3])
 
     # Without a twin and without runs there are four, and none is empty.
-    theorem2.draw_theorem2(with_runs | {'twin': None, 'runs': [], 'low': {'directions': 2, 'null_space': 0}}, tmp_path / 'y')
-    assert len(kept[2].axes) == 4 and all(axes.lines for axes in kept[2].axes)
-    assert kept[2].axes[3].get_title() == 'share of the lowest 2'
+    figure, _ = theorem2.draw_theorem2(
+        with_runs | {'twin': None, 'runs': [], 'low': {'directions': 2, 'null_space': 0}}, 'y')
+    assert len(figure.axes) == 4 and all(axes.lines for axes in figure.axes)
+    assert figure.axes[3].get_title() == 'share of the lowest 2'
 
 
 def test_a_head_is_read_without_the_rest_of_its_model(tmp_path, toy_cfg):
