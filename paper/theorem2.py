@@ -2,43 +2,52 @@
 Theorem 2 (7 and 8 in the appendix) as an experiment: which differences of hidden states does an output-space
 loss not see, and do student and teacher differ there?
 
-    python -m paper theorem2                                       the toy's pair, without training
-    python -m paper theorem2 out/toy_paper                         and the checkpoints that its runs have kept
-    python -m paper theorem2 student=A teacher=B data=problems.jsonl problems=4     another pair
+    python -m paper theorem2                              the toy's pair, before training
+    python -m paper theorem2 out/toy_paper/oprd-s0 out/toy_paper/opd_top-16-s0    and at their checkpoints
+    python -m paper theorem2 student=A teacher=B data=problems.jsonl problems=4   another pair
     python -m paper theorem2 head=HuggingFaceTB/SmolLM2-135M-Instruct    the spectrum of another head as well
 
-It writes theorem2.json, .png and .pdf. The toy takes about ten seconds, and a second for each checkpoint.
+It writes theorem2.json, .png and .pdf. The toy takes about ten seconds, and half a second for a checkpoint.
 
-What is claimed. The output is softmax(W h), so it does not change when h changes by a difference dh with W dh
-in span{1}: such a difference has no output loss, while Eq. (6) sees all of it. Along the right-singular
-directions of the head W, whose singular values are s_1 >= ... >= s_d, hidden distance over output loss grows
-like (s_1 / s_i)^2. Intermediate layers are seen by no output loss at all.
+The claim. The output is softmax(W h). It does not change when the state h changes by a difference dh with
+W dh in span{1}, so no output-space loss sees such a difference, while Eq. (6) sees all of it. Along the
+right-singular directions of the head W, with singular values sigma_1 >= ... >= sigma_d, hidden distance over
+output loss grows like (sigma_1 / sigma_i)^2. And output-space losses do not see intermediate layers.
 
-What is measured:
-    twin         a model with the student's embedding, final norm and head, its outputs at all positions, and
-                 other states in every layer. It exists where 2 V < d
-    directions   the curvature of the KL along each right-singular direction, against (s_1 / s_i)^2
-    heads        the singular values of the centred head, on any model folder
-    runs         Eq. (6) of each layer, split into the part in the null space and the rest, at the checkpoints
-    moved        how far the output moves when one of these two parts of the student's states becomes the
-                 teacher's, and the blocks above read the new states
+What is measured, and where it is in theorem2.json:
+    twin         a model with the student's embedding, final norm, head and outputs, and other states in every
+                 layer (`twin_of`; it exists for small vocabularies only)
+    heads        the singular values of the head with centred logits, of any model folder
+    directions   the KL along each right-singular direction, against (sigma_1 / sigma_i)^2
+    before, runs Eq. (6) of each layer in two parts, in the null space and the rest, at each checkpoint
+    moved        how far the output moves when one part of the student's states becomes the teacher's, and the
+                 blocks above read the new states
 
-Assumptions, and what the claim does not say:
-- Student and teacher have the same head. The output-space losses train the student's head; Eq. (6) does not.
-- (s_1 / s_i)^2 is the ratio for the squared difference of centred logits: there it is what a singular value
-  is. For the KL, s_i^2 / 4 times the squared step is a bound from above that always holds (`kl_bound`). There
-  is no bound from below: where the model is sure of its next token, the KL sees no direction well.
-- A head with V > d has no null space in general. Then the first claim is about no difference at all, and
-  what remains is the second, with the head's s_1 / s_d. The toy has V = 21 and d = 96, the other way round.
-- A difference of last-layer states in the null space changes no answer either: nothing else reads that state.
-  The theorem says that Eq. (6) asks for more than the output, and not that more is needed.
-- Intermediate layers: the null space is that of the head. The blocks above read all directions, and an output
-  loss has a gradient there. What is true is the weaker statement that equal outputs do not imply equal
-  states, and the twin shows it. The share in the head's null space of an intermediate difference is
-  what the head would see of it along the residual path alone (the logit lens).
+What holds, what was found, and what the claim does not say:
+1. The first statement holds, up to rounding in float64: the twin has KL 0, and an Eq. (6) as large as
+   the teacher's or larger. It needs V <= d, or a head that lacks directions otherwise. The toy has V = 21 and
+   d = 96, so 76 of 96 directions are invisible. A real head has V > d: of SmolLM2-135M's 576 directions not
+   one is invisible, and there the first statement is about no difference at all.
+2. It says what a loss can see, and not that the difference matters. Nothing reads the last layer's states but
+   the head, so what the head does not see there changes no answer. As a target it may still shape the layers
+   below; the theorem says nothing about that.
+3. It does not say that student and teacher differ there, either. On the toy 79% of all directions are
+   invisible, and 28% of Eq. (6) of the last layer are in them before training.
+4. (sigma_1 / sigma_i)^2 is exact for the squared difference of centred logits, where it is what a singular
+   value is. For the KL there is a bound from above, sigma_i^2 step^2 / 4 (`kl_bound`), and none from below,
+   because the KL weighs tokens by their probability. On the toy the median position follows the prediction
+   and the mean KL does not: a step along direction 1, which has the largest singular value, moves it less
+   than the same step along most others.
+5. Student and teacher must have the same head. Eq. (6) leaves the student's head as it is. The losses that
+   the theorem is about train it, so after OPD the null space is not the one that it was.
+6. Intermediate layers are not invisible to output-space losses: the blocks above read all directions of their
+   states, and pass a gradient to all. In the toy's first layer, the part in the head's null space moves the
+   output as much as the rest does. What the twin shows is weaker and true: equal outputs do not mean equal
+   states. So the share of the null space in an intermediate layer is only what the head would not see along
+   the residual path, if there were no blocks above (the logit lens).
 
 Simpler than usual: everything is float64, on the CPU, on one rollout of the untrained student, whose answers
-all models read. Letters: K positions, V vocabulary, d width, L layers.
+all models read. Letters: K positions, V vocabulary, d width, L layers, n directions.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +72,7 @@ from support.runtime import UserError, print0, shown
 
 TOKENS = 64                     # of an answer, at most
 ROWS = 64                       # positions whose logits are held at once
-VOCABULARY_ROWS = 8192          # rows of a head that are factored at once
+ROWS_OF_A_MATRIX = 8192         # that are factored at once
 ROUNDING = 1e-12                # a KL below this is drawn as 0
 MOVED_LAYERS = 5                # in which states are moved, evenly spaced; of a shallow model all layers
 FEWEST_CHECKPOINTS = 3          # that a run must have kept, or there is no course to see
@@ -73,11 +82,11 @@ FEWEST_CHECKPOINTS = 3          # that a run must have kept, or there is no cour
 
 @dataclass
 class Basis:
-    """The right-singular directions of a head whose logits are centred: W h up to a constant, which is all
-    that a softmax sees."""
+    """The right-singular directions of a matrix. That of the centred head is what a softmax sees: the logits
+    W h up to a constant."""
     sigma: torch.Tensor         # (d,) singular values, largest first
     directions: torch.Tensor    # (d, d) its columns
-    seen: int                   # how many are not zero; the others span {dh: W dh in span{1}}
+    seen: int                   # how many are not zero; of a head the others span {dh: W dh in span{1}}
 
     def low(self, lowest=0):
         """How many directions count as low: the null space, or so many as asked for. Without a null space a
@@ -86,24 +95,28 @@ class Basis:
         return lowest or d - self.seen or max(1, d // 10)
 
 
-def head_basis(W):
-    """A head (V, d) -> Basis of the centred head, in float64.
+def basis_of(matrix, mean=0.0):
+    """A matrix (N, d) less the mean of its rows (d,) -> Basis, in float64.
 
     The factor R of a QR decomposition has the singular values and the right-singular directions of the whole
-    matrix. It is built from a slice of the vocabulary at a time. A singular value counts as zero below
-    max(V, d) * eps * s_1, as in numpy.linalg.matrix_rank.
+    matrix. It is built from a slice of the rows at a time, so no second copy of a large head is made. A
+    singular value counts as zero below max(N, d) * eps * sigma_1, as in numpy.linalg.matrix_rank.
     """
-    V, d = W.shape
-    mean = W.double().mean(0)
+    N, d = matrix.shape
     R = torch.zeros(0, d, dtype=torch.float64)
-    for rows in W.split(VOCABULARY_ROWS):
+    for rows in matrix.split(ROWS_OF_A_MATRIX):
         R = torch.linalg.qr(torch.cat([R, rows.double() - mean]), mode='r').R
     _, sigma, V_t = torch.linalg.svd(R, full_matrices=True)                  # (<= d,), (d, d)
 
-    # With fewer tokens than numbers in a state, the other directions have the singular value 0.
+    # With fewer rows than columns, the other directions have the singular value 0.
     sigma = torch.cat([sigma, sigma.new_zeros(d - len(sigma))])
-    zero = max(V, d) * torch.finfo(torch.float64).eps * sigma[0]
+    zero = max(N, d) * torch.finfo(torch.float64).eps * sigma[0]
     return Basis(sigma, V_t.t(), int((sigma > zero).sum()))
+
+
+def head_basis(W):
+    """A head (V, d) -> Basis of the centred head: the mean over the vocabulary is taken off its logits."""
+    return basis_of(W, W.double().mean(0))
 
 
 def head_and_norm(folder):
@@ -196,9 +209,8 @@ def free_directions(model):
     """The directions (d, f) of the residual stream into which the embedding writes nothing and of which the
     head reads nothing, through the final norm's weight."""
     used = torch.cat([model.embed.weight, model.head.weight * model.norm.weight])    # (2 V, d)
-    _, sigma, V_t = torch.linalg.svd(used.detach().double(), full_matrices=True)
-    zero = max(used.shape) * torch.finfo(torch.float64).eps * sigma[0]
-    return V_t[int((sigma > zero).sum()):].t()
+    basis = basis_of(used.detach())
+    return basis.directions[:, basis.seen:]
 
 
 @torch.no_grad()
@@ -293,17 +305,17 @@ def kl_rows(h, h_moved, W, W_moved=None):
 
 
 def kl_bound(sigma, step):
-    """KL(p || p moved) is at most s_i^2 step^2 / 4, for a step of any length along direction i.
+    """KL(p || p moved) is at most sigma_i^2 step^2 / 4, for a step of any length along direction i.
 
     KL = log E[exp(z - E z)] under p, at most (max z - min z)^2 / 8 by Hoeffding's lemma; and the range of
-    numbers that are centred is at most sqrt(2) times their norm, which is s_i step.
+    numbers that are centred is at most sqrt(2) times their norm, which is sigma_i step.
     """
     return sigma.square() * step ** 2 / 4
 
 
 def direction_data(pair):
-    """For each direction that the head sees: (s_1 / s_i)^2, and how much more the KL says about a step along
-    the first direction than about the same step along direction i."""
+    """For each direction that the head sees: (sigma_1 / sigma_i)^2, and how much more the KL says about a
+    step along the first direction than about the same step along direction i."""
     basis = head_basis(pair.W)
     h_s = pair.states(pair.student)[-1]
     h_t = pair.states(pair.teacher)[-1]
