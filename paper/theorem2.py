@@ -49,8 +49,10 @@ What holds, what was found, and what the claim does not say:
 Simpler than usual: everything is float64, on the CPU, on one rollout of the untrained student, whose answers
 all models read. Letters: K positions, V vocabulary, d width, L layers, n directions.
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -94,6 +96,10 @@ class Basis:
         d = len(self.sigma)
         return lowest or d - self.seen or max(1, d // 10)
 
+    def ratio(self):
+        """(sigma_1 / sigma_i)^2 of the last direction that is seen."""
+        return rounded((self.sigma[0] / self.sigma[self.seen - 1]) ** 2)
+
 
 def basis_of(matrix, mean=0.0):
     """A matrix (N, d) less the mean of its rows (d,) -> Basis, in float64.
@@ -125,11 +131,15 @@ def head_and_norm(folder):
     folder = snapshot(folder, weights=True)
     c = read_config(folder)
     files = tensor_files(folder)
+
+    # A tied head is the embedding. Neither it nor the norm is stacked with others in the files.
+    head = 'embed.weight' if c.tied else 'head.weight'
     tensors = []
-    for ours, shape in (('embed.weight' if c.tied else 'head.weight', [c.V, c.d]), ('norm.weight', [c.d])):
+    for ours, shape in ((head, [c.V, c.d]), ('norm.weight', [c.d])):
         name, = name_map(c)[ours]
         if name not in files:
             raise UserError(f'{folder}: tensor {name!r} is missing; fetch the model again')
+        # A copy: a memory-mapped tensor dies with its file.
         tensors.append(read_tensor(files[name], name, shape).clone())
     W, norm = tensors
     return W[:load_tokenizer(folder).size], norm
@@ -139,13 +149,12 @@ def spectrum(W, norm):
     """What the figure and the text need of a head. Two heads are looked at: W reads the states that Eq. (6)
     compares in the last layer, which are final-normed; W times the norm's weight reads them before that
     weight is applied, as the residual stream has them but for their length."""
+    V, d = W.shape
     basis = head_basis(W)
     with_norm = head_basis(W * norm)
-    last = basis.seen - 1
-    return {'vocabulary': W.shape[0], 'width': W.shape[1], 'null_space': W.shape[1] - basis.seen,
+    return {'vocabulary': V, 'width': d, 'null_space': d - basis.seen,
             'sigma': rounded(basis.sigma), 'sigma_with_norm': rounded(with_norm.sigma),
-            'ratio': rounded((basis.sigma[0] / basis.sigma[last]) ** 2),
-            'ratio_with_norm': rounded((with_norm.sigma[0] / with_norm.sigma[with_norm.seen - 1]) ** 2)}
+            'ratio': basis.ratio(), 'ratio_with_norm': with_norm.ratio()}
 
 
 # ---- the pair and its rollout -------------------------------------------------------------------
@@ -188,9 +197,15 @@ def read_pair(student_folder, teacher_folder, data, problems, seed=0):
     student = load_model(student_folder)
     teacher = load_model(teacher_folder)
     c_s, c_t = student.config, teacher.config
-    if (c_s.d, c_s.L) != (c_t.d, c_t.L) or not same_vocabulary(tokenizer, teacher_tokenizer):
-        raise Missing(f'{student_folder} and {teacher_folder}: no pair of one shape and vocabulary; give two '
-                      'models that differ in their weights alone')
+    same_shape = (c_s.family, c_s.d, c_s.L) == (c_t.family, c_t.d, c_t.L)
+    if not same_shape or not same_vocabulary(tokenizer, teacher_tokenizer):
+        raise Missing(f'{student_folder} and {teacher_folder}: no pair of one family, shape and vocabulary; '
+                      'give two models that differ in their weights alone')
+
+    weights = zip(student.parameters(), teacher.parameters(), strict=True)
+    if all(torch.equal(ours, theirs) for ours, theirs in weights):
+        raise UserError(f'{student_folder} and {teacher_folder}: the same weights; give two models that '
+                        'differ')
 
     # It is sampled as a run samples: by the float32 model, at temperature 1.
     vocab = shared_size(tokenizer, teacher_tokenizer)
@@ -228,6 +243,8 @@ def twin_of(model):
     Q = torch.eye(len(B), dtype=torch.float64) - 2 * B @ B.t()               # (d, d), its own inverse
     twin = Model(model.config).double()
     twin.load_state_dict(model.state_dict())
+
+    # The embedding, the final norm and the head stay: Q leaves what they write and read as it is.
     for block in twin.blocks:
         for norm, reads, writes in ((block.norm1, block.attn.qkv, block.attn.out),
                                     (block.norm2, block.mlp.gate_up, block.mlp.down)):
@@ -322,13 +339,17 @@ def direction_data(pair):
     W = pair.W
     seen = basis.directions[:, :basis.seen]                                  # (d, n)
     curve = curvature(h_s, W, seen)                                          # (K, n)
-    by_position = curve[:, :1] / curve
-    quantiles = by_position.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curve.dtype), dim=0)        # (3, n)
+
+    # Positions differ by orders of magnitude. Where the KL sees no step along some direction, there is no
+    # ratio.
+    measurable = curve[(curve > 0).all(-1)]
+    by_position = measurable[:, :1] / measurable
+    levels = {'10%': 0.1, '50%': 0.5, '90%': 0.9}
+    of_positions = {name: rounded(by_position.quantile(level, 0)) for name, level in levels.items()}
 
     # A step as long as the two models are apart is not a small one.
     length = (h_s - h_t).square().sum(-1).mean().sqrt()
     full_step = [float(kl_rows(h_s, h_s + length * seen[:, i], W).mean()) for i in (0, -1)]
-    of_positions = {name: rounded(row) for name, row in zip(('10%', '50%', '90%'), quantiles, strict=True)}
     return {'predicted': rounded((basis.sigma[0] / basis.sigma[:basis.seen]).square()),
             'of_mean_kl': rounded(curve[:, 0].mean() / curve.mean(0)),
             'of_positions': of_positions,
@@ -397,7 +418,9 @@ def kept_checkpoints(folder):
     """{step: model folder} of the checkpoints that a run has kept."""
     found = {}
     for path in sorted(Path(folder).glob('ckpt-*/model')):
-        found[int(path.parent.name.removeprefix('ckpt-'))] = path
+        name = re.fullmatch('ckpt-([0-9]{6})', path.parent.name)
+        if name:
+            found[int(name[1])] = path
     return found
 
 
@@ -532,8 +555,12 @@ def shares(points):
     """The low part's share of Eq. (6) in each layer, in per cent, averaged over the seeds' points."""
     result = []
     for layer in range(len(points[0]['low'])):
-        of_seeds = [point['low'][layer] / (point['low'][layer] + point['rest'][layer]) for point in points]
-        result.append(100 * sum(of_seeds) / len(of_seeds))
+        of_seeds = []
+        for point in points:
+            low = point['low'][layer]
+            total = low + point['rest'][layer]
+            of_seeds.append(100 * low / total if total else 0.0)
+        result.append(fmean(of_seeds))
     return result
 
 

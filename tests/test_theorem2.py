@@ -436,8 +436,10 @@ def test_bad_input_is_told_in_one_line(toy_run, toy_cfg, tmp_path, capsys):
                            ([*given, 'head=/nowhere/x'], '/nowhere/x')):
         with pytest.raises(UserError, match=message):
             main(['theorem2', *words])
+    with pytest.raises(UserError, match='the same weights'):
+        main(['theorem2', *given, f'teacher={student}'])
     save_model(tiny_model(V=21), tmp_path / 'other', source=student)
-    with pytest.raises(Missing, match='no pair of one shape'):
+    with pytest.raises(Missing, match='no pair of one family'):
         main(['theorem2', *given, f'teacher={tmp_path / "other"}'])
     assert not (tmp_path / 'out').exists()
 
