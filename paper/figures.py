@@ -226,14 +226,16 @@ def rolling(steps, values, window, narrow=False):
 
 # ---- what the drawings share ---------------------------------------------------------------------
 
-def mean_of_seeds(data, smooth=''):
-    """How many seeds a line stands for, as a text under a figure. smooth: how the lines were smoothed."""
+def mean_of_seeds(data, smooth='', thin='the seeds'):
+    """What the lines are, as a text under a figure. smooth: how the thick ones were smoothed. thin: what the
+    thin ones are; of one seed, "the seeds" have none."""
     counts = sorted({len(seeds) for seeds in data['seeds'].values()})
-    smooth = smooth and f', {smooth}'
-    if counts == [1]:
-        return f'One seed{smooth}.'
     number = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
-    return f'Thick lines: mean of {number} seeds{smooth}. Thin lines: the seeds.'
+    mean = 'one seed' if counts == [1] else f'mean of {number} seeds'
+    thick = f'{mean}, {smooth}' if smooth else mean
+    if counts == [1] and thin == 'the seeds':
+        return f'Lines: {thick}.'
+    return f'Thick lines: {thick}. Thin lines: {thin}.'
 
 
 def answers_of(data):
@@ -377,8 +379,11 @@ def draw_figure4(data, file):
             count = f', {data["problems"][name]} problems' if name in data['problems'] else ''
             axes.set(xlabel='step', title=f'{name}{count}', ylim=(0, 105))
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
-        mean = mean_of_seeds(data, f'centred mean of {WINDOW} evaluations' if smooth else '')
-        return save(figure, file, f'{mean} {data["answers"]} answers to each problem.')
+        lines = mean_of_seeds(data)
+        if smooth:
+            mean = f'centred mean of {WINDOW} evaluations'
+            lines = mean_of_seeds(data, mean, 'the evaluations of each seed')
+        return save(figure, file, f'{lines} {data["answers"]} answers to each problem.')
 
 
 def figure4(folders, to='out/paper'):

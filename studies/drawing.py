@@ -265,15 +265,14 @@ def show_as_it_is(figure):
     reaches a terminal in a warning of matplotlib. Powers of ten at ticks are matplotlib's own formulas."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
-    numbers = set()                          # the texts at ticks that matplotlib makes out of numbers
+    texts = figure.findobj(Text)             # this makes the texts at the ticks
+    numbers = set()                          # those that matplotlib makes out of numbers
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_formatter(), (LogFormatter, NullFormatter, ScalarFormatter)):
                 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                     numbers.update((tick.label1, tick.label2))
-            else:
-                axis.get_majorticklabels()   # makes them
-    for text in figure.findobj(Text):
+    for text in texts:
         if text not in numbers:
             text.set_text(printable(text.get_text()))
             text.set_parse_math(False)

@@ -136,7 +136,7 @@ def test_figure_4_has_a_panel_for_each_set_and_a_rolling_mean(tmp_path, drawn):
     assert data['sets']['$\\x$']['student'] == 100.0 and 'teacher' not in data['sets']['$\\x$']
     figures.draw_figure4(data, 'x')
     (figure, notes), = drawn
-    assert [axes.get_title() for axes in figure.axes] == ['aime24', '$\\x$'] and 'centred mean of 3 evaluations' in notes
+    assert [axes.get_title() for axes in figure.axes] == ['aime24', '$\\x$'] and notes.startswith('Thick lines: one seed, centred mean of 3 evaluations. Thin lines: the eval')
     assert [list(line.get_ydata()) for line in figure.axes[0].lines[:2]] == [first['by_seed'][0], first['mean']]
 
 
@@ -165,7 +165,7 @@ def test_a_curve_of_every_step_is_smoothed_over_a_tenth_of_the_steps(tmp_path, d
     assert data['window'] == 11 and smooth['entropy/student'][:3] == [3.5, 4.0, 4.5] and smooth['entropy/student'][49] == 50
     assert smooth['entropy/teacher'] == [0, 2, 4, 6, 8, 10] == data['entropy/teacher']['OPRD']['by_seed'][0]
     figures.draw_figure11(data, 'x')
-    assert list(drawn[0][0].axes[0].lines[0].get_ydata()) == smooth['entropy/student'] and drawn[0][1] == 'One seed, centred mean of 11 steps.'
+    assert list(drawn[0][0].axes[0].lines[0].get_ydata()) == smooth['entropy/student'] and drawn[0][1] == 'Lines: one seed, centred mean of 11 steps.'
 
 
 @pytest.mark.parametrize('number, name, at', [(5, 'len/mean', 0.1), (10, 'opd/overlap16', 0.7)])
