@@ -301,6 +301,7 @@ def curvature(h, W, directions):
     error. So z is counted from z_a, and a drops out of the sums.
     """
     z = W @ directions                                                       # (V, n)
+    z_squared = z.square()
     parts = []
     for rows in h.split(ROWS):
         p = (rows @ W.t()).softmax(-1)                                       # (C, V)
@@ -310,7 +311,7 @@ def curvature(h, W, directions):
         z_a = z[top.squeeze(-1)]                                             # (C, n)
         first = rest @ z                                                     # (C, n)
         mean = first - z_a * mass
-        square = rest @ z.square() - 2 * z_a * first + z_a.square() * mass
+        square = rest @ z_squared - 2 * z_a * first + z_a.square() * mass
         parts.append((square - mean.square()).clamp(min=0))
     return torch.cat(parts)
 
