@@ -39,7 +39,9 @@ What holds, what was found, and what the claim does not say (numbers of the toy 
    value is. For the KL there is a bound from above, sigma_i^2 step^2 / 4 (`kl_bound`), and none from below,
    because the KL weighs tokens by their probability. At the median position the KL follows the prediction
    within a factor of 2.5. The mean KL does not follow it: of the 19 other directions, 16 move it more than
-   direction 1 does, though all have smaller singular values.
+   direction 1 does, though all have smaller singular values. On SmolLM2-135M the lowest direction's ratio is
+   6,800 where 2,500 is predicted, and directions in the middle, with predictions of 60 to 100, all have
+   ratios near 190.
 5. Student and teacher must have the same head. Eq. (6) leaves the student's head as it is. The losses that
    the theorem is about train it: OPD top-16 moves it by 11% of its norm, so the null space is then not the
    student's any more.
