@@ -92,7 +92,7 @@ def rank_runs(runs):
     # The bridges of these runs, one for each seed.
     found = []
     bridges = {}
-    for run in chosen:
+    for run in with_all_ranks(chosen):
         with started_in(run.folder, run.config):
             folder = str(Path(run.config['bridge']).resolve())
             made = bridges.get(folder) or read_components(folder)
@@ -100,6 +100,20 @@ def rank_runs(runs):
         asked = run.config['bridge_rank']
         found.append(RankRun(run, folder, asked, asked or made['rank']))
     return found, bridges
+
+
+def with_all_ranks(runs):
+    """The runs of those seeds that have the most ranks: a mean over seeds needs all of them at each rank. A
+    study that is not finished has seeds with fewer; a line says which are left out."""
+    asked = {}                               # {seed: its ranks}
+    for run in runs:
+        asked.setdefault(run.seed, set()).add(run.config['bridge_rank'])
+    fullest = max(asked.values(), key=len)
+    for seed, ranks in asked.items():
+        if not fullest <= ranks:
+            missing = ', '.join(map(str, sorted(fullest - ranks)))
+            print0(f'theorem3: seed {seed} is left out, it has no run with bridge_rank={missing}')
+    return [run for run in runs if fullest <= asked[run.seed] and run.config['bridge_rank'] in fullest]
 
 
 def read_components(folder):
@@ -272,8 +286,7 @@ def measure(data, ranked, bridges):
                 data['encoders'][folder] = measure_encoders(of_bridge[0], made)
         if data['distilled']:
             for one in ranked:
-                wanted = one.asked in (data['distilled']['best'], 0)
-                if wanted and one.run.seed in data['distilled']['seeds']:
+                if one.asked in (data['distilled']['best'], 0):
                     rho2 = measure_trained(one, bridges[one.bridge])
                     data['trained'].setdefault(str(one.asked), []).append(rho2)
     except Missing as error:
@@ -301,12 +314,10 @@ def distilled(ranked, found):
     for one in ranked:
         by_seed.setdefault(one.run.seed, {})[one.asked] = one
 
-    # A mean over seeds needs all seeds at each rank. Those that lack a rank are left out: a study that is not
-    # finished has some.
-    fullest = max(by_seed.values(), key=len)
-    seeds = sorted(seed for seed, runs in by_seed.items() if set(fullest) <= set(runs))
-    order = sorted(fullest, key=lambda asked: fullest[asked].rank)
-    rows = fullest[order[0]].run.rows
+    seeds = sorted(by_seed)
+    first = by_seed[seeds[0]]
+    order = sorted(first, key=lambda asked: first[asked].rank)
+    rows = first[order[0]].run.rows
     metric = accuracy(rows)[1]
     if metric is None:
         return None

@@ -31,6 +31,7 @@ from paper.theorem3 import (
     theorem3,
     theorem3_data,
     total_and_predicted,
+    with_all_ranks,
 )
 from support.runtime import UserError
 
@@ -220,9 +221,8 @@ def ranked(seed, asked, score, rank=None):
 
 
 def test_which_rank_distils_best_and_what_orders_the_ranks():
-    """Two seeds by hand; seed 2, which lacks a rank, is left out of every mean. Rank 0 is drawn at the rank that was used,
-    which differs between the seeds."""
-    scores = {0: {1: 30.0, 2: 50.0, 4: 40.0, 0: 45.0}, 1: {1: 32.0, 2: 48.0, 4: 44.0, 0: 41.0}, 2: {1: 90.0}}
+    """Two seeds by hand. Rank 0 is drawn at the rank that was used, which differs between the seeds."""
+    scores = {0: {1: 30.0, 2: 50.0, 4: 40.0, 0: 45.0}, 1: {1: 32.0, 2: 48.0, 4: 44.0, 0: 41.0}}
     runs = []
     for seed, by_rank in scores.items():
         runs += [ranked(seed, asked, score, rank=asked or 3 + seed % 2) for asked, score in by_rank.items()]
@@ -240,6 +240,13 @@ def test_which_rank_distils_best_and_what_orders_the_ranks():
     for one in runs:
         one.run.rows = [{'step': 0}, {'step': 7}]
     assert distilled(runs, found) is None
+
+
+def test_seeds_that_lack_a_rank_are_left_out(capsys):
+    """A mean at rank 2 over two seeds beside one at rank 4 over one seed would compare other students."""
+    runs = [SimpleNamespace(seed=seed, config={'bridge_rank': rank}) for seed, rank in ((0, 2), (0, 4), (0, 0), (1, 2), (2, 4), (2, 0), (2, 2))]
+    assert with_all_ranks(runs) == [run for run in runs if run.seed != 1]
+    assert capsys.readouterr().out == 'theorem3: seed 1 is left out, it has no run with bridge_rank=0, 4\n'
 
 
 def test_the_rank_correlation():
