@@ -417,7 +417,7 @@ def draw_components(axes, data):
     by_layer = []
     for layer in found[0]['layers']:
         by_layer.append(mean_of([one['layers'][layer]['rho2'] for one in found]))
-    draw_lines(axes, by_layer, 'mean of layers', 'mean of layers')
+    draw_lines(axes, by_layer, 'before stage 2', 'before stage 2')
     axes.axhline(0.5, color='0.25', ls='--', lw=0.8)
     axes.set(title='predictable, before stage 2', xlabel='component i', ylabel='ρ² of component i',
              ylim=(0, 1.02))
@@ -469,7 +469,7 @@ def draw_trained(axes, data):
     before = []
     for found in data['bridges'].values():
         before.append(mean_of([layer['rho2'] for layer in found['layers'].values()]))
-    draw_lines(axes, before, 'before', 'before')
+    draw_lines(axes, before, 'before stage 2', 'before stage 2')
     for asked, by_seed in data['trained'].items():
         label = "after, Theorem 3's rank" if asked == '0' else f'after, r = {asked}'
         draw_lines(axes, by_seed, label, label)

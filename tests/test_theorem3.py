@@ -278,7 +278,7 @@ def test_the_figure_draws_these_numbers_and_the_same_bytes_twice(tmp_path, kept)
     assert list(lines['PCA'].get_ydata()) == data['bridges']['b0']['E']
     assert list(lines['distilled'].get_xdata()) == [1, 2, 3] and list(lines['distilled'].get_ydata()) == [41.5, 42.5, 40.5]
     assert list(lines["after, Theorem 3's rank"].get_ydata()) == [0.9, 0.9, 0.8, 0.3]
-    assert list(lines['mean of layers'].get_ydata()) == pytest.approx([0.9, 0.5, 0.6, 0.15])
+    assert list(lines['before stage 2'].get_ydata()) == pytest.approx([0.9, 0.5, 0.6, 0.15])
     again, = draw_theorem3(json.loads(json.dumps(data, allow_nan=False)), tmp_path / 'again.png')
     assert [file.suffix for file in files] == ['.png', '.pdf'] and files[0].read_bytes() == again.read_bytes()
 
