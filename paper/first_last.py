@@ -140,12 +140,13 @@ class Pair:
 @contextlib.contextmanager
 def started_in(folder, cfg):
     """Inside, the current folder is the one in which a run was started, because the paths in its config begin
-    there: the folder from which `out_dir` leads to the run. If the run was moved, nothing changes."""
+    there: the folder from which `out_dir` leads to the run. Nothing changes if there is none, because the run
+    was moved, or because out_dir begins at the root."""
     root = Path.cwd()
-    if folder:
-        own = Path(folder).resolve()
-        for parent in own.parents:
-            if (parent / cfg['out_dir']).resolve() == own:
+    run_folder = Path(folder).resolve()
+    if not Path(cfg['out_dir']).is_absolute():
+        for parent in run_folder.parents:
+            if (parent / cfg['out_dir']).resolve() == run_folder:
                 root = parent
     with contextlib.chdir(root):
         yield

@@ -31,6 +31,7 @@ do: choose a rank for each layer, which distill.py cannot use. Writes theorem3.j
 
 Letters: K positions, d width (d_s student, d_t teacher), R full rank, r rank, i a component, w a direction.
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -89,7 +90,7 @@ def rank_runs(runs):
         return [], {}
     chosen = groups[max(groups, key=lambda common: len(asked_in[common]))]
 
-    # The bridges of these runs, one for each seed.
+    # The bridges of these runs, one for each seed. A run's config names the folder.
     found = []
     bridges = {}
     for run in with_all_ranks(chosen):
@@ -107,13 +108,17 @@ def with_all_ranks(runs):
     study that is not finished has seeds with fewer; a line says which are left out."""
     asked = {}                               # {seed: its ranks}
     for run in runs:
-        asked.setdefault(run.seed, set()).add(run.config['bridge_rank'])
+        ranks = asked.setdefault(run.seed, set())
+        if run.config['bridge_rank'] in ranks:
+            raise UserError(f'{run.folder}: another run has seed {run.seed} and bridge_rank='
+                            f'{run.config["bridge_rank"]} too; give one of them')
+        ranks.add(run.config['bridge_rank'])
     fullest = max(asked.values(), key=len)
     for seed, ranks in asked.items():
         if not fullest <= ranks:
             missing = ', '.join(map(str, sorted(fullest - ranks)))
             print0(f'theorem3: seed {seed} is left out, it has no run with bridge_rank={missing}')
-    return [run for run in runs if fullest <= asked[run.seed] and run.config['bridge_rank'] in fullest]
+    return [run for run in runs if fullest <= asked[run.seed]]
 
 
 def read_components(folder):
@@ -128,6 +133,19 @@ def read_components(folder):
             counts = f'{len(values["lam"])} lam and {len(values["rho2"])} rho2'
             raise UserError(f'{file}: layer {layer}: {counts}; {advice}')
     return made
+
+
+def first_bridges(folders):
+    """The seeds of the first of some bridges, where no run says which belong together -> {folder: its
+    bridge.json}. Seeds are folders whose names differ in their ends alone: x-s0, x-s1, ..."""
+    bridges = {}
+    for folder in folders:
+        names = [re.sub(r'-s\d+$', '', Path(name).name) for name in (folder, folders[0])]
+        if names[0] == names[1]:
+            bridges[str(folder)] = read_components(folder)
+        else:
+            print0(f'theorem3: {folder} is left out, it is no seed of {folders[0]}')
+    return bridges
 
 
 # ---- Theorem 3, from bridge.json -------------------------------------------------------------------
@@ -166,6 +184,7 @@ def fitted_and_held_out(pair, made):
     if len(collection.answers) < len(collection.order):
         raise Missing(f'{collection.file}: {len(collection.answers)} of {len(collection.order)} answers; '
                       'bridge.py samples the others')
+    # The same answers are held out as by bridge.py, and the same positions are read.
     held_out = max(1, round(made['bridge_held_out'] * len(collection.answers)))
     which = made['positions']
     sizes = {'last_k': cfg['last_k'], 'first_k': cfg['first_k'], 'last_frac': cfg['last_frac'],
@@ -210,6 +229,7 @@ def total_and_predicted(fit, judged, penalty, bias):
     every_row = judged.central()
     residual = torch.zeros_like(identity)
     for c in (0, 1):
+        # E (y - guess)(y - guess)' from the class's covariances, and the difference of the means.
         rows = judged.central(c)
         gap = rows.y - mean - maps[c] @ rows.x - biases[c]                   # (d_t,)
         cross = rows.yx @ maps[c].t()                                        # (d_t, d_t)
@@ -236,6 +256,7 @@ def encoders(fit, penalty, bias, seed):
 def judge_encoder(basis, C, P, R):
     """A basis (d_t, d_t) -> of each rank r = 1..R: the share of the variance that its first r directions
     keep, and E(r) as a share of the variance. Two lists."""
+    # Of each direction w its variance w'Cw, and what is predicted of it, w'Pw.
     variance = C.diagonal().sum()
     lam = ((basis @ C) * basis).sum(1)                                       # (d_t,)
     predicted = ((basis @ P) * basis).sum(1)                                 # (d_t,)
@@ -483,7 +504,7 @@ def theorem3(folders, to='out/paper'):
     that differ in bridge_rank, or bridges of one study alone."""
     ranked, bridges = rank_runs(read_runs(of_kind(folders, 'run')))
     if not bridges:
-        bridges = {str(folder): read_components(folder) for folder in of_kind(folders, 'bridge')}
+        bridges = first_bridges(of_kind(folders, 'bridge'))
     if not bridges:
         raise Missing('a bridge, or runs through one that differ in bridge_rank; python -m studies.compare '
                       'toy_paper makes them')

@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,17 @@ def test_one_command_measures_a_panel_for_each_kind_of_pair(runs, tmp_path, monk
     panels = json.loads(files[0].read_text())['panels']
     assert list(panels) == ['same architecture', 'another vocabulary, bridge r = 4']
     assert [list(numbers['runs']) for numbers in panels.values()] == [[str(folders[0])], [str(folders[1])]]
+
+
+def test_paths_begin_where_the_run_was_started(tmp_path, monkeypatch):
+    """The folder from which out_dir leads to the run; of an absolute out_dir every folder does, and the root was taken."""
+    (tmp_path / 'a/out/x').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for folder, out_dir, wanted in (('a/out/x', 'out/x', tmp_path / 'a'), ('a/out/x', 'out/y', tmp_path), ('a/out/x', 'a/out/x', tmp_path),
+                                    ('a/out/x', str(tmp_path / 'a/out/x'), tmp_path)):
+        with started_in(folder, {'out_dir': out_dir}):
+            assert Path.cwd() == wanted
+        assert Path.cwd() == tmp_path
 
 
 def test_a_pair_that_no_run_has_is_given_by_its_keys(runs, toy_cfg, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 whole command on a tiny bridge."""
 import contextlib
 import json
+import shutil
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -244,9 +245,11 @@ def test_which_rank_distils_best_and_what_orders_the_ranks():
 
 def test_seeds_that_lack_a_rank_are_left_out(capsys):
     """A mean at rank 2 over two seeds beside one at rank 4 over one seed would compare other students."""
-    runs = [SimpleNamespace(seed=seed, config={'bridge_rank': rank}) for seed, rank in ((0, 2), (0, 4), (0, 0), (1, 2), (2, 4), (2, 0), (2, 2))]
+    runs = [SimpleNamespace(seed=seed, folder=f'{rank}-s{seed}', config={'bridge_rank': rank}) for seed, rank in ((0, 2), (0, 4), (0, 0), (1, 2), (2, 4), (2, 0), (2, 2))]
     assert with_all_ranks(runs) == [run for run in runs if run.seed != 1]
     assert capsys.readouterr().out == 'theorem3: seed 1 is left out, it has no run with bridge_rank=0, 4\n'
+    with pytest.raises(UserError, match='0-s2: another run has seed 2 and bridge_rank=0 too'):
+        with_all_ranks([*runs, runs[-2]])
 
 
 def test_the_rank_correlation():
@@ -346,9 +349,14 @@ def missing():
     raise Missing('gone')
 
 
-def test_a_bridge_alone_is_drawn(study, tmp_path, kept):
-    """Before any run through it: the three panels that bridge.json can feed, and the rest of the page is empty."""
-    files = theorem3([study / 'b'], tmp_path / 'bridge')
+def test_a_bridge_alone_is_drawn(study, tmp_path, kept, capsys):
+    """Before any run through it: the three panels that bridge.json can feed. A bridge between other models is no seed of it,
+    and a mean over both would mean nothing."""
+    shutil.copytree(study / 'b', tmp_path / 'wide-s0')
+    shutil.copytree(study / 'b', tmp_path / 'wide-s1')
+    files = theorem3([tmp_path / 'wide-s0', study / 'b', tmp_path / 'wide-s1'], tmp_path / 'bridge')
+    assert list(json.loads(files[0].read_text())['bridges']) == [str(tmp_path / 'wide-s0'), str(tmp_path / 'wide-s1')]
+    assert capsys.readouterr().out == f'theorem3: {study / "b"} is left out, it is no seed of {tmp_path / "wide-s0"}\n'
     assert [file.name for file in files] == ['theorem3.json', 'theorem3.png', 'theorem3.pdf']
     assert [axes.get_title() for axes in kept[0].axes] == ['predictable, before stage 2', 'E(r)', 'held-out cosine']
 
