@@ -255,7 +255,6 @@ def arrange(figure, notes):
     if notes:
         below.append(notes_below(figure, notes))
     if below:
-        show_as_it_is(figure)
         make_room(figure, below)
         engine.execute(figure)
     figure.set_layout_engine('none')
@@ -345,6 +344,8 @@ def legend_below(figure, handles):
         if -(-len(labels) // rows) < columns:
             continue                         # as many lines with fewer columns, which are fuller
         legend = figure.legend(handles.values(), labels, loc='lower center', ncols=columns, borderpad=0.2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             return legend
         legend.remove()
@@ -352,7 +353,7 @@ def legend_below(figure, handles):
 
 def notes_below(figure, notes):
     """A text as wide as the figure."""
-    text = figure.text(0.01, 0, printable(notes), va='bottom', color='0.3')
+    text = figure.text(0.01, 0, printable(notes), va='bottom', color='0.3', parse_math=False)
     wrap(text, 0.98 * figure.bbox.width)
     return text
 

@@ -139,11 +139,12 @@ def toy_cfg(toy_dir):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """The figures of matplotlib that are saved, in order."""
+    """The figures of matplotlib that are saved, in order; one that is saved as two files stands there once."""
     figures, save = [], Figure.savefig
 
     def recorded_save(figure, *a, **k):
-        figures.append(figure)
+        if figure not in figures:
+            figures.append(figure)
         save(figure, *a, **k)
     monkeypatch.setattr(Figure, 'savefig', recorded_save)
     return figures
@@ -191,6 +192,17 @@ def write_log(out, rows):
     """Write rows as a run logs them: every row has the names of all."""
     names = dict.fromkeys(name for row in rows for name in row)
     (out / 'log.jsonl').write_text(''.join(json.dumps(dict.fromkeys(names) | row) + '\n' for row in rows))
+
+
+def write_run(folder, columns, file='configs/toy.py', **keys):
+    """A finished run: its config, and a log of {name: [value in step 0, 1, ...]}."""
+    folder.mkdir(parents=True)
+    config = load_config([file, *(f'{key}={value}' for key, value in keys.items())])
+    (folder / 'config.json').write_text(json.dumps({'config': config}))
+    steps = range(len(next(iter(columns.values()))))
+    write_log(folder, [{'step': step} | {name: values[step] for name, values in columns.items()} for step in steps])
+    (folder / 'results.json').write_text('{}')
+    return folder
 
 
 def evaluate(model, tokenizer, sets, per_problem, **how):
