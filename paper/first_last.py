@@ -84,7 +84,7 @@ class Pair:
         if self.bridge is None:
             return 'same architecture'
         kind = 'another width' if same_vocabulary(self.tok_s, self.tok_t) else 'another vocabulary'
-        return f'{kind}, bridge r = {self.bridge.rank}'
+        return f'{kind}, r = {self.bridge.rank}'
 
     def sample_step(self, step):
         """The answers that this student gives in a training step -> Rollout."""

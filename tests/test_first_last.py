@@ -148,7 +148,7 @@ def test_one_command_measures_a_panel_for_each_kind_of_pair(runs, tmp_path, monk
     files = figure8(folders, 'to')
     assert [file.name for file in files] == ['first_last.json', 'figure8.png', 'figure8.pdf'] and (tmp_path / 'to/figure8.pdf').exists()
     panels = json.loads(files[0].read_text())['panels']
-    assert list(panels) == ['same architecture', 'another vocabulary, bridge r = 4']
+    assert list(panels) == ['same architecture', 'another vocabulary, r = 4']
     assert [list(numbers['runs']) for numbers in panels.values()] == [[str(folders[0])], [str(folders[1])]]
 
 
