@@ -1,0 +1,441 @@
+"""
+Tables 2 to 6 of the paper from run folders of distill.py: a markdown file and a JSON file each.
+
+    python -m paper table2 out/a out/b ...        Avg@n, where student and teacher have one architecture
+    python -m paper table3 out/a out/b ...        memory of the update, and time
+    python -m paper table4 out/a out/b ...        Avg@n and Best@n through a bridge
+    python -m paper table5 out/a out/b ...        diversity (Dist-4g) and length of the same answers
+    python -m paper table6 out/a out/b ...        Avg@n and Best@n, where the teacher has another vocabulary
+
+The scores are computed from answers/ of each run, and must agree with its log. A cell is
+
+    49.8 (48.1-51.0) [39.6-59.9]      mean over seeds (range over seeds) [95% interval over problems]
+
+The interval says in how wide a range the mean would lie 95 times of 100 if other problems had been drawn. Of
+several seeds each problem has its mean over the seeds, and problems are drawn by their number. So it holds
+both for seeds with the same problems, and for toys, where each seed has problems of its own.
+
+The paper's numbers stand beside ours where a run is at the paper's size, which its config says
+(paper/printed.py). Other runs have no number beside them, and a line says how they differ.
+
+Simpler than eval_math.py: nothing is graded again, and it has no metrics that the paper's tables do not have.
+"""
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+from configs import default
+from eval_math import bootstrap, cell, distinct
+from paper.printed import MEMORY_AND_TIME, PRINTED, SETS, paper_row
+from paper.runs import Missing, by_method, of_kind, read_runs
+from studies.compare import span
+from support.fields import Field, check_fields
+from support.files import whole, write_json
+from support.jsonl import read_rows
+from support.provenance import lasting_starts, read_starts
+from support.run_folder import scores_of
+from support.runtime import UserError, printable, shown
+
+# ---- scores of a run -----------------------------------------------------------------------------
+
+# What a table can show of answers -> its title; n is the number of answers to a problem.
+MOST_DIFFERENCES = 3            # in a line under a table
+METRICS = {'avg': 'Avg@{n}, %', 'best': 'Best@{n}, %', 'dist': 'Dist-4g, %', 'len': 'length, tokens'}
+ADVICE = 'restore the file, or run distill.py again in another out_dir='
+ANSWER = {'set': Field(str), 'problem': Field(int, 0, 10**9), 'sample': Field(int, 0, 10**9),
+          'text': Field(str), 'correct': Field(bool), 'length': Field(int, 0, 10**9)}
+
+
+def read_scores(run, side):
+    """Scores of one evaluation of a run -> {set: {metric: {problem: value}}}.
+
+    side: 'teacher', 'student' (before the first step) or 'method' (after the last). They are computed from
+    the run's answers, and must agree with its log. {} for a teacher that was not evaluated.
+    """
+    row, file = evaluation_of(run, side)
+    if row is None:
+        return {}
+    count = run.config['eval_n']
+    answers = read_answers(file, count)
+    scores = {}
+    for label, problems in answers.items():
+        scores[label] = defaultdict(dict)
+        for problem, rows in problems.items():
+            for metric, value in problem_scores(rows).items():
+                scores[label][metric][problem] = value
+
+    # The log was written in the same evaluation.
+    logged = scores_of(row, 'teacher' if side == 'teacher' else 'eval')
+    for label, metrics in scores.items():
+        for metric, name in (('avg', f'avg@{count}'), ('best', f'best@{count}'), ('len', 'len')):
+            name = name if len(scores) == 1 else f'{name}/{label}'
+            mean = fmean(metrics[metric].values())
+            if name not in logged or abs(logged[name] - mean) > 1e-6 * max(1, abs(mean)):
+                raise UserError(f'{file}: {name} of these answers is {mean:.4f}, and the log says '
+                                f'{shown(logged.get(name))}; {ADVICE}')
+    return scores
+
+
+def evaluation_of(run, side):
+    """-> (the row of the log, the file of answers) of an evaluation; (None, None) if there was none."""
+    assert side in ('teacher', 'student', 'method'), side
+    answers = run.folder / 'answers'
+    if side == 'teacher':
+        has_scores = bool(scores_of(run.rows[0], 'teacher'))
+        return (run.rows[0], answers / 'teacher.jsonl') if has_scores else (None, None)
+    evaluated = [row for row in run.rows if scores_of(row, 'eval')]
+    if not evaluated:
+        raise Missing(f'{run.folder}: no evaluation in its log; run distill.py with eval_data=')
+    row = evaluated[0] if side == 'student' else evaluated[-1]
+    return row, answers / f'{row["step"]:06d}.jsonl'
+
+
+def read_answers(file, count):
+    """A file of answers -> {set: {problem: its answers in order}}. Each problem must have `count` of them."""
+    if not file.exists():
+        raise Missing(f'{file}: no such file, and the tables are made from the answers; {ADVICE}')
+    answers = defaultdict(lambda: defaultdict(dict))
+    for number, row in enumerate(read_rows(file, advice=ADVICE), 1):
+        check_fields(row, ANSWER, f'{file}:{number}', ADVICE)
+        answers[row['set']][row['problem']][row['sample']] = row
+    if not answers:
+        raise UserError(f'{file}: no answers in it; {ADVICE}')
+
+    # A set with half of its answers would have other scores, and look as good.
+    ordered = {}
+    for label, problems in answers.items():
+        ordered[label] = {}
+        for problem, samples in sorted(problems.items()):
+            if sorted(samples) != list(range(count)):
+                raise UserError(f'{file}: set {shown(label)}, problem {problem}: {len(samples)} answers, '
+                                f'where eval_n={count}; {ADVICE}')
+            ordered[label][problem] = [samples[sample] for sample in range(count)]
+    return ordered
+
+
+def problem_scores(rows):
+    """The answers to one problem -> its value of each metric; None = nothing to measure."""
+    share = distinct([row['text'] for row in rows])
+    return {'avg': 100 * fmean(row['correct'] for row in rows),
+            'best': 100.0 * any(row['correct'] for row in rows),
+            'dist': None if share is None else 100 * share,
+            'len': fmean(row['length'] for row in rows)}
+
+
+def over_seeds(values_of_seeds):
+    """[{problem: value} of each seed] -> {'by_seed', 'mean', 'interval'}, or None if nothing was measured."""
+    by_seed = []
+    by_problem = defaultdict(list)
+    for values in values_of_seeds:
+        known = {problem: value for problem, value in values.items() if value is not None}
+        if not known:
+            return None
+        by_seed.append(fmean(known.values()))
+        for problem, value in known.items():
+            by_problem[problem].append(value)
+
+    # Drawn by number: of seeds with problems of their own, each seed gets as many as it has.
+    low, high = bootstrap([fmean(values) for _, values in sorted(by_problem.items())])
+    return {'by_seed': by_seed, 'mean': fmean(by_seed), 'interval': [low, high]}
+
+
+# ---- Tables 2, 4, 5 and 6 ------------------------------------------------------------------------
+
+def scores_data(number, runs):
+    """What Table 2, 4, 5 or 6 says of these runs -> a dict that JSON can hold. Runs between other pairs of
+    models are left out."""
+    printed = PRINTED[number]
+    chosen = [run for run in runs if run.pair == printed.pair]
+    if not chosen:
+        raise Missing(f'Table {number}: no run between models of the pair {printed.pair!r} '
+                      f'({printed.title}); {MAKE[printed.pair]}')
+    require_one_teacher(chosen)
+
+    # The models before the first step are the same for all methods: of each seed the first run tells.
+    first_of_seed = {}
+    for run in chosen:
+        first_of_seed.setdefault(run.seed, run)
+    firsts = list(first_of_seed.values())
+    rows = []
+    for side in ('teacher', 'student'):
+        scores = [read_scores(run, side) for run in firsts]
+        if all(scores):
+            rows.append(table_row(side, firsts, scores, printed.metrics) | {'steps': None, 'paper': None})
+
+    # A method is at the paper's size if each of its seeds is.
+    differences = {}
+    for method, group in by_method(chosen).items():
+        scores = [read_scores(run, 'method') for run in group]
+        row = table_row(method, group, scores, printed.metrics)
+        row['steps'] = evaluation_of(group[0], 'method')[0]['step']
+        found = [paper_row(number, run.config) for run in group]
+        row['paper'] = found[0][0] if all(found) and len({name for name, _ in found}) == 1 else None
+        if row['paper'] is None:
+            differences[method] = next(how for name, how in found if name is None)
+        rows.append(row)
+
+    # Student and teacher are the paper's where a whole run is.
+    if any(row['paper'] for row in rows):
+        for row in rows:
+            if row['method'] in ('teacher', 'student') and row['method'] in printed.numbers:
+                row['paper'] = row['method']
+    sets = {label: len(values['avg']) for label, values in read_scores(firsts[0], 'student').items()}
+    return {'table': number, 'n': chosen[0].config['eval_n'], 'problems': sets, 'rows': rows,
+            'not at paper size': differences}
+
+
+MAKE = {
+    'same': 'python distill.py configs/toy.py makes one',
+    'bridge': 'bridge.py and distill.py with configs/toy_bridge.py make one',
+    'tokens': 'bridge.py and distill.py with configs/toy_bridge_tokens.py make one',
+}
+
+
+def require_one_teacher(runs):
+    """UserError if runs of one seed had different teachers: one line of the table would stand for two."""
+    keys = ['teacher', *(key for key in default if key.startswith('toy_teacher_'))]
+    first_of_seed = {}
+    for run in runs:
+        first = first_of_seed.setdefault(run.seed, run)
+        for key in keys:
+            values = [one.config.get(key, default[key]) for one in (first, run)]
+            if values[0] != values[1]:
+                raise UserError(f'{first.folder} and {run.folder} have different teachers: '
+                                f'{key}={shown(values[0])} and {shown(values[1])}; make a table of each')
+
+
+def table_row(method, group, scores, metrics):
+    """One row: {'method', 'seeds', 'scores': {set: {metric: numbers of `over_seeds`}}}."""
+    problems = [{label: list(values['avg']) for label, values in of_seed.items()} for of_seed in scores]
+    if any(of_seed != problems[0] for of_seed in problems):
+        raise UserError(f'{group[0].folder} and other seeds of {method!r} were evaluated on other numbers of '
+                        'problems; make a table of each')
+    by_set = {}
+    for label in scores[0]:
+        by_set[label] = {}
+        for metric in metrics:
+            by_set[label][metric] = over_seeds([of_seed[label][metric] for of_seed in scores])
+    return {'method': method, 'seeds': [run.seed for run in group], 'scores': by_set}
+
+
+def scores_lines(data):
+    """The same as markdown lines."""
+    number = data['table']
+    printed = PRINTED[number]
+    with_paper = any(row['paper'] for row in data['rows'])
+    columns = [(metric, label) for metric in printed.metrics for label in data['problems']]
+
+    titles = ['method']
+    for metric, label in columns:
+        title = METRICS[metric].format(n=data['n'])
+        titles.append(f'{title}, {text_of(label)}')
+        if with_paper:
+            titles.append('paper')
+    lines = [f'**Table {number}**: {printed.title}.', '', *table_head([*titles, 'steps', 'seeds'])]
+    for row in data['rows']:
+        cells = [text_of(row['method'])]
+        for metric, label in columns:
+            cells.append(score_cell(row['scores'][label][metric]))
+            if with_paper:
+                cells.append(paper_cell(number, row['paper'], metric, label))
+        steps = '' if row['steps'] is None else str(row['steps'])
+        lines.append(table_line([*cells, steps, str(len(row['seeds']))]))
+    return [*lines, '', *notes_under(data, columns)]
+
+
+def notes_under(data, columns):
+    """What a reader must know of the table above -> markdown lines."""
+    several = any(len(row['seeds']) > 1 for row in data['rows'])
+    counts = [f'{problems} of {text_of(label)}' for label, problems in data['problems'].items()]
+    what = 'mean over seeds (range over seeds)' if several else 'the value of one seed'
+    lines = [f'A cell: {what} [95% interval over problems]. Problems of each seed: {", ".join(counts)}, each '
+             f'answered {data["n"]} times.']
+    unmeasured = []
+    for row in data['rows']:
+        unmeasured += [metric for metric, label in columns if row['scores'][label][metric] is None]
+    if 'dist' in unmeasured:
+        lines.append('Dist-4g counts sequences of four words; answers of fewer words have none.')
+    return lines + size_notes(data['not at paper size'])
+
+
+def size_notes(not_at_size):
+    """{method: how its config differs from the paper's} -> at most one markdown line."""
+    if not not_at_size:
+        return []
+    method, differences = next(iter(not_at_size.items()))
+    rest = len(differences) - MOST_DIFFERENCES
+    listed = ', '.join(text_of(difference) for difference in differences[:MOST_DIFFERENCES])
+    more = f', and {rest} more' if rest > 0 else ''
+    names = ', '.join(text_of(name) for name in not_at_size)
+    return [f"Not at the paper's size, so without its numbers: {names}. {text_of(method)}: {listed}{more}."]
+
+
+def score_cell(numbers):
+    """Numbers of `over_seeds` as text."""
+    if numbers is None:
+        return 'not measured'
+    return f'{span(numbers["by_seed"])} [{cell(numbers["interval"])}]'
+
+
+def paper_cell(number, name, metric, label):
+    """The paper's number for a row that is at its size; '' if it has none."""
+    if name is None or label.lower() not in SETS:
+        return ''
+    return str(PRINTED[number].numbers[name][metric][SETS.index(label.lower())])
+
+
+def table_head(titles):
+    return [table_line(titles), '|---' * len(titles) + '|']
+
+
+def table_line(cells):
+    return f'| {" | ".join(cells)} |'
+
+
+def text_of(name):
+    """A name from a file, in a markdown table: a bar would end its cell, and a tag would be one."""
+    text = ' '.join(printable(str(name)).split())
+    for letter, instead in (('&', '&amp;'), ('<', '&lt;'), ('|', '&#124;'), ('`', '&#96;')):
+        text = text.replace(letter, instead)
+    return text
+
+
+def printed_lines(number):
+    """The paper's own numbers of a table -> markdown lines, with a column for ours, which are still to be
+    measured."""
+    if number == 3:
+        titles = ['paper, Table 3', 'memory of the update, GB', '500 steps, minutes', 'ours at this size']
+        lines = table_head(titles)
+        for name, (memory, minutes) in MEMORY_AND_TIME.items():
+            lines.append(table_line([name, str(memory), str(minutes), 'not yet measured']))
+        return lines
+    printed = PRINTED[number]
+    titles = [f'paper, Table {number}']
+    for metric in printed.metrics:
+        title = METRICS[metric].format(n=16)
+        titles += [f'{title}, {label.upper()}' for label in SETS]
+    lines = table_head([*titles, 'ours at this size'])
+    for name, numbers in printed.numbers.items():
+        values = [str(value) for metric in printed.metrics for value in numbers[metric]]
+        lines.append(table_line([name, *values, 'not yet measured']))
+    return lines
+
+
+# ---- Table 3 -------------------------------------------------------------------------------------
+
+def table3_data(runs):
+    """What Table 3 says of these runs: memory of the update in GB, and minutes of all steps without
+    evaluation. Memory is measured on CUDA only."""
+    chosen = [run for run in runs if run.pair == 'same']
+    if not chosen:
+        raise Missing(f'Table 3: no run between models of one architecture; {MAKE["same"]}')
+    rows = []
+    differences = {}
+    machines = {}
+    for method, group in by_method(chosen).items():
+        found = [paper_row(2, run.config) for run in group]
+        at_size = all(name is not None for name, _ in found)
+        if not at_size:
+            differences[method] = next(how for name, how in found if name is None)
+        peaks = [largest(run.rows, 'mem/update_dpeak') for run in group]
+        rows.append({'method': method, 'seeds': [run.seed for run in group],
+                     'steps': group[0].rows[-1]['step'], 'paper': found[0][0] if at_size else None,
+                     'gigabytes': None if None in peaks else peaks,
+                     'minutes': [seconds_of_steps(run.rows) / 60 for run in group]})
+        machines |= dict.fromkeys(machine for run in group for machine in machines_of(run.folder))
+    return {'table': 3, 'rows': rows, 'machines': list(machines), 'not at paper size': differences}
+
+
+def largest(rows, name):
+    """The largest value of a name in a log; None if it was not measured."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return max(values, default=None)
+
+
+def seconds_of_steps(rows):
+    """Seconds of all phases of all steps of a log. Evaluations are in none of them."""
+    total = 0.0
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith('time/') and value is not None:
+                total += value
+    return total
+
+
+def machines_of(folder):
+    """On what a run's steps were made -> ['cpu, ranks 1, threads 2, torch 2.13.0'], a text for each start."""
+    kinds = []
+    for start in lasting_starts(read_starts(folder)):
+        made = start['versions']
+        words = [str(made.get('device'))]
+        for key in ('ranks', 'threads', 'torch'):
+            words.append(f'{key} {made.get(key)}')
+        kinds.append(', '.join(words))
+    return kinds or ['a machine that the run does not name']
+
+
+def table3_lines(data):
+    """The same as markdown lines."""
+    with_paper = any(row['paper'] for row in data['rows'])
+    paper = ['paper'] if with_paper else []
+    lines = ['**Table 3**: memory of the update and time, student and teacher of one architecture.', '']
+    lines += table_head(['method', 'memory of the update, GB', *paper, 'all steps, minutes', *paper, 'steps',
+                         'seeds'])
+    for row in data['rows']:
+        memory = 'not measured' if row['gigabytes'] is None else span(row['gigabytes'])
+        minutes = span(row['minutes'])
+        cells = [text_of(row['method']), memory, minutes]
+        if with_paper:
+            numbers = MEMORY_AND_TIME[row['paper']] if row['paper'] else ('', '')
+            cells = [cells[0], memory, str(numbers[0]), minutes, str(numbers[1])]
+        lines.append(table_line([*cells, str(row['steps']), str(len(row['seeds']))]))
+
+    several = any(len(row['seeds']) > 1 for row in data['rows'])
+    what = 'mean over seeds (range over seeds)' if several else 'the value of one seed'
+    lines += ['', f"A cell: {what}. Memory: the update's peak minus what was allocated at its start, in the "
+              "step where that is largest, on the largest rank; on CUDA only. Ours includes the teacher's "
+              'forward. Time: all phases of all steps, without evaluation.',
+              f'Made on: {text_of("; ".join(data["machines"]))}.']
+    return lines + size_notes(data['not at paper size'])
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def write_table(data, lines, to):
+    """Write to/tableN.json and to/tableN.md -> these files."""
+    file = Path(to) / f'table{data["table"]}'
+    write_json(file.with_suffix('.json'), data)
+    with whole(file.with_suffix('.md')) as temporary:
+        temporary.write_text('\n'.join(lines) + '\n')
+    return [file.with_suffix('.json'), file.with_suffix('.md')]
+
+
+def scores_table(number, folders, to):
+    data = scores_data(number, read_runs(of_kind(folders, 'run')))
+    return write_table(data, scores_lines(data), to)
+
+
+def table2(folders, to='out/paper'):
+    """Avg@n of runs between models of one architecture."""
+    return scores_table(2, folders, to)
+
+
+def table3(folders, to='out/paper'):
+    """Memory of the update, and time."""
+    data = table3_data(read_runs(of_kind(folders, 'run')))
+    return write_table(data, table3_lines(data), to)
+
+
+def table4(folders, to='out/paper'):
+    """Avg@n and Best@n of runs with a teacher of another depth or width."""
+    return scores_table(4, folders, to)
+
+
+def table5(folders, to='out/paper'):
+    """Dist-4g and length of the answers of Table 4."""
+    return scores_table(5, folders, to)
+
+
+def table6(folders, to='out/paper'):
+    """Avg@n and Best@n of runs with a teacher of another vocabulary."""
+    return scores_table(6, folders, to)
