@@ -117,13 +117,21 @@ def require_comparable(configs):
         first, other = configs[runs[0]], configs[run_name]
         differences = []
         for key in evaluation_keys(first, other):
-            # A run of an earlier version may lack a key; it then had the default's effect.
-            values = [config.get(key, default[key]) for config in (first, other)]
+            values = [effective(config, key) for config in (first, other)]
             if values[0] != values[1]:
                 differences.append(f'{key}={shown(values[0])} and {shown(values[1])}')
         if differences:
             raise UserError(f'{runs[0]} and {run_name} cannot be compared: {", ".join(differences)}; '
                             'put them in separate figures')
+
+
+def effective(config, key):
+    """What a key of a run's config stands for. A run of an earlier version may lack a key; it then had the
+    default's effect. eval_max_new_tokens=0 stands for max_new_tokens."""
+    value = config.get(key, default[key])
+    if key == 'eval_max_new_tokens' and value == 0:
+        return effective(config, 'max_new_tokens')
+    return value
 
 
 def evaluation_keys(first, other):

@@ -126,6 +126,8 @@ def test_steps_without_cosines_are_passed_over(tmp_path, kept):
     (dict(eval_data='aime24'), "eval_data='toy' and 'aime24'"),
     (dict(eval_problems=30), 'eval_problems=0 and 30'),
     (dict(eval_temperature=1.0), 'eval_temperature=0.7 and 1.0'),
+    (dict(max_new_tokens=20), 'eval_max_new_tokens=48 and 20'),      # 0 stands for it, and was equal to itself
+    (dict(eval_max_new_tokens=20), 'eval_max_new_tokens=48 and 20'),
     (dict(student='me/student'), "student='toy' and 'me/student'"),
     (dict(toy_width=48), 'toy_width=96 and 48'),
     (dict(seed=1), 'seed=0 and 1'),
@@ -216,7 +218,8 @@ def test_runs_that_differ_in_the_method_are_drawn(tmp_path):
     """Objective, rate, length, teacher, and how often and how fast a run is evaluated. Runs with and without eval_teacher
     were refused, though the student's scores are the same."""
     keys = dict(lr=1e-5, steps=7, opd_weight=1, oprd_weight=0, layers='last', positions='last_k', teacher='me/t',
-                toy_teacher_width=48, toy_dir='other', eval_every=3, eval_rows=5, eval_teacher=False, n=4, out_dir='b', max_new_tokens=20)
+                toy_teacher_width=48, toy_dir='other', eval_every=3, eval_rows=5, eval_teacher=False, n=4, out_dir='b', max_new_tokens=20,
+                eval_max_new_tokens=48)
     runs = [write_log(tmp_path / 'a'), write_log(tmp_path / 'b', **keys), write_log(tmp_path / 'c', evaluate=False)]
     curve(runs, tmp_path / 'c.png')
     assert (tmp_path / 'c.png').exists()
