@@ -14,6 +14,7 @@ model. The row "bridge, then OPD top-1" has no command line, because the paper d
 changes from one term to the other.
 """
 from dataclasses import dataclass
+from functools import cache
 
 from configs import default, free, load_config, reads
 from support.runtime import shown
@@ -90,13 +91,19 @@ def paper_row(number, config):
     """Which row of the paper's table has this config at its size? -> (the row's name, []), or (None, how the
     config differs from the row that is nearest)."""
     nearest = None
-    for name, command_line in PRINTED[number].commands.items():
-        differences = differences_from(config, load_config(command_line))
+    for name in PRINTED[number].commands:
+        differences = differences_from(config, paper_config(number, name))
         if not differences:
             return name, []
         if nearest is None or len(differences) < len(nearest):
             nearest = differences
     return None, nearest
+
+
+@cache
+def paper_config(number, name):
+    """The config of a row of the paper's table, at its size."""
+    return load_config(PRINTED[number].commands[name])
 
 
 def differences_from(config, wanted):
