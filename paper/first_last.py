@@ -15,8 +15,8 @@ answers, and the cosine of their last-layer states is taken at every response po
     last k     the same over the last k positions, which the paper supervises (k = 2000)
 
 An answer of fewer than k tokens gives all its positions to both, so the curves meet at the longest answer.
-The number below each panel is a control, the cosine to the teacher's state half a micro-batch away, in another
-answer: what any two answers have in common, for example the mean of all states.
+The number below each panel is a control: the cosine to the teacher's state half a micro-batch away, in
+another answer. It is what any two answers have in common, for example the mean of all states.
 
 The figure is a measurement and no theorem, and the cosine is that of raw states: a few large coordinates can
 decide it. Simpler than usual: one process, and models that fit on one device. Writes first_last.json and

@@ -29,11 +29,15 @@ from support.runtime import UserError, shown
 HARMLESS = {*free, 'seed', 'date', 'bridge', 'keep'}
 HARMLESS |= {key for key in default if key.startswith(('eval_', 'save_', 'log_', 'diagnose_'))}
 
+# How a teacher can differ from its student, and in words.
+PAIRS = {'same': 'teacher of the same architecture', 'bridge': 'teacher of another depth or width',
+         'tokens': 'teacher of another vocabulary'}
+
 # What a config must hold for its method to be named.
 WEIGHT = Field(float, other=Field(list, 1, items=Field(list, 2, 2, items=Field(float))))
 NAMED_BY = {'oprd_weight': WEIGHT, 'opd_weight': WEIGHT, 'opd': Field(str), 'opd_k': Field(int),
             'bridge': Field(str), 'bridge_rank': Field(int), 'seed': Field(int, 0), 'teacher': Field(str),
-            'student': Field(str)}
+            'student': Field(str), 'teacher_ids': Field(str)}
 
 
 class Missing(UserError):
@@ -90,7 +94,8 @@ def folders_in(folder):
 def read_runs(folders):
     """Folders of distill.py -> [Run], in the same order. A UserError if they cannot be compared."""
     runs = []
-    for folder, config in zip(folders, read_configs(folders).values(), strict=True):
+    folders = list(dict.fromkeys(str(folder) for folder in folders))         # one that is given twice is one
+    for folder, config in read_configs(folders).items():
         # A run of an earlier version lacks a key that has come since; it had the default's effect.
         config = default | config
         check_fields(config, NAMED_BY, f'{folder}/config.json', 'give a run folder of distill.py')
@@ -98,6 +103,7 @@ def read_runs(folders):
         runs.append(Run(Path(folder), config, rows, method_of(config), config['seed'],
                         pair_of(config, rows[0])))
     refuse_different(runs)
+    refuse_other_teachers(runs)
     return runs
 
 
@@ -120,6 +126,20 @@ def refuse_different(runs):
             if key in began and key in first_began and began[key] != first_began[key]:
                 raise UserError(f'{first.folder} and {run.folder} cannot be compared: they differ in {what}; '
                                 'put them in separate figures')
+
+
+def refuse_other_teachers(runs):
+    """UserError if two runs of one pair have had different teachers: its scores are a line of a figure or
+    table, and a method is judged by how near to it the student comes."""
+    keys = ['teacher', *(key for key in default if key.startswith('toy_teacher_'))]
+    first_of = {}                            # {pair: run}
+    for run in runs:
+        first = first_of.setdefault(run.pair, run)
+        for key in keys:
+            if first.config[key] != run.config[key]:
+                raise UserError(f'{first.folder} and {run.folder} have different teachers: {key}='
+                                f'{shown(first.config[key])} and {shown(run.config[key])}; put them in '
+                                'separate figures')
 
 
 def began_with(run):
@@ -156,6 +176,8 @@ def method_of(config):
         hidden = f'OPRD-Bridge r={config["bridge_rank"]}'
         if config['bridge_rank'] == 0:
             hidden = 'OPRD-Bridge r of Theorem 3'
+    if config['teacher_ids'] == 'student':
+        hidden += ", student's ids"
     names = {'sampled': 'OPD top-1', 'topk': f'OPD top-{config["opd_k"]}', 'full': 'OPD full KL',
              'byte': 'next byte'}
     if config['opd'] not in names:
@@ -194,14 +216,24 @@ def by_method(runs):
     for run in runs:
         groups.setdefault((run.method, method_key(run.config)), []).append(run)
     methods = {}
-    for (name, key), seeds in groups.items():
-        same_name = [dict(other) for other_name, other in groups if other_name == name]
-        for changed, value in key:
-            if any(other[changed] != value for other in same_name):
-                name += f', {changed}={value}'
+    for name, seeds in zip(told_apart(list(groups)), groups.values(), strict=True):
         methods[name] = [replace(run, method=name) for run in sorted(seeds, key=lambda run: run.seed)]
     refuse_uneven_seeds(methods)
     return methods
+
+
+def told_apart(groups):
+    """[(name, ((key, value), ...)), ...] -> names. Where two would be equal, the keys that differ between
+    them are added: 'OPRD, lr=0.001'."""
+    names = []
+    for name, settings in groups:
+        same_name = [dict(other) for other_name, other in groups if other_name == name]
+        differing = []
+        for key, value in settings:
+            if any(other[key] != value for other in same_name):
+                differing.append(f'{key}={value}')
+        names.append(', '.join([name, *differing]))
+    return names
 
 
 def method_key(config):
@@ -230,3 +262,24 @@ def refuse_uneven_seeds(methods):
 
 def listed(numbers):
     return ', '.join(str(number) for number in numbers)
+
+
+# ---- what a run took -------------------------------------------------------------------------------
+
+def seconds_of_steps(rows):
+    """Seconds of all phases of all steps of a log. Evaluations are in none of them."""
+    total = 0.0
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith('time/') and value is not None:
+                total += value
+    return total
+
+
+def machines_of(folder):
+    """On what a run's steps were made -> ['cpu, ranks 1, threads 1'], one text for each kind."""
+    kinds = []
+    for start in lasting_starts(read_starts(folder)):
+        made = start['versions']
+        kinds.append(f'{made.get("device")}, ranks {made.get("ranks")}, threads {made.get("threads")}')
+    return list(dict.fromkeys(kinds)) or ['a machine that the run does not name']

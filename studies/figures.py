@@ -1,31 +1,32 @@
 """
-Figures from run folders: what distill.py and bridge.py have logged, drawn by matplotlib into a PNG.
+Figures from run folders: what distill.py and bridge.py have logged, drawn by matplotlib.
 
-    python -m studies.figures out/toy                 one run: out/toy/curve.png
+    python -m studies.figures out/toy                 one run: out/toy/curve.png and curve.pdf
     python -m studies.figures out/a out/b out/c       several runs in one figure, in the first one's folder
-    python -m studies.figures out/toy_bridge_stage1   one bridge, or several: out/toy_bridge_stage1/bridge.png
+    python -m studies.figures out/toy_bridge_stage1   one bridge, or several: bridge.png and bridge.pdf in it
 
 A run. Left: accuracy over steps, with lines for the untrained student and the teacher (the paper's Figure 4).
-Right: cosine of the matched states, a line for each layer, and their mean (Figure 6). distill.py draws it
-anew at every evaluation.
+Right: cosine of the matched states, a line for each layer, and their mean (Figure 6). distill.py draws
+curve.png anew at every evaluation.
 A bridge. Left: held-out cosine against rank (Figure 12). Right: each layer at the rank that is used.
 
 Simpler than usual: it reads log.jsonl, config.json and bridge.json, and no tracker or event file. Runs that
 start from different students, or that are evaluated differently, are refused: in one panel their curves
-would look comparable and are not. Many runs with a table and seeds: studies/compare.py.
+would look comparable and are not. How a figure looks: studies/drawing.py. Many runs with a table and seeds:
+studies/compare.py.
 """
 import re
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
 from configs import default
+from studies.drawing import label_ends, look_of, marked, new_figure, paper_style, save, whole_ticks
 from support.command_help import command_words
 from support.fields import Field, check_fields
-from support.files import read_json, whole
+from support.files import read_json
 from support.provenance import mixed_code
 from support.run_folder import log_rows, scores_of
-from support.runtime import UserError, cut, print0, printable, run, shown
+from support.runtime import UserError, cut, print0, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
 BRIDGE_LINES = {'cos': 'bridge', 'before': 'random P_S', 'shuffled': 'shuffled pairs',
@@ -35,7 +36,6 @@ LARGEST = 10**6                 # more than any rank or layer
 BRIDGE = {'rank': Field(int, 1, LARGEST), 'used': Field(int, 1, LARGEST),
           'layers': Field(dict, 1, items=Field(dict))}
 CONFIG = {'config': Field(dict)}                         # config.json
-MOST_MARKERS = 40               # with more points than these, a line is drawn without markers
 MOST_LABELS = 10                # with more layers than these, a color bar says which line is which
 
 
@@ -165,39 +165,22 @@ def read_configs(folders):
 
 # ---- figures -------------------------------------------------------------------------------------
 
-def new_figure(count, width=5.0, sharey=False):
-    """-> (figure, a list of `count` axes side by side, each so many inches wide).
-
-    The figure is made without pyplot, which would keep it until it is closed: one that is given up half-way
-    is simply forgotten, and no display is looked for. matplotlib is imported here: it takes a second, and the
-    training loop imports this file.
-    """
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width * count, 3.8), layout='constrained')
-    (axes,) = figure.subplots(1, count, sharey=sharey, squeeze=False)
-    return figure, list(axes)
-
-
 def curve(folders, file):
-    """Accuracy and cosine curves of one run or several -> a PNG."""
+    """Accuracy and cosine curves of one run or several -> the files that were written (drawing.save)."""
     if len(folders) > 1:
         require_comparable(read_configs(folders))
     logs = [read_log(folder) for folder in folders]      # one that is refused ends here
-    figure, (left, right) = new_figure(2)
-    alone = len(folders) == 1
-    for number, (folder, rows) in enumerate(zip(folders, logs, strict=True)):
-        name = Path(folder).name
-        draw_accuracy(left, rows, name, f'C{number}', first=number == 0, alone=alone)
-        if alone:
-            draw_layers(figure, right, rows)
+    with paper_style():
+        figure, (left, right) = new_figure(columns=2)
+        if len(folders) == 1:
+            draw_run(figure, left, right, logs[0], Path(folders[0]).name)
         else:
-            draw_cosines(right, rows, name, f'C{number}')
-    thin = 'one line a layer' if alone else 'thin: each layer'
-    left.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
-    right.set(xlabel='step', ylabel='cosine to the teacher', title=f'representation match ({thin})')
-    for panel in (left, right):
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    finish(figure, (left, right), file)
+            draw_runs(left, right, [Path(folder).name for folder in folders], logs)
+        left.set(xlabel='step', ylim=(0, 102), title='held-out accuracy')
+        right.set(xlabel='step', ylabel='cosine to the teacher')
+        whole_ticks(left)
+        whole_ticks(right)
+        return save(figure, file)
 
 
 def redraw(folder):
@@ -212,36 +195,54 @@ def redraw(folder):
                f'python -m studies.figures {folder}')
 
 
-def draw_accuracy(axes, rows, name, color, first, alone):
-    """One run's accuracy. first: also the lines that the runs share; alone: also a line for each set."""
-    points, metric = accuracy(rows)
-    if not points:
-        return
-    steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, color=color, marker='o', ms=4, label=f'{name}: distilled')
-
-    # With several sets the line above is their mean. Of a single run there is room for the sets, too.
+def draw_run(figure, left, right, rows, name):
+    """A single run: there is room for each set and each layer."""
+    draw_accuracy(left, rows, f'{name}: distilled', look_of(name))
     of_sets = accuracy_metrics(rows)[1:]
-    for number, of_set in enumerate(of_sets if alone else [], 1):
-        steps, values = zip(*accuracy(rows, of_set)[0], strict=True)
-        axes.plot(steps, values, color=f'C{number}', lw=1, label=of_set.partition('/')[2])
-    if first:
-        teacher = scores_of(rows[0], 'teacher')
-        if teacher:                          # one that does not fit whole is not evaluated
-            axes.axhline(teacher[metric], color='0.2', ls='--', lw=1, label='teacher')
-        axes.axhline(points[0][1], color='0.6', ls=':', lw=1.2, label='student before')
-    mean_of = f', mean of {len(of_sets)} sets' if of_sets else ''
-    axes.set_ylabel(f'Avg@{metric[4:]}, %{mean_of}')
+    for metric in of_sets:
+        steps, values = zip(*accuracy(rows, metric)[0], strict=True)
+        of_set = metric.partition('/')[2]
+        left.plot(steps, values, lw=0.8, label=of_set, markevery=marked(steps), **look_of(of_set))
+    draw_models_before(left, rows)
+    draw_layers(figure, right, rows)
+    right.set_title('representation match of each layer')
 
 
-def draw_cosines(axes, rows, name, color):
-    """One of several runs: its cosines in its color. A run through another objective looks at them now and
-    then only, or never."""
-    steps, by_layer, mean = cosines(rows)
-    for values in by_layer.values():
-        axes.plot(steps, values, color=color, lw=0.6, alpha=0.35)
-    if steps:
-        axes.plot(steps, mean, color=color, lw=1.8, label=f'{name}: mean over layers')
+def draw_runs(left, right, names, logs):
+    """Several runs, each with one look in both panels."""
+    for name, rows in zip(names, logs, strict=True):
+        look = look_of(name)
+        draw_accuracy(left, rows, name, look)
+        steps, by_layer, mean = cosines(rows)
+
+        # A run through another objective looks at the cosines now and then only, or never.
+        if steps:
+            for values in by_layer.values():
+                right.plot(steps, values, color=look['color'], lw=0.5, alpha=0.4)
+            right.plot(steps, mean, label=name, markevery=marked(steps), **look)
+    draw_models_before(left, logs[0])
+    right.set_title('representation match (thin: each layer)')
+
+
+def draw_accuracy(axes, rows, label, look):
+    """One run's accuracy, of several sets their mean."""
+    points, metric = accuracy(rows)
+    if points:
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=label, markevery=marked(steps), **look)
+        of_sets = accuracy_metrics(rows)[1:]
+        mean_of = f', mean of {len(of_sets)} sets' if of_sets else ''
+        axes.set_ylabel(f'Avg@{metric[4:]}, %{mean_of}')
+
+
+def draw_models_before(axes, rows):
+    """Lines for the teacher and for the student before the first step, which all runs of a figure share."""
+    points, metric = accuracy(rows)
+    teacher = scores_of(rows[0], 'teacher')
+    if teacher:                              # one that does not fit whole is not evaluated
+        axes.axhline(teacher[metric], lw=1, label='teacher', **look_of('teacher'))
+    if points:
+        axes.axhline(points[0][1], lw=1, label='student before', **look_of('student'))
 
 
 def draw_layers(figure, axes, rows):
@@ -257,31 +258,15 @@ def draw_layers(figure, axes, rows):
     # From dark blue, the first layer, to green. The yellow end of the map cannot be seen on white.
     dark = colormaps['viridis']([0.88 * number / 255 for number in range(256)])
     scale = ScalarMappable(Normalize(min(by_layer), max(by_layer)), ListedColormap(dark))
+    ends = {}
     for layer, values in by_layer.items():
-        axes.plot(steps, values, color=scale.to_rgba(layer), lw=1)
-    axes.plot(steps, mean, color='0.15', ls='--', lw=1.8, label='mean over layers')
+        axes.plot(steps, values, color=scale.to_rgba(layer), lw=0.8)
+        ends[f'layer {layer}'] = (steps[-1], values[-1], scale.to_rgba(layer))
+    axes.plot(steps, mean, color='0.15', ls='--', label='mean over layers')
     if len(by_layer) > MOST_LABELS:
         figure.colorbar(scale, ax=axes, label='student layer', pad=0.02)
-        return
-
-    low, high = axes.get_ylim()
-    ends = {layer: (values[-1] - low) / (high - low) for layer, values in by_layer.items()}
-    for layer, height in spread(ends, 0.055).items():
-        axes.text(1.01, height, f'layer {layer}', color=scale.to_rgba(layer), fontsize=8, va='center',
-                  transform=axes.transAxes)
-
-
-def spread(heights, gap):
-    """{name: height between 0 and 1} -> the same, moved so that neighbours are at least `gap` apart: upwards
-    where they meet, and down again from the upper end."""
-    upwards = sorted(heights, key=heights.get)
-    placed = dict(heights)
-    for lower, name in pairwise(upwards):
-        placed[name] = max(placed[name], placed[lower] + gap)
-    placed[upwards[-1]] = min(placed[upwards[-1]], 1.0)
-    for upper, name in pairwise(reversed(upwards)):
-        placed[name] = min(placed[name], placed[upper] - gap)
-    return placed
+    else:
+        label_ends(axes, ends)
 
 
 def cosines(rows):
@@ -294,61 +279,69 @@ def cosines(rows):
 
 
 def bridges(folders, file):
-    """Stage 1 of OPRD-Bridge, one fit or several -> a PNG.
+    """Stage 1 of OPRD-Bridge, one fit or several -> the files that were written (drawing.save).
 
     A single fit is drawn with its controls, each layer, and Theorem 3's rank. A teacher that reads gibberish
     shows in the right half, at the last layer, and not in the mean.
     """
     bridges_made = [read_bridge(folder) for folder in folders]           # a damaged one ends here
-    figure, (left, right) = new_figure(2)
-    alone = len(folders) == 1
-    color_number = 0
+    lines = []                               # (what bridge.json says, key in it, label, look)
+    with paper_style():
+        if len(folders) == 1:
+            for key, label in BRIDGE_LINES.items():
+                look = look_of('OPRD-Bridge' if key == 'cos' else label)
+                lines.append((bridges_made[0], key, label, look))
+        else:
+            for folder, made in zip(folders, bridges_made, strict=True):
+                name = Path(folder).name
+                lines.append((made, 'cos', f"{name}, used rank {made['used']}", look_of(name)))
+        figure, (left, right) = new_figure(columns=2)
+        for line in lines:
+            draw_bridge(left, right, *line)
+        if len(folders) == 1:
+            draw_rank(left, right, bridges_made[0])
+        label_bridge_axes(left, right, bridges_made)
+        return save(figure, file)
+
+
+def draw_bridge(left, right, made, key, label, look):
+    """One line in both panels: the mean over layers at each rank, and each layer at the rank that is used."""
+    layers = {int(layer): values[key] for layer, values in made['layers'].items()}
+
+    # bridge.json holds {rank: cosine} for each layer; every layer has the same ranks.
+    ranks = [int(rank) for rank in layers[max(layers)]]
+    mean = []
+    for rank in ranks:
+        mean.append(fmean(values[str(rank)] for values in layers.values()))
+    left.plot(ranks, mean, label=label, markevery=marked(ranks), **look)
+    at_used = [values[str(made['used'])] for values in layers.values()]
+    right.plot(list(layers), at_used, label=label, markevery=marked(layers), **look)
+
+
+def draw_rank(left, right, made):
+    """A single bridge: its single layers as thin lines, and the rank that Theorem 3 recommends."""
+    color = look_of('OPRD-Bridge')['color']
+    for values in made['layers'].values():
+        ranks = [int(rank) for rank in values['cos']]
+        left.plot(ranks, list(values['cos'].values()), color=color, lw=0.5, alpha=0.4)
+    left.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
+    right.set_title(f"each layer at rank {made['used']}, which is used")
+
+
+def label_bridge_axes(left, right, bridges_made):
+    """Names and ticks of the axes. Left the powers of two, right whole layers."""
     largest = 1                              # rank, over all folders
-    for folder, made in zip(folders, bridges_made, strict=True):
-        layers = {int(layer): values for layer, values in made['layers'].items()}
-        for key, label in BRIDGE_LINES.items() if alone else [('cos', Path(folder).name)]:
-            color = f'C{color_number}'
-            color_number += 1
-
-            # bridge.json holds {rank: cosine} for each layer; every layer has the same ranks.
-            ranks = [int(rank) for rank in layers[max(layers)][key]]
-            largest = max(largest, *ranks)
-            by_layer = [[values[key][str(rank)] for rank in ranks] for values in layers.values()]
-            if alone and key == 'cos':
-                for line in by_layer:
-                    left.plot(ranks, line, color=color, lw=0.5, alpha=0.4)
-            marker = 'o' if len(ranks) <= MOST_MARKERS else None
-            mean = [fmean(values) for values in zip(*by_layer, strict=True)]
-            left.plot(ranks, mean, color=color, marker=marker, ms=3, label=label)
-
-            used = str(made['used'])
-            at_used = [values[key][used] for values in layers.values()]
-            right.plot(list(layers), at_used, color=color, marker='o', ms=3, label=f'{label}, rank {used}')
-        if alone:
-            left.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
-    left.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
+    for made in bridges_made:
+        for values in made['layers'].values():
+            largest = max(largest, *(int(rank) for rank in values['cos']))
     powers = [2**exponent for exponent in range(largest.bit_length())]
-    left.set_xticks(powers, powers)
+    every = 1 if len(powers) <= 9 else 2     # of more there is room for every second number
+    names = [str(power) if number % every == 0 else '' for number, power in enumerate(powers)]
+    left.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
+    left.set_xticks(powers, names)
     left.minorticks_off()
-    right.set(xlabel='student layer', xticks=list(layers), title='each layer')
-    finish(figure, (left, right), file)
-
-
-def finish(figure, axes, file):
-    """Grid, legends, and the file, written completely or not at all."""
-    from matplotlib.text import Text
-    for panel in axes:
-        panel.grid(alpha=0.25)
-        panel.spines[['top', 'right']].set_visible(False)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
-
-    # Names of folders and of metrics are drawn as they are: '$' begins no formula.
-    for text in figure.findobj(Text):
-        text.set_text(printable(text.get_text()))
-        text.set_parse_math(False)
-    with whole(file) as temporary:
-        figure.savefig(temporary, dpi=130, format='png')
+    right.set(xlabel='student layer', title=right.get_title() or 'each layer at the rank that is used')
+    whole_ticks(right)
 
 
 def main(folders):
@@ -356,17 +349,15 @@ def main(folders):
         raise UserError('no run folder given; python -m studies.figures out/toy '
                         '(to run a comparison: python -m studies.compare toy_comparison)')
     if all((Path(folder) / 'bridge.json').exists() for folder in folders):
-        file = Path(folders[0]) / 'bridge.png'
-        bridges(folders, file)
+        files = bridges(folders, Path(folders[0]) / 'bridge')
     else:
         for folder in folders:
             if not (Path(folder) / 'log.jsonl').exists():
                 raise UserError(f'{folder}/log.jsonl: no such file; give run folders of distill.py')
-        file = Path(folders[0]) / 'curve.png'
-        curve(folders, file)
+        files = curve(folders, Path(folders[0]) / 'curve')
         for note in mixed_code(folders):
             print0(f'note: {note}')
-    print0(file)
+    print0(*files)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,582 @@
+"""
+The paper's figures that are drawn from what runs and bridges have written: Figures 1, 4 to 7 and 9 to 12.
+
+    python -m paper figure4 out/toy_paper         Figure 4 of all finished runs in a folder
+    python -m paper figure7 out/a out/b to=out/x  Figure 7 of two runs, written into out/x
+
+    1   accuracy against time, with bubbles as large as the memory of the update
+    4   held-out accuracy over steps, a panel for each set      9   the output-space term over steps
+    5   length of the training answers                          10  overlap of the 16 likeliest tokens
+    6   cosine of the hidden states, and of each layer          11  entropies of student and teacher
+    7   accuracy with weights mu of Eq. (6) beside Eq. (3)      12  a bridge's cosine against its rank
+
+Each figure is three functions: figure4_data(runs) makes the numbers, draw_figure4(data, file) only draws
+them, and figure4(folders, to) reads the folders, and writes figure4.json, .png and .pdf. Runs with a teacher
+of another shape or vocabulary get a figure of their own: figure4_bridge.png, figure4_tokens.png.
+A figure shows the runs that are evaluated during training; runs that are evaluated only before and after it
+are drawn where all are such runs, and are otherwise named under 'left out' in the JSON file.
+
+Simpler than usual: nothing is fitted and nothing is interpolated. A line is the mean over seeds, and the thin
+lines beside it are the seeds. Figure 8 measures two models and is in first_last.py.
+"""
+from pathlib import Path
+from statistics import fmean
+
+from paper.runs import (
+    PAIRS,
+    Missing,
+    by_method,
+    machines_of,
+    of_kind,
+    read_runs,
+    seconds_of_steps,
+    told_apart,
+)
+from studies.drawing import COLUMN, PAGE, draw_seeds, look_of, new_figure, paper_style, save
+from studies.figures import LARGEST, accuracy, accuracy_metrics, draw_layers, layer_names, read_bridge
+from support.fields import Field, check_fields
+from support.files import write_json
+from support.optimizer import ever_positive
+from support.provenance import lasting_starts, read_starts
+from support.run_folder import scores_of
+from support.runtime import UserError
+
+MAKE_RUNS = 'python -m studies.compare toy_paper makes such runs of the toy'
+MAKE_BRIDGE = 'python bridge.py configs/toy_bridge.py makes one of the toy'
+WINDOW = 3                      # evaluations in a rolling mean of Figure 4: one and its two neighbours
+FEW = 10                        # with fewer evaluations than these, Figure 4 shows them as they are
+
+
+# ---- from folders to files -------------------------------------------------------------------------
+
+def draw_pairs(name, folders, to, data_of, draw):
+    """A figure of each pair of models that the folders hold -> list of files. data_of, draw: the figure's own
+    functions. Missing if no pair can feed it."""
+    runs = read_runs(of_kind(folders, 'run'))
+    if not runs:
+        raise Missing(f'no run of distill.py in the folders; {MAKE_RUNS}')
+    files = []
+    missing = None
+    for pair in PAIRS:
+        of_pair = [run for run in runs if run.pair == pair]
+        if not of_pair:
+            continue
+        try:
+            data = data_of(of_pair)
+        except Missing as error:
+            missing = missing or error
+            continue
+        ending = '' if pair == 'same' else f'_{pair}'
+        files += write_figure(data, draw, Path(to) / f'{name}{ending}')
+    if not files:
+        raise missing
+    return files
+
+
+def write_figure(data, draw, file):
+    """Write a figure and its numbers -> list of files. file: without an ending."""
+    write_json(file.with_suffix('.json'), data)
+    return [file.with_suffix('.json'), *draw(data, file)]
+
+
+# ---- from runs to numbers ------------------------------------------------------------------------
+
+def shown_runs(runs):
+    """The runs of one pair -> (those that a figure shows, those that it leaves out). Runs that are evaluated
+    only before and after training have no curve; they are shown if no other run has one."""
+    with_curve = []
+    without = []
+    for run in runs:
+        enough = len(accuracy(run.rows)[0]) > 2
+        (with_curve if enough else without).append(run)
+    return (with_curve, without) if with_curve else (without, [])
+
+
+def common_data(runs):
+    """What the file of every figure says about its runs: which they are, and how many answers are behind a
+    score."""
+    chosen, left_out = shown_runs(runs)
+    methods = by_method(chosen)
+    return methods, {
+        'pair': PAIRS[runs[0].pair],
+        'runs': {name: [run.folder.name for run in seeds] for name, seeds in methods.items()},
+        'seeds': {name: [run.seed for run in seeds] for name, seeds in methods.items()},
+        'left out': [run.folder.name for run in left_out],
+        'problems': problems_of(chosen[0]),
+        'answers': chosen[0].config['eval_n'],
+    }
+
+
+def problems_of(run):
+    """{held-out set: number of its problems}, as the run noted it; {} where it did not."""
+    starts = lasting_starts(read_starts(run.folder))
+    return starts[-1].get('problems', {}).get('eval_data', {}) if starts else {}
+
+
+def curve_of(seeds, name):
+    """What the runs of one method have logged under a name -> {'steps', 'by_seed'}; None if it is nothing.
+
+    UserError: the runs have measured it after different steps, so there is no mean over them.
+    """
+    curves = []
+    for run in seeds:
+        measured = [row for row in run.rows if row.get(name) is not None]
+        curves.append(([row['step'] for row in measured], [row[name] for row in measured]))
+    steps = curves[0][0]
+    for run, (other, _) in zip(seeds, curves, strict=True):
+        if other != steps:
+            found = f'{steps_in_words(steps)}; {steps_in_words(other)}'
+            raise UserError(f'{seeds[0].folder} and {run.folder} are seeds of {run.method} and have {name} '
+                            f'after other steps ({found}); finish both, or give one of them')
+    if not steps:
+        return None
+    return {'steps': steps, 'by_seed': [values for _, values in curves]}
+
+
+def steps_in_words(steps):
+    """'0, 20, ... 100'"""
+    if len(steps) < 4:
+        return ', '.join(str(step) for step in steps) or 'none'
+    return f'{steps[0]}, {steps[1]}, ... {steps[-1]}'
+
+
+def curves_data(runs, names, what):
+    """{name of the log: its curves of every method} with what is common. Missing if no run has them."""
+    methods, data = common_data(runs)
+    for name in names:
+        data[name] = {}
+        for method, seeds in methods.items():
+            curve = curve_of(seeds, name)
+            if curve:
+                data[name][method] = curve
+    if not any(data[name] for name in names):
+        raise Missing(f'no run has logged {" or ".join(names)}, {what}; {MAKE_RUNS}')
+    return data
+
+
+def first_models(methods, metric):
+    """Scores of the models before the first step, the same for all methods -> {'student', 'teacher'}, means
+    over seeds; a teacher that was not evaluated is left out."""
+    longest = max(methods.values(), key=len)
+    scores = {}
+    for side, start in (('student', 'eval'), ('teacher', 'teacher')):
+        of_seeds = [scores_of(run.rows[0], start) for run in longest]
+        if all(metric in values for values in of_seeds):
+            scores[side] = fmean(values[metric] for values in of_seeds)
+    return scores
+
+
+def rolling(values, window):
+    """Centred rolling mean. Towards both ends it narrows, so that it stays centred: the first value and the
+    last one are as they are."""
+    means = []
+    for at in range(len(values)):
+        half = min(window // 2, at, len(values) - 1 - at)
+        means.append(fmean(values[at - half:at + half + 1]))
+    return means
+
+
+# ---- what the drawings share ---------------------------------------------------------------------
+
+def mean_of_seeds(data):
+    """How many seeds a line stands for, as a text under a figure."""
+    counts = sorted({len(seeds) for seeds in data['seeds'].values()})
+    if counts == [1]:
+        return 'One seed.'
+    number = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
+    return f'Lines: mean of {number} seeds. Thin lines: the seeds.'
+
+
+def answers_of(data):
+    """How many answers a score stands for, as a text under a figure."""
+    problems = sum(data['problems'].values())
+    return f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
+
+
+def draw_curves(axes, curves):
+    """Every method's curve in its look."""
+    for method, curve in curves.items():
+        draw_seeds(axes, curve['steps'], curve['by_seed'], method, look_of(method))
+
+
+def draw_models(axes, scores):
+    """Horizontal lines for the models before the first step."""
+    for side in ('teacher', 'student'):
+        if side in scores:
+            look = look_of(side)
+            axes.axhline(scores[side], color=look['color'], ls=look['linestyle'], lw=1, label=side)
+
+
+# ---- Figure 1 ------------------------------------------------------------------------------------
+
+def figure1_data(runs):
+    """Of every method and seed: accuracy after the last step, minutes of all steps, and GB of the update."""
+    methods, data = common_data(runs)
+    metric = accuracy(runs[0].rows)[1]
+    if metric is None:
+        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    data |= {'metric': metric, 'machine': one_machine(methods), 'methods': {}}
+    data |= first_models(methods, metric)
+    for method, seeds in methods.items():
+        gigabytes = [largest(run.rows, 'mem/update_dpeak') for run in seeds]
+        data['methods'][method] = {
+            'steps': seeds[0].rows[-1]['step'],
+            'accuracy': [accuracy(run.rows)[0][-1][1] for run in seeds],
+            'minutes': [seconds_of_steps(run.rows) / 60 for run in seeds],
+            'gigabytes': None if None in gigabytes else gigabytes,
+        }
+    return data
+
+
+def one_machine(methods):
+    """The kind of machine that made all runs; a UserError if there are two, whose times mean nothing side by
+    side."""
+    made_on = {}                             # {kind of machine: one of its runs}
+    for seeds in methods.values():
+        for run in seeds:
+            for machine in machines_of(run.folder):
+                made_on.setdefault(machine, run)
+    if len(made_on) > 1:
+        (machine, run), (other_machine, other), *_ = made_on.items()
+        raise UserError(f'{run.folder} was made on {machine}, and {other.folder} on {other_machine}; their '
+                        'times cannot be compared; put them in separate figures')
+    return next(iter(made_on))
+
+
+def largest(rows, name):
+    """The largest value of a name in a log; None if it was not measured."""
+    return max((row[name] for row in rows if row.get(name) is not None), default=None)
+
+
+def draw_figure1(data, file):
+    """Bubbles: their area is memory, their middle the mean over seeds; the seeds are small points."""
+    peaks = [max(method['gigabytes']) for method in data['methods'].values() if method['gigabytes']]
+    measured = len(peaks) == len(data['methods'])
+    with paper_style():
+        figure, (axes,) = new_figure(width=COLUMN, height=2.6)
+        for name, method in data['methods'].items():
+            look = look_of(name)
+            middle = (fmean(method['minutes']), fmean(method['accuracy']))
+            area = 500 * fmean(method['gigabytes']) / max(peaks) if measured else 150
+            axes.scatter(*middle, s=area, color=look['color'], alpha=0.3, lw=0)
+            axes.scatter(method['minutes'], method['accuracy'], s=3, color=look['color'], lw=0)
+            axes.plot(*middle, label=name, **look | {'linestyle': 'None'})
+        draw_models(axes, data)
+        axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
+        axes.set_xlim(left=0)
+        area = 'Bubbles are equal: memory was not measured.'
+        if measured:
+            area = f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.'
+        notes = f'{area} Small points: the seeds. {answers_of(data)} Made on {data["machine"]}.'
+        return save(figure, file, notes)
+
+
+def figure1(folders, to='out/paper'):
+    """Accuracy against time and memory."""
+    return draw_pairs('figure1', folders, to, figure1_data, draw_figure1)
+
+
+# ---- Figure 4 ------------------------------------------------------------------------------------
+
+def figure4_data(runs):
+    """Of every held-out set: each method's accuracies, and their rolling mean over evaluations."""
+    methods, data = common_data(runs)
+    metrics = accuracy_metrics(runs[0].rows)
+    if not metrics:
+        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    data |= {'metric': metrics[0], 'window': WINDOW, 'sets': {}}
+
+    # Of several sets the first name is their mean, which has no panel of its own.
+    for metric in metrics[1:] or metrics:
+        curves = {}
+        for method, seeds in methods.items():
+            curve = curve_of(seeds, f'eval/{metric}')
+            if curve is None:
+                continue
+            mean = [fmean(values) for values in zip(*curve['by_seed'], strict=True)]
+            curve['mean'] = rolling(mean, WINDOW) if len(mean) >= FEW else mean
+            curves[method] = curve
+        name = metric.partition('/')[2] or next(iter(data['problems']), 'held-out problems')
+        data['sets'][name] = {'methods': curves, **first_models(methods, metric)}
+    return data
+
+
+def draw_figure4(data, file):
+    """A panel for each set: thick lines are rolling means, thin ones the evaluations of each seed."""
+    count = len(data['sets'])
+    smooth = any(len(curve['steps']) >= FEW for values in data['sets'].values()
+                 for curve in values['methods'].values())
+    with paper_style():
+        width = PAGE if count > 1 else COLUMN
+        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
+        for axes, (name, values) in zip(panels, data['sets'].items(), strict=True):
+            for method, curve in values['methods'].items():
+                look = look_of(method)
+                for seed in curve['by_seed']:
+                    axes.plot(curve['steps'], seed, color=look['color'], lw=0.5, alpha=0.5)
+                axes.plot(curve['steps'], curve['mean'], label=method, **look)
+            draw_models(axes, values)
+            axes.set(xlabel='step', title=name, ylim=(0, 105))
+        panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
+        mean = f'Thick lines: centred mean of {WINDOW} evaluations. ' if smooth else ''
+        notes = f'{mean_of_seeds(data)} {mean}{answers_of(data)}'
+        return save(figure, file, notes)
+
+
+def figure4(folders, to='out/paper'):
+    """Held-out accuracy over steps."""
+    return draw_pairs('figure4', folders, to, figure4_data, draw_figure4)
+
+
+# ---- Figures 5, 9, 10 and 11: what the log says over steps -----------------------------------------
+
+def figure5_data(runs):
+    """Mean length of the answers of each training step."""
+    return curves_data(runs, ['len/mean'], 'the length of answers')
+
+
+def draw_figure5(data, file):
+    return draw_over_steps(data, file, {'len/mean': 'length of an answer, tokens'})
+
+
+def figure5(folders, to='out/paper'):
+    """Length of the training answers over steps."""
+    return draw_pairs('figure5', folders, to, figure5_data, draw_figure5)
+
+
+def figure9_data(runs):
+    """The output-space term of every method that has one."""
+    return curves_data(runs, ['loss/opd'], 'a term in the output space')
+
+
+def draw_figure9(data, file):
+    return draw_over_steps(data, file, {'loss/opd': 'output-space term, nats'})
+
+
+def figure9(folders, to='out/paper'):
+    """The output-space term over steps."""
+    return draw_pairs('figure9', folders, to, figure9_data, draw_figure9)
+
+
+def figure10_data(runs):
+    """Share of the 16 likeliest tokens that both models have in common."""
+    return curves_data(runs, ['opd/overlap16'], 'the overlap of the 16 likeliest tokens')
+
+
+def draw_figure10(data, file):
+    return draw_over_steps(data, file, {'opd/overlap16': 'overlap of the 16 likeliest tokens'})
+
+
+def figure10(folders, to='out/paper'):
+    """Overlap of the 16 likeliest tokens over steps."""
+    return draw_pairs('figure10', folders, to, figure10_data, draw_figure10)
+
+
+def figure11_data(runs):
+    """Entropies of both models on the answers of the student."""
+    return curves_data(runs, ['entropy/student', 'entropy/teacher'], 'entropies')
+
+
+def draw_figure11(data, file):
+    return draw_over_steps(data, file, {'entropy/student': 'entropy of the student, nats',
+                                        'entropy/teacher': 'entropy of the teacher, nats'})
+
+
+def figure11(folders, to='out/paper'):
+    """Entropies of student and teacher over steps."""
+    return draw_pairs('figure11', folders, to, figure11_data, draw_figure11)
+
+
+def draw_over_steps(data, file, panels):
+    """A panel for each {name of the log: label of the y axis}."""
+    width = COLUMN if len(panels) == 1 else PAGE
+    with paper_style():
+        figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
+        for panel, (name, label) in zip(axes, panels.items(), strict=True):
+            draw_curves(panel, data[name])
+            panel.set(xlabel='step', ylabel=label)
+        return save(figure, file, mean_of_seeds(data))
+
+
+# ---- Figure 6 ------------------------------------------------------------------------------------
+
+def figure6_data(runs):
+    """Cosines of student and teacher: of every method the mean over layers, and each layer of two methods:
+    the first one that matches hidden states, and the first one that does not."""
+    data = curves_data(runs, ['rep/cos'], 'cosines of the hidden states')
+    methods, _ = common_data(runs)
+    data['layers'] = {}
+    for matches in (True, False):
+        for method in data['rep/cos']:
+            seeds = methods[method]
+            if ever_positive(seeds[0].config['oprd_weight']) == matches:
+                data['layers'][method] = layers_of(seeds)
+                break
+    return data
+
+
+def layers_of(seeds):
+    """{layer: its cosines} of one method's runs, as text for JSON."""
+    layers = {}
+    for name in layer_names(seeds[0].rows):
+        layers[name.removeprefix('rep/cos/')] = curve_of(seeds, name)
+    return layers
+
+
+def draw_figure6(data, file):
+    """Left: the mean over layers of every method. Then: the layers of two methods."""
+    with paper_style():
+        figure, (left, *others) = new_figure(columns=1 + len(data['layers']), height=2.5, sharey=True)
+        draw_curves(left, data['rep/cos'])
+        left.set(xlabel='step', ylabel='cosine to the teacher', title='mean over layers')
+        for axes, (method, layers) in zip(others, data['layers'].items(), strict=True):
+            draw_layers(figure, axes, rows_of_means(layers))
+            axes.set(xlabel='step', title=f'layers, {method}')
+        return save(figure, file, mean_of_seeds(data))
+
+
+def rows_of_means(layers):
+    """Curves of layers -> rows as a log has them, of means over seeds."""
+    steps = next(iter(layers.values()))['steps']
+    rows = [{'step': step} for step in steps]
+    for layer, curve in layers.items():
+        for row, values in zip(rows, zip(*curve['by_seed'], strict=True), strict=True):
+            row[f'rep/cos/{layer}'] = fmean(values)
+    for row in rows:
+        row['rep/cos'] = fmean(row[f'rep/cos/{layer}'] for layer in layers)
+    return rows
+
+
+def figure6(folders, to='out/paper'):
+    """Cosine of the hidden states over steps."""
+    return draw_pairs('figure6', folders, to, figure6_data, draw_figure6)
+
+
+# ---- Figure 7 ------------------------------------------------------------------------------------
+
+def figure7_data(runs):
+    """Of each weight mu of Eq. (6) beside Eq. (3): the accuracies over steps, the last ones, and the learning
+    rate. Weights that change during a run are not compared."""
+    methods, data = common_data(runs)
+    data |= {'metric': accuracy(runs[0].rows)[1], 'methods': {}}
+    if data['metric'] is None:
+        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    for method, seeds in methods.items():
+        config = seeds[0].config
+        weights = (config['oprd_weight'], config['opd_weight'])
+        constant = not any(isinstance(weight, list) for weight in weights)
+        if config['opd'] == 'sampled' and constant and weights[1] > 0:
+            curve = curve_of(seeds, f'eval/{data["metric"]}')
+            data['methods'][method] = {'mu': weights[0] / weights[1], 'lr': config['lr'], **curve}
+    if len({values['mu'] for values in data['methods'].values()}) < 2:
+        raise Missing(f'fewer than two weights mu of Eq. (6) beside OPD top-1; {MAKE_RUNS}')
+    data |= first_models(methods, data['metric'])
+    return data
+
+
+def draw_figure7(data, file):
+    """Left: accuracy over steps. Right: after the last step, against mu."""
+    with paper_style():
+        figure, (left, right) = new_figure(columns=2, height=2.5, sharey=True)
+        by_mu = sorted(data['methods'].items(), key=lambda item: item[1]['mu'])
+        for number, (method, values) in enumerate(by_mu):
+            look = look_of(method)
+            draw_seeds(left, values['steps'], values['by_seed'], method, look)
+            last = [seed[-1] for seed in values['by_seed']]
+            right.plot(number, fmean(last), **look | {'linestyle': 'None'})
+            right.scatter([number] * len(last), last, s=4, color=look['color'], lw=0)
+            right.annotate(f'{fmean(last):.1f}', (number, fmean(last)), (6, 0), textcoords='offset points',
+                           va='center', fontsize=7)
+        draw_models(left, data)
+        draw_models(right, data)
+        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
+        labels = [f'{values["mu"]:g}\nlr={values["lr"]:g}' for _, values in by_mu]
+        right.set(xlabel='weight mu of Eq. (6)', xlim=(-0.5, len(by_mu) - 0.3), title='after the last step')
+        right.set_xticks(range(len(by_mu)), labels)
+        return save(figure, file, f'{mean_of_seeds(data)} {answers_of(data)}')
+
+
+def figure7(folders, to='out/paper'):
+    """Accuracy with weights mu of Eq. (6) beside Eq. (3)."""
+    return draw_pairs('figure7', folders, to, figure7_data, draw_figure7)
+
+
+# ---- Figure 12 -----------------------------------------------------------------------------------
+
+# What makes two bridges of one kind, beside the models that they join; they then differ in the seed.
+SETTINGS = ('positions', 'pair', 'layer_map', 'bridge_prompts', 'bridge_held_out', 'bridge_fit',
+            'bridge_ridge', 'bridge_bias')
+PAIR = Field(list, 2, 2, items=Field(int, 1, LARGEST))   # of the student, of the teacher
+JOINS = {'d': PAIR, 'L': PAIR, 'tokens': Field(list, 2, 2, items=Field(str)), 'teacher_ids': Field(str)}
+
+
+def figure12_data(folders):
+    """Folders of bridges -> of each kind of bridge its held-out cosines before and after stage 1, means over
+    layers, at every rank that was judged. Bridges of one kind are seeds."""
+    groups = {}                              # {(name, settings): [(folder, bridge.json)]}
+    for folder in folders:
+        made = read_bridge(folder)
+        check_fields(made, JOINS, Path(folder) / 'bridge.json', 'rerun bridge.py')
+        settings = tuple((key, f'{made.get(key)}') for key in SETTINGS)
+        groups.setdefault((joined_models(made), settings), []).append((folder, made))
+    if not groups:
+        raise Missing(f'no bridge in the folders; {MAKE_BRIDGE}')
+    data = {'seeds': {}, 'bridges': {}}
+    for name, seeds in zip(told_apart(list(groups)), groups.values(), strict=True):
+        data['seeds'][name] = [Path(folder).name for folder, _ in seeds]
+        data['bridges'][name] = curves_of_bridges([made for _, made in seeds])
+    return data
+
+
+def joined_models(made):
+    """The models of a bridge in words: '6 layers, width 160', and what is special about its vocabulary."""
+    name = f'{made["L"][1]} layers, width {made["d"][1]}'
+    if made['tokens'][0] != made['tokens'][1]:
+        name += ', other tokens'
+    if made['teacher_ids'] == 'student':
+        name += ", student's ids"
+    return name
+
+
+def curves_of_bridges(seeds):
+    """Contents of bridge.json of every seed -> cosines before and after stage 1, at the ranks that all seeds
+    have, and where the mean is largest."""
+    ranks_of = [set(next(iter(made['layers'].values()))['cos']) for made in seeds]
+    ranks = sorted(int(rank) for rank in set.intersection(*ranks_of))
+    curves = {'ranks': ranks}
+    for key, title in (('cos', 'after'), ('before', 'before')):
+        curves[title] = []
+        for made in seeds:
+            layers = made['layers'].values()
+            curves[title].append([fmean(layer[key][str(rank)] for layer in layers) for rank in ranks])
+    mean = [fmean(values) for values in zip(*curves['after'], strict=True)]
+    best = max(range(len(mean)), key=mean.__getitem__)
+    return curves | {'best rank': ranks[best], 'best': mean[best], 'at full width': mean[-1],
+                     'rank of Theorem 3': [made['rank'] for made in seeds]}
+
+
+def draw_figure12(data, file):
+    """A panel for each kind of bridge."""
+    count = len(data['bridges'])
+    with paper_style():
+        width = PAGE if count > 1 else COLUMN
+        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
+        for axes, (name, curves) in zip(panels, data['bridges'].items(), strict=True):
+            draw_seeds(axes, curves['ranks'], curves['after'], 'after stage 1', look_of('OPRD-Bridge'))
+            draw_seeds(axes, curves['ranks'], curves['before'], 'before stage 1',
+                       look_of('student') | {'marker': 'o'})
+            axes.axvline(fmean(curves['rank of Theorem 3']), color='0.3', ls='-.', lw=0.8,
+                         label="Theorem 3's rank")
+            best = f'best {curves["best"]:.3f} at r = {curves["best rank"]}'
+            axes.set(xscale='log', xlabel='rank r', title=f'{name}\n{best}')
+            powers = [2**exponent for exponent in range(curves['ranks'][-1].bit_length())]
+            ticks = powers[::1 + len(powers) // 8]
+            axes.set_xticks(ticks, ticks)
+            axes.minorticks_off()
+        panels[0].set_ylabel('held-out cosine, mean over layers')
+        return save(figure, file, mean_of_seeds(data))
+
+
+def figure12(folders, to='out/paper'):
+    """A bridge's held-out cosine against its rank."""
+    return write_figure(figure12_data(of_kind(folders, 'bridge')), draw_figure12, Path(to) / 'figure12')

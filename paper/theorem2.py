@@ -1,0 +1,617 @@
+"""
+Theorem 2 (7 and 8 in the appendix) as an experiment: which differences of hidden states does an output-space
+loss not see, and do student and teacher differ there?
+
+    python -m paper theorem2                                       the toy's pair, without training
+    python -m paper theorem2 out/toy_paper                         and the checkpoints that its runs have kept
+    python -m paper theorem2 student=A teacher=B data=problems.jsonl problems=4     another pair
+    python -m paper theorem2 head=HuggingFaceTB/SmolLM2-135M-Instruct    the spectrum of another head as well
+
+It writes theorem2.json, .png and .pdf. The toy takes about ten seconds, and a second for each checkpoint.
+
+What is claimed. The output is softmax(W h), so it does not change when h changes by a difference dh with W dh
+in span{1}: such a difference has no output loss, while Eq. (6) sees all of it. Along the right-singular
+directions of the head W, whose singular values are s_1 >= ... >= s_d, hidden distance over output loss grows
+like (s_1 / s_i)^2. Intermediate layers are seen by no output loss at all.
+
+What is measured:
+    twin         a model with the student's embedding, final norm and head, its outputs at all positions, and
+                 other states in every layer. It exists where 2 V < d
+    directions   the curvature of the KL along each right-singular direction, against (s_1 / s_i)^2
+    heads        the singular values of the centred head, on any model folder
+    runs         Eq. (6) of each layer, split into the part in the null space and the rest, at the checkpoints
+    moved        how far the output moves when one of these two parts of the student's states becomes the
+                 teacher's, and the blocks above read the new states
+
+Assumptions, and what the claim does not say:
+- Student and teacher have the same head. The output-space losses train the student's head; Eq. (6) does not.
+- (s_1 / s_i)^2 is the ratio for the squared difference of centred logits: there it is what a singular value
+  is. For the KL, s_i^2 / 4 times the squared step is a bound from above that always holds (`kl_bound`). There
+  is no bound from below: where the model is sure of its next token, the KL sees no direction well.
+- A head with V > d has no null space in general. Then the first claim is about no difference at all, and
+  what remains is the second, with the head's s_1 / s_d. The toy has V = 21 and d = 96, the other way round.
+- A difference of last-layer states in the null space changes no answer either: nothing else reads that state.
+  The theorem says that Eq. (6) asks for more than the output, and not that more is needed.
+- Intermediate layers: the null space is that of the head. The blocks above read all directions, and an output
+  loss has a gradient there. What is true is the weaker statement that equal outputs do not imply equal
+  states, and the twin shows it. The share in the head's null space of an intermediate difference is
+  what the head would see of it along the residual path alone (the logit lens).
+
+Simpler than usual: everything is float64, on the CPU, on one rollout of the untrained student, whose answers
+all models read. Letters: K positions, V vocabulary, d width, L layers.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configs import load_config
+from formats.hub import snapshot
+from formats.huggingface import load_model, name_map, read_config, read_tensor, tensor_files
+from formats.problems import load_problems
+from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size, stop_set
+from losses import squared_error
+from model import Model
+from output_losses import opd_rows
+from paper.runs import Missing, by_method, of_kind, read_runs
+from rollout import sample
+from step import position_mask
+from studies import toy
+from studies.drawing import PAGE, draw_seeds, look_of, new_figure, paper_style, save, whole_ticks
+from support.files import write_json
+from support.runtime import UserError, print0, shown
+
+TOKENS = 64                     # of an answer, at most
+ROWS = 64                       # positions whose logits are held at once
+VOCABULARY_ROWS = 8192          # rows of a head that are factored at once
+
+
+# ---- the head's directions ----------------------------------------------------------------------
+
+@dataclass
+class Basis:
+    """The right-singular directions of a head whose logits are centred: W h up to a constant, which is all
+    that a softmax sees."""
+    sigma: torch.Tensor         # (d,) singular values, largest first
+    directions: torch.Tensor    # (d, d) its columns
+    seen: int                   # how many are not zero; the others span {dh: W dh in span{1}}
+
+    def low(self, lowest=0):
+        """How many directions count as low: the null space, or so many as asked for. Without a null space a
+        tenth of all."""
+        d = len(self.sigma)
+        return lowest or d - self.seen or max(1, d // 10)
+
+
+def head_basis(W):
+    """A head (V, d) -> Basis of the centred head, in float64.
+
+    The factor R of a QR decomposition has the singular values and the right-singular directions of the whole
+    matrix. It is built from a slice of the vocabulary at a time. A singular value counts as zero below
+    max(V, d) * eps * s_1, as in numpy.linalg.matrix_rank.
+    """
+    V, d = W.shape
+    mean = W.double().mean(0)
+    R = torch.zeros(0, d, dtype=torch.float64)
+    for rows in W.split(VOCABULARY_ROWS):
+        R = torch.linalg.qr(torch.cat([R, rows.double() - mean]), mode='r').R
+    _, sigma, V_t = torch.linalg.svd(R, full_matrices=True)                  # (<= d,), (d, d)
+
+    # With fewer tokens than numbers in a state, the other directions have the singular value 0.
+    sigma = torch.cat([sigma, sigma.new_zeros(d - len(sigma))])
+    zero = max(V, d) * torch.finfo(torch.float64).eps * sigma[0]
+    return Basis(sigma, V_t.t(), int((sigma > zero).sum()))
+
+
+def head_and_norm(folder):
+    """The head (V, d) and the final norm's weight (d,) of a model folder, without the rest of the model. Rows
+    that no token stands for are left out: the softmax does not see them."""
+    folder = snapshot(folder, weights=True)
+    c = read_config(folder)
+    files = tensor_files(folder)
+    tensors = []
+    for ours, shape in (('embed.weight' if c.tied else 'head.weight', [c.V, c.d]), ('norm.weight', [c.d])):
+        name, = name_map(c)[ours]
+        if name not in files:
+            raise UserError(f'{folder}: tensor {name!r} is missing; fetch the model again')
+        tensors.append(read_tensor(files[name], name, shape).clone())
+    W, norm = tensors
+    return W[:load_tokenizer(folder).size], norm
+
+
+def spectrum(W, norm):
+    """What the figure and the text need of a head. Two heads are looked at: W reads the states that Eq. (6)
+    compares in the last layer, which are final-normed; W times the norm's weight reads them before that
+    weight is applied, as the residual stream has them but for their length."""
+    basis = head_basis(W)
+    with_norm = head_basis(W * norm)
+    last = basis.seen - 1
+    return {'vocabulary': W.shape[0], 'width': W.shape[1], 'null_space': W.shape[1] - basis.seen,
+            'sigma': rounded(basis.sigma), 'sigma_with_norm': rounded(with_norm.sigma),
+            'ratio': rounded((basis.sigma[0] / basis.sigma[last]) ** 2),
+            'ratio_with_norm': rounded((with_norm.sigma[0] / with_norm.sigma[with_norm.seen - 1]) ** 2)}
+
+
+# ---- the pair and its rollout -------------------------------------------------------------------
+
+@dataclass
+class Pair:
+    """A student and a teacher of one shape, in float64, and the positions at which both are looked at."""
+    student: Model
+    teacher: Model
+    ids: torch.Tensor           # (B, T) answers of the student
+    at: torch.Tensor            # (K,) flat positions in ids: those that predict an answer's tokens
+    next_token: torch.Tensor    # (K,)
+    vocab: int                  # ids that both models know
+
+    @property
+    def layers(self):
+        return list(range(1, self.student.config.L + 1))
+
+    @property
+    def W(self):
+        """The teacher's head (V, d)."""
+        return self.teacher.head.weight[:self.vocab]
+
+    @torch.no_grad()
+    def states(self, model):
+        """The states of all layers at the positions -> list of (K, d)."""
+        return model.hidden(self.ids, self.layers, self.at)
+
+    def bases(self):
+        """A Basis for each layer. In the last layer the head reads the states. Below it reads them along the
+        residual path, through the final norm's weight."""
+        below = head_basis(self.W * self.teacher.norm.weight)
+        return [below] * (len(self.layers) - 1) + [head_basis(self.W)]
+
+
+def read_pair(student_folder, teacher_folder, data, problems, seed=0):
+    """Two model folders and a problem set -> Pair. The student answers the first problems once each."""
+    tokenizer = load_tokenizer(student_folder)
+    teacher_tokenizer = load_tokenizer(teacher_folder)
+    student = load_model(student_folder)
+    teacher = load_model(teacher_folder)
+    c_s, c_t = student.config, teacher.config
+    if (c_s.d, c_s.L) != (c_t.d, c_t.L) or not same_vocabulary(tokenizer, teacher_tokenizer):
+        raise Missing(f'{student_folder} and {teacher_folder}: no pair of one shape and vocabulary; give two '
+                      'models that differ in their weights alone')
+
+    # It is sampled as a run samples: by the float32 model, at temperature 1.
+    vocab = shared_size(tokenizer, teacher_tokenizer)
+    prompts = [problem.ids for problem in load_problems(data, tokenizer, problems, show=False)]
+    roll = sample(student, prompts, max_new_tokens=TOKENS, stop=stop_set(tokenizer, teacher_tokenizer),
+                  vocab=vocab, seed=seed)
+    at = position_mask(roll).flatten().nonzero().squeeze(-1)                 # (K,)
+    for model in (student, teacher):
+        model.double().requires_grad_(False)
+    return Pair(student, teacher, roll.ids, at, roll.ids.flatten()[at + 1], vocab)
+
+
+# ---- Theorem 7: equal outputs, other states -----------------------------------------------------
+
+def free_directions(model):
+    """The directions (d, f) of the residual stream into which the embedding writes nothing and of which the
+    head reads nothing, through the final norm's weight."""
+    used = torch.cat([model.embed.weight, model.head.weight * model.norm.weight])    # (2 V, d)
+    _, sigma, V_t = torch.linalg.svd(used.detach().double(), full_matrices=True)
+    zero = max(used.shape) * torch.finfo(torch.float64).eps * sigma[0]
+    return V_t[int((sigma > zero).sum()):].t()
+
+
+@torch.no_grad()
+def twin_of(model):
+    """A model in float64 with the same embedding, final norm, head and outputs, and with other states in
+    every layer; None if no direction is free.
+
+    In the twin the free directions of the residual stream have the opposite sign: its states are h Q with
+    Q = I - 2 B B'. An RMSNorm does not change a length, so it commutes with Q once its weight is moved into
+    the matrix that reads it. Matrices that read the stream turn Q back, matrices that write to it apply Q.
+    """
+    B = free_directions(model)                                               # (d, f)
+    if B.shape[1] == 0:
+        return None
+    Q = torch.eye(len(B), dtype=torch.float64) - 2 * B @ B.t()               # (d, d), its own inverse
+    twin = Model(model.config).double()
+    twin.load_state_dict(model.state_dict())
+    for block in twin.blocks:
+        for norm, reads, writes in ((block.norm1, block.attn.qkv, block.attn.out),
+                                    (block.norm2, block.mlp.gate_up, block.mlp.down)):
+            reads.weight.copy_(reads.weight * norm.weight @ Q)
+            norm.weight.fill_(1.0)
+            writes.weight.copy_(Q @ writes.weight)
+    return twin.eval()
+
+
+# The output-space losses, as output_losses.opd_rows names them.
+LOSSES = {'sampled (3)': dict(kind='sampled'), 'full KL (4)': dict(kind='full'),
+          'top-16, renormalised (5)': dict(kind='topk', tail='renorm'),
+          'top-16, reward (4.1.1)': dict(kind='topk', tail='reward')}
+
+
+def output_losses(z_s, z_t, next_token):
+    """Logits (K, V) of both -> the largest absolute value over the positions of each output-space loss, and
+    of its gradient with respect to the logits."""
+    values = {}
+    gradients = {}
+    for name, settings in LOSSES.items():
+        leaf = z_s.detach().clone().requires_grad_()
+        loss = opd_rows(leaf, z_t, next_token, **settings)                   # (K,)
+        gradient, = torch.autograd.grad(loss.sum(), leaf)
+        values[name] = float(loss.detach().abs().max())
+        gradients[name] = float(gradient.abs().max())
+    return values, gradients
+
+
+def twin_data(pair):
+    """The student against its twin: what each output-space loss says, and Eq. (6) of each layer."""
+    twin = twin_of(pair.student)
+    if twin is None:
+        return None
+    h_s = pair.states(pair.student)
+    h_t = pair.states(twin)
+    W = pair.student.head.weight[:pair.vocab]
+    values, gradients = output_losses(h_s[-1] @ W.t(), h_t[-1] @ W.t(), pair.next_token)
+    eq6 = [float(squared_error(a, b).mean()) for a, b in zip(h_s, h_t, strict=True)]
+    return {'free_directions': free_directions(pair.student).shape[1], 'largest_loss': values,
+            'largest_gradient': gradients, 'eq6': rounded(eq6)}
+
+
+# ---- Theorem 8: the KL along each direction -----------------------------------------------------
+
+def curvature(h, W, directions):
+    """Second derivative at 0 of KL(p || p moved) when states h (K, d) take a step along each of the
+    directions (d, n) -> (K, n). It is the variance under p of the logits' change z.
+
+    A model may be nearly sure of a token a, and the difference of two sums near 1 would then be a rounding
+    error. So z is counted from z_a, and a drops out of the sums.
+    """
+    z = W @ directions                                                       # (V, n)
+    parts = []
+    for rows in h.split(ROWS):
+        p = (rows @ W.t()).softmax(-1)                                       # (C, V)
+        top = p.argmax(-1, keepdim=True)                                     # (C, 1)
+        rest = p.scatter(-1, top, 0.0)
+        mass = rest.sum(-1, keepdim=True)
+        z_a = z[top.squeeze(-1)]                                             # (C, n)
+        first = rest @ z                                                     # (C, n)
+        mean = first - z_a * mass
+        square = rest @ z.square() - 2 * z_a * first + z_a.square() * mass
+        parts.append((square - mean.square()).clamp(min=0))
+    return torch.cat(parts)
+
+
+def kl_rows(h, h_moved, W, W_moved=None):
+    """KL(p || p moved) at each state, (K, d) and (K, d) -> (K,)."""
+    W_moved = W if W_moved is None else W_moved
+    parts = []
+    for rows, moved in zip(h.split(ROWS), h_moved.split(ROWS), strict=True):
+        parts.append(opd_rows(rows @ W.t(), moved @ W_moved.t(), None, 'full'))
+    return torch.cat(parts)
+
+
+def kl_bound(sigma, step):
+    """KL(p || p moved) is at most s_i^2 step^2 / 4, for a step of any length along direction i.
+
+    KL = log E[exp(z - E z)] under p, at most (max z - min z)^2 / 8 by Hoeffding's lemma; and the range of
+    numbers that are centred is at most sqrt(2) times their norm, which is s_i step.
+    """
+    return sigma.square() * step ** 2 / 4
+
+
+def direction_data(pair):
+    """For each direction that the head sees: (s_1 / s_i)^2, and how much more the KL says about a step along
+    the first direction than about the same step along direction i."""
+    basis = head_basis(pair.W)
+    h_s = pair.states(pair.student)[-1]
+    h_t = pair.states(pair.teacher)[-1]
+    W = pair.W
+    seen = basis.directions[:, :basis.seen]                                  # (d, n)
+    curve = curvature(h_s, W, seen)                                          # (K, n)
+    by_position = curve[:, :1] / curve
+    quantiles = by_position.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curve.dtype), dim=0)        # (3, n)
+
+    # A step as long as the two models are apart is not a small one.
+    length = (h_s - h_t).square().sum(-1).mean().sqrt()
+    full_step = [float(kl_rows(h_s, h_s + length * seen[:, i], W).mean()) for i in (0, -1)]
+    of_positions = {name: rounded(row) for name, row in zip(('10%', '50%', '90%'), quantiles, strict=True)}
+    return {'predicted': rounded((basis.sigma[0] / basis.sigma[:basis.seen]).square()),
+            'of_mean_kl': rounded(curve[:, 0].mean() / curve.mean(0)),
+            'of_positions': of_positions,
+            'largest_share_of_bound': rounded((curve / 2 / kl_bound(basis.sigma[:basis.seen], 1)).max()),
+            'full_step': {'length': rounded(length), 'kl_along_first': rounded(full_step[0]),
+                          'kl_along_last': rounded(full_step[1]),
+                          'ratio': rounded(full_step[0] / full_step[1])}}
+
+
+# ---- where student and teacher differ -----------------------------------------------------------
+
+def split(difference, basis, lowest=0):
+    """Differences (K, d) -> the part of each in the low directions, and the rest: (K, d) and (K, d)."""
+    low_directions = basis.directions[:, len(basis.sigma) - basis.low(lowest):]              # (d, n)
+    low = difference @ low_directions @ low_directions.t()
+    return low, difference - low
+
+
+def measured(pair, bases, h_t, model, lowest=0):
+    """A model against the teacher, whose states are h_t -> KL, distance of the heads relative to the
+    teacher's, and Eq. (6) of each layer in two parts."""
+    h_s = pair.states(model)
+    W = model.head.weight[:pair.vocab]
+    low_parts = []
+    rest_parts = []
+    for ours, theirs, basis in zip(h_s, h_t, bases, strict=True):
+        low, rest = split(ours - theirs, basis, lowest)
+        low_parts.append(float(low.square().mean()))
+        rest_parts.append(float(rest.square().mean()))
+    return {'kl': rounded(kl_rows(h_s[-1], h_t[-1], W, pair.W).mean()),
+            'head': rounded((W - pair.W).norm() / pair.W.norm()),
+            'low': rounded(low_parts), 'rest': rounded(rest_parts)}
+
+
+@torch.no_grad()
+def output_after(pair, layer, change):
+    """The student's final states (K, d) when its states after a layer change by (K, d) at the positions; the
+    blocks above read the new states."""
+    def tap(l, h):
+        if l != layer:
+            return h
+        return h.flatten(0, 1).index_add(0, pair.at, change).view_as(h)
+    return pair.student.trunk(pair.ids, tap=tap).flatten(0, 1)[pair.at]
+
+
+def moved_data(pair, bases, lowest=0):
+    """For each layer: the KL from the student's output to its output when the low part of its states becomes
+    the teacher's, and the same for the rest. In the last layer the first is 0 if the low directions are the
+    null space."""
+    h_s = pair.states(pair.student)
+    h_t = pair.states(pair.teacher)
+    W = pair.student.head.weight[:pair.vocab]
+    data = {'low': [], 'rest': []}
+    for layer, basis in zip(pair.layers, bases, strict=True):
+        changes = split(h_t[layer - 1] - h_s[layer - 1], basis, lowest)
+        for name, change in zip(data, changes, strict=True):
+            data[name].append(rounded(kl_rows(h_s[-1], output_after(pair, layer, change), W).mean()))
+    return data
+
+
+def kept_checkpoints(folder):
+    """{step: model folder} of the checkpoints that a run has kept."""
+    found = {}
+    for path in sorted(Path(folder).glob('ckpt-*/model')):
+        found[int(path.parent.name.removeprefix('ckpt-'))] = path
+    return found
+
+
+def run_data(pair, run, lowest=0):
+    """A run at its kept checkpoints, the untrained student first: what `measured` says, as lists over the
+    steps. low and rest: [step][layer]."""
+    bases = pair.bases()
+    h_t = pair.states(pair.teacher)
+    checkpoints = kept_checkpoints(run.folder)
+    points = [measured(pair, bases, h_t, pair.student, lowest)]
+    for folder in checkpoints.values():
+        points.append(measured(pair, bases, h_t, load_model(folder, torch.float64).requires_grad_(False), lowest))
+    data = {'method': run.method, 'seed': run.seed, 'steps': [0, *checkpoints]}
+    return data | {name: [point[name] for point in points] for name in points[0]}
+
+
+# ---- everything ---------------------------------------------------------------------------------
+
+def rounded(numbers):
+    """A number, a list or a tensor with six digits, for a JSON file: what lies beyond depends on the order
+    of summation."""
+    if isinstance(numbers, torch.Tensor):
+        numbers = numbers.tolist()
+    if isinstance(numbers, list):
+        return [rounded(number) for number in numbers]
+    return float(f'{numbers:.6g}')
+
+
+def theorem2_data(pair, runs, heads, lowest=0):
+    """pair: Pair; runs: [(Run, its Pair)]; heads: {name: (W, norm)} -> everything that is written and
+    drawn."""
+    bases = pair.bases()
+    d = pair.student.config.d
+    before = measured(pair, bases, pair.states(pair.teacher), pair.student, lowest)
+    return {'positions': len(pair.at), 'answers': len(pair.ids), 'layers': pair.layers, 'width': d,
+            'low': {'directions': bases[-1].low(lowest), 'null_space': d - bases[-1].seen},
+            'heads': {name: spectrum(*head) for name, head in heads.items()},
+            'twin': twin_data(pair), 'directions': direction_data(pair), 'before': before,
+            'moved': moved_data(pair, bases, lowest),
+            'runs': [run_data(own_pair, run, lowest) for run, own_pair in runs]}
+
+
+# ---- the figure ---------------------------------------------------------------------------------
+
+def draw_theorem2(data, file):
+    """Four panels: the heads' singular values, the KL along each direction, the low directions' share of the
+    difference in each layer, and both parts of Eq. (6) of the last layer over the steps."""
+    with paper_style():
+        panels = 4 if data['runs'] else 3
+        rows = 2 if panels == 4 else 1
+        figure, axes = new_figure(rows, panels // rows, PAGE, 4.8 if rows == 2 else 2.4)
+        draw_heads(axes[0], data['heads'])
+        draw_directions(axes[1], data['directions'])
+        draw_shares(axes[2], data)
+        if data['runs']:
+            draw_parts(axes[3], data)
+        return save(figure, file, f"{data['answers']} answers of the untrained student, "
+                                  f"{data['positions']:,} positions")
+
+
+def draw_heads(axes, heads):
+    """Singular values against their number; those that are 0 cannot be drawn on a logarithmic axis."""
+    for name, head in heads.items():
+        look = look_of(name)
+        d = head['width']
+        zero = f"{head['null_space']} of {d} are 0" if head['null_space'] else f'none of {d} is 0'
+        for key, label, width in (('sigma', f'{name}: {zero}', 1.3), ('sigma_with_norm', None, 0.7)):
+            sigma = head[key]
+            seen = d - head['null_space']
+            share = [(number + 1) / d for number in range(seen)]
+            axes.plot(share, [value / sigma[0] for value in sigma[:seen]], label=label, color=look['color'],
+                      linestyle=look['linestyle'], lw=width, marker=look['marker'], markevery=0.2)
+    axes.set(xlabel='number i of the direction / width d', ylabel='s_i / s_1', yscale='log',
+             xlim=(-0.02, 1.02), title="the head's singular values")
+
+
+def draw_directions(axes, directions):
+    """What the theorem predicts against what the KL says, for each direction."""
+    predicted = directions['predicted']
+    ends = [predicted[0], predicted[-1]]
+    axes.plot(ends, ends, color='0.4', linestyle='--', lw=0.8, label='predicted: (s_1 / s_i)^2')
+    quantiles = directions['of_positions']
+    axes.vlines(predicted, quantiles['10%'], quantiles['90%'], color='0.7', lw=1,
+                label='KL: 80% of the positions')
+    axes.plot(predicted, directions['of_mean_kl'], color='#0072B2', linestyle='None', marker='o',
+              label='KL: ratio of the means')
+    axes.set(xlabel='(s_1 / s_i)^2', ylabel='loss along 1 / loss along i', xscale='log', yscale='log',
+             title='a small step along direction i')
+
+
+def mean_over_runs(runs, number, layers):
+    """Share of the low directions in Eq. (6) of each layer at one of the steps, averaged over seeds."""
+    shares = []
+    for layer in range(layers):
+        of_seeds = []
+        for run in runs:
+            low = run['low'][number][layer]
+            of_seeds.append(low / (low + run['rest'][number][layer]))
+        shares.append(sum(of_seeds) / len(of_seeds))
+    return shares
+
+
+def methods_of(data):
+    """{method: its runs}, in the order in which they come."""
+    methods = {}
+    for run in data['runs']:
+        methods.setdefault(run['method'], []).append(run)
+    return methods
+
+
+def draw_shares(axes, data):
+    """The low directions' share of student minus teacher, before and after training."""
+    layers = data['layers']
+    random_share = data['low']['directions'] / data['width']
+    axes.axhline(100 * random_share, color='0.4', linestyle='--', lw=0.8, label='a random direction')
+    before = mean_over_runs([{key: [data['before'][key]] for key in ('low', 'rest')}], 0, len(layers))
+    look = look_of('student') | {'marker': 'x'}
+    axes.plot(layers, [100 * share for share in before], label='untrained', **look)
+    for method, runs in methods_of(data).items():
+        after = mean_over_runs(runs, -1, len(layers))
+        axes.plot(layers, [100 * share for share in after], label=f'after {method}', **look_of(method))
+    axes.set(xlabel='layer', ylabel='share (%)', ylim=(0, 100),
+             title=f'share of the difference in {low_name(data)}')
+    whole_ticks(axes)
+
+
+def low_name(data):
+    """What the low directions are, for a title."""
+    if data['low']['directions'] == data['low']['null_space']:
+        return 'the null space'
+    return f"the {data['low']['directions']} lowest"
+
+
+def draw_parts(axes, data):
+    """Both parts of Eq. (6) of the last layer over the steps; thin lines are seeds."""
+    for method, runs in methods_of(data).items():
+        look = look_of(method)
+        for key, what, line in (('rest', 'the rest', '-'), ('low', low_name(data), ':')):
+            label = f'{method}: {what}'
+            by_seed = [[step[-1] for step in run[key]] for run in runs]
+            draw_seeds(axes, runs[0]['steps'], by_seed, label, look | {'linestyle': line})
+    axes.set(xlabel='step', ylabel='Eq. (6), last layer', yscale='log', title='two parts of the distance')
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+def whole_number(key, value, least):
+    """A whole number from the command line."""
+    if not str(value).isdecimal() or int(value) < least:
+        raise UserError(f'{key}={shown(value)}: not a whole number from {least} on')
+    return int(value)
+
+
+def paths_of(config):
+    """The paths of a config's student, teacher and held-out problems -> tuple. 'toy' stands for a file of the
+    toy's folder."""
+    paths = []
+    for path, name in ((config['student'], 'student'), (config['teacher'], 'teacher'),
+                       (config['eval_data'] or config['data'], 'eval.jsonl')):
+        if path == 'toy':
+            folder = toy.folder_of(config)
+            if not folder.exists():
+                raise Missing(f'{folder}: no such folder; python -m studies.toy configs/toy.py makes the '
+                              'toy; or give student=, teacher= and data=')
+            path = str(folder / name)
+        paths.append(path)
+    return tuple(paths)
+
+
+def usable_runs(folders):
+    """The runs whose teacher has the student's shape and that have kept three checkpoints or more. A line for
+    each of the others."""
+    chosen = []
+    for run in read_runs(of_kind(folders, 'run')):
+        kept = len(kept_checkpoints(run.folder))
+        if run.pair != 'same':
+            print0(f'{run.folder}: left out, the teacher has another shape than the student')
+        elif kept < 3:
+            print0(f'{run.folder}: left out, it has kept {kept} checkpoints; save_every=10 keep=100 '
+                   'keeps all of a run of 100 steps')
+        else:
+            chosen.append(run)
+    ordered = []
+    for runs in by_method(chosen).values():
+        ordered += runs
+    return ordered
+
+
+def theorem2(folders, to='out/paper', student='', teacher='', data='', head='', problems='64', lowest='0'):
+    """Measure, write theorem2.json and draw theorem2.png and .pdf in the folder `to` -> list of files.
+
+    folders: of runs. student, teacher, data: a pair and its problems, in place of the runs'. head: more model
+    folders whose head is looked at, with commas between. problems: how many are answered. lowest: how many
+    directions count as low; 0: the null space, or a tenth of all where there is none.
+    """
+    problems = whole_number('problems', problems, 1)
+    lowest = whole_number('lowest', lowest, 0)
+    runs = with_pairs(usable_runs(folders), problems)
+    if student or teacher or data:
+        if runs or not (student and teacher and data):
+            raise UserError('student=, teacher=, data=: give all three, and no run; a run has its own pair')
+        pair = read_pair(student, teacher, data, problems)
+        name = Path(teacher).name
+    elif runs:
+        pair = runs[0][1]
+        name = name_of(runs[0][0].config['teacher'])
+    else:
+        pair = read_pair(*paths_of(load_config(['configs/toy.py'])), problems)
+        name = name_of('toy')
+    if lowest > pair.student.config.d:
+        raise UserError(f'lowest={lowest}: a state has {pair.student.config.d} numbers; give fewer')
+
+    heads = {name: (pair.W, pair.teacher.norm.weight)}
+    for folder in filter(None, head.split(',')):
+        heads[Path(folder).name] = head_and_norm(folder)
+    result = theorem2_data(pair, runs, heads, lowest)
+    file = Path(to) / 'theorem2'
+    write_json(f'{file}.json', result)
+    return [Path(f'{file}.json'), *draw_theorem2(result, file)]
+
+
+def name_of(teacher):
+    """What a teacher is called in the figure."""
+    return 'the toy' if teacher == 'toy' else Path(teacher).name
+
+
+def with_pairs(runs, problems):
+    """Runs -> [(Run, its Pair)]. A toy has another pair for each seed; a pair is read once."""
+    pairs = {}
+    result = []
+    for run in runs:
+        paths = paths_of(run.config)
+        if paths not in pairs:
+            pairs[paths] = read_pair(*paths, problems, run.seed)
+        result.append((run, pairs[paths]))
+    return result
