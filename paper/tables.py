@@ -24,15 +24,14 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from configs import default
 from eval_math import bootstrap, cell, distinct
+from paper.figures import largest
 from paper.printed import MEMORY_AND_TIME, PRINTED, SETS, paper_row
-from paper.runs import Missing, by_method, of_kind, read_runs
+from paper.runs import Missing, by_method, machines_of, of_kind, read_runs, seconds_of_steps
 from studies.compare import span
 from support.fields import Field, check_fields
 from support.files import whole, write_json
 from support.jsonl import read_rows
-from support.provenance import lasting_starts, read_starts
 from support.run_folder import scores_of
 from support.runtime import UserError, printable, shown
 
@@ -149,7 +148,6 @@ def scores_data(number, runs):
     if not chosen:
         raise Missing(f'Table {number}: no run between models of the pair {printed.pair!r} '
                       f'({printed.title}); {MAKE[printed.pair]}')
-    require_one_teacher(chosen)
 
     # The models before the first step are the same for all methods: of each seed the first run tells.
     first_of_seed = {}
@@ -189,19 +187,6 @@ MAKE = {
     'bridge': 'bridge.py and distill.py with configs/toy_bridge.py make one',
     'tokens': 'bridge.py and distill.py with configs/toy_bridge_tokens.py make one',
 }
-
-
-def require_one_teacher(runs):
-    """UserError if runs of one seed had different teachers: one line of the table would stand for two."""
-    keys = ['teacher', *(key for key in default if key.startswith('toy_teacher_'))]
-    first_of_seed = {}
-    for run in runs:
-        first = first_of_seed.setdefault(run.seed, run)
-        for key in keys:
-            values = [one.config.get(key, default[key]) for one in (first, run)]
-            if values[0] != values[1]:
-                raise UserError(f'{first.folder} and {run.folder} have different teachers: '
-                                f'{key}={shown(values[0])} and {shown(values[1])}; make a table of each')
 
 
 def table_row(method, group, scores, metrics):
@@ -344,34 +329,6 @@ def table3_data(runs):
                      'minutes': [seconds_of_steps(run.rows) / 60 for run in group]})
         machines |= dict.fromkeys(machine for run in group for machine in machines_of(run.folder))
     return {'table': 3, 'rows': rows, 'machines': list(machines), 'not at paper size': differences}
-
-
-def largest(rows, name):
-    """The largest value of a name in a log; None if it was not measured."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return max(values, default=None)
-
-
-def seconds_of_steps(rows):
-    """Seconds of all phases of all steps of a log. Evaluations are in none of them."""
-    total = 0.0
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith('time/') and value is not None:
-                total += value
-    return total
-
-
-def machines_of(folder):
-    """On what a run's steps were made -> ['cpu, ranks 1, threads 2, torch 2.13.0'], a text for each start."""
-    kinds = []
-    for start in lasting_starts(read_starts(folder)):
-        made = start['versions']
-        words = [str(made.get('device'))]
-        for key in ('ranks', 'threads', 'torch'):
-            words.append(f'{key} {made.get(key)}')
-        kinds.append(', '.join(words))
-    return kinds or ['a machine that the run does not name']
 
 
 def table3_lines(data):

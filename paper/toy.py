@@ -27,8 +27,8 @@ from pathlib import Path
 
 from configs import free
 from paper.__main__ import function_of
-from paper.runs import Missing
-from paper.tables import machines_of, printed_lines, text_of
+from paper.runs import Missing, machines_of
+from paper.tables import printed_lines, text_of
 from studies.compare import checked_config, command_lines, compare, read_study, slug
 from studies.figures import read_log
 from support.fields import Field, check_fields
@@ -49,15 +49,15 @@ FEEDS = {
     'figure1': (SAME, ()),
     'table2': (SAME, ()),
     'table3': (SAME, ()),
-    'figure4': (SAME, ()),
+    'figure4': ((*SAME, *WIDE, *TOKENS), ()),
     'figure5': (SAME, ()),
     'figure6': (SAME, ()),
     'figure7': (SAME, ()),
-    'figure8': (('OPRD',), ()),
+    'figure8': (('OPRD', 'bridge, r = 16', 'tokens, r = 32'), ()),
     'figure9': (SAME, ()),
     'figure10': (SAME, ()),
     'figure11': (SAME, ()),
-    'figure12': ((), ('wide',)),
+    'figure12': ((), ('wide', 'unlike', 'ids')),
     'table4': (WIDE, ()),
     'table5': (WIDE, ()),
     'table6': (TOKENS, ()),
@@ -65,6 +65,7 @@ FEEDS = {
     'theorem2': (('OPRD', 'OPD top-16'), ()),
     'theorem3': (RANKS, ('wide',)),
 }
+DOCUMENT = ROOT / 'docs/paper.md'
 COPIED = ('.png', '.json')      # endings of the files that docs/paper gets; PDFs stay in out/paper
 MADE = {'from': Field(str), 'files': Field(dict, items=Field(str))}      # of a part, in made.json
 
@@ -237,11 +238,11 @@ def filled_in(text, parts):
     names = [name for _, name, _ in MARKED.findall(text)]
     if sorted(names) != sorted(parts):
         other = next(iter(set(names) ^ set(parts)), 'one that is there twice')
-        raise UserError(f'docs/paper.md: wants the markers of each part once, and does not with {other}; '
+        raise UserError(f'{DOCUMENT}: wants the markers of each part once, and does not with {other}; '
                         'restore the file')
 
     def fill(match):
-        return '\n'.join([match[1], *parts[match[2]], '', match[3]])
+        return match[1] + '\n'.join([*parts[match[2]], '', match[3]])
     return MARKED.sub(fill, text)
 
 
@@ -260,9 +261,9 @@ def toy(folders=(), to='', study='toy_paper'):
     """Make everything -> the files that were written. to: a folder in place of docs/."""
     if folders:
         raise UserError(f'{folders[0]}: toy makes its runs itself; give no folder, or use all')
-    docs = Path(to) if to else ROOT / 'docs'
+    docs = Path(to) if to else DOCUMENT.parent
     work = docs / 'paper' if to else Path('out/paper')
-    text = (ROOT / 'docs/paper.md').read_text()
+    text = DOCUMENT.read_text()
     filled_in(text, dict.fromkeys(['runs', *FEEDS], []))     # a damaged document is told before the runs
     began = time.monotonic()
 

@@ -1,18 +1,10 @@
 """The paper's figures hold the numbers of the logs, and say what is missing."""
 import json
 import math
-import subprocess
-import sys
 
-import pytest
 from conftest import write_log
 
 from configs import load_config
-from paper import figures, runs
-from paper.__main__ import COMMANDS, main
-from paper.runs import Missing, by_method, kind_of_folder, method_of, pair_of, read_runs
-from support.provenance import append_start
-from support.runtime import ROOT, UserError, run
 
 OPD = dict(oprd_weight=0, opd_weight=1)
 METHODS = {                     # {folder: (keys, accuracy after the last step)}
