@@ -101,9 +101,11 @@ def new_figure(rows=1, columns=1, width=PAGE, height=2.3, sharey=False):
     width, height: of the whole figure, in inches. What `save` puts below the panels, a legend or notes, is
     added to the height. To be called inside `paper_style`.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     assert open_styles, 'new_figure outside of paper_style'
     figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)                  # it measures texts
     axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
     return figure, list(axes.flat)
 
@@ -170,14 +172,18 @@ def label_ends(axes, ends):
     A thin line leads from the point to its name. To be called when all lines are drawn, because the limits of
     the y axis decide where a name belongs.
     """
-    low, high = axes.get_ylim()
-    heights = {name: (y - low) / (high - low) for name, (_, y, _) in ends.items()}
-    for name, height in spread(heights, LABEL_HEIGHT).items():
-        x, y, color = ends[name]
-        axes.annotate(name, (x, y), (1.03, height), textcoords='axes fraction', color=color, va='center',
-                      arrowprops={'arrowstyle': '-', 'color': color, 'lw': 0.4, 'shrinkA': 0, 'shrinkB': 0,
-                                  'relpos': (0, 0.5)},
-                      annotation_clip=False)
+    from matplotlib.collections import LineCollection
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())             # they stay as they are
+    to_panel = axes.transScale + axes.transLimits
+    starts = {name: to_panel.transform((x, y)) for name, (x, y, _) in ends.items()}
+    heights = spread({name: height for name, (_, height) in starts.items()}, LABEL_HEIGHT)
+    leaders = []
+    for name, (_, _, color) in ends.items():
+        axes.text(1.04, heights[name], name, color=color, va='center', transform=axes.transAxes)
+        leaders.append([starts[name], (1.03, heights[name])])
+    colors = [color for _, _, color in ends.values()]
+    lines = LineCollection(leaders, colors=colors, lw=0.4, transform=axes.transAxes, clip_on=False)
+    axes.add_collection(lines, autolim=False)
 
 
 def spread(heights, gap):
@@ -224,6 +230,7 @@ def arrange(figure, notes):
             handles.setdefault(label, handle)
         if not axes.get_legend():
             axes.legend()
+        axes.get_legend().set_in_layout(False)           # no room is made for it
     show_as_it_is(figure)
     engine = figure.get_layout_engine()
     engine.execute(figure)
@@ -242,8 +249,6 @@ def arrange(figure, notes):
         show_as_it_is(figure)
         make_room(figure, below)
         engine.execute(figure)
-    for axes in panels:
-        hold_legend(axes)
     figure.set_layout_engine('none')
 
 
@@ -251,16 +256,17 @@ def show_as_it_is(figure):
     """Names of folders and of metrics are drawn as they are: '$' begins no formula, and no control character
     reaches a terminal in a warning of matplotlib. Powers of ten at ticks are matplotlib's own formulas."""
     from matplotlib.text import Text
-    from matplotlib.ticker import LogFormatter
-    formulas = set()
+    from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
+    numbers = set()                          # the texts at ticks that matplotlib makes out of numbers
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            for labels, formatter in ((axis.get_majorticklabels(), axis.get_major_formatter()),
-                                      (axis.get_minorticklabels(), axis.get_minor_formatter())):
-                if isinstance(formatter, LogFormatter):
-                    formulas.update(labels)
+            if isinstance(axis.get_major_formatter(), (LogFormatter, NullFormatter, ScalarFormatter)):
+                for tick in (*axis.majorTicks, *axis.minorTicks):
+                    numbers.update((tick.label1, tick.label2))
+            else:
+                axis.get_majorticklabels()   # makes them
     for text in figure.findobj(Text):
-        if text not in formulas:
+        if text not in numbers:
             text.set_text(printable(text.get_text()))
             text.set_parse_math(False)
 
@@ -295,8 +301,14 @@ def wrap(text, room):
 
 
 def legend_fits(axes, figure):
-    """Does the legend of a panel lie inside it, over no line, point, bar or text of any panel?"""
-    box = axes.get_legend().get_window_extent().padded(2)
+    """Does the legend of a panel lie inside it, over no line, point, bar or text of any panel?
+
+    It is put where matplotlib finds the most room, and stays there: for each file it would look again.
+    """
+    legend = axes.get_legend()
+    box = legend.get_window_extent()
+    legend.set_loc(tuple(axes.transAxes.inverted().transform(box.p0)))
+    box = box.padded(2)
     panel = axes.get_window_extent().padded(3)
     if not (panel.contains(box.x0, box.y0) and panel.contains(box.x1, box.y1)):
         return False
@@ -352,10 +364,3 @@ def make_room(figure, below):
         artist.set_in_layout(False)
     figure.get_layout_engine().set(rect=(0, sum(heights) / total, 1, 1 - sum(heights) / total))
 
-
-def hold_legend(axes):
-    """Keep the legend of a panel where it is: for each file matplotlib would look for a place again."""
-    legend = axes.get_legend()
-    if legend:
-        corner = legend.get_window_extent().p0
-        legend.set_loc(tuple(axes.transAxes.inverted().transform(corner)))

@@ -255,8 +255,8 @@ def draw_layers(figure, axes, rows):
     if not steps:
         return
 
-    # From dark blue, the first layer, to green. The yellow end of the map cannot be seen on white.
-    dark = colormaps['viridis']([0.88 * number / 255 for number in range(256)])
+    # From dark blue, the first layer, to green. A name in the yellow end of the map cannot be read on white.
+    dark = colormaps['viridis']([0.68 * number / 255 for number in range(256)])
     scale = ScalarMappable(Normalize(min(by_layer), max(by_layer)), ListedColormap(dark))
     ends = {}
     for layer, values in by_layer.items():
