@@ -146,7 +146,7 @@ def test_tables_4_to_6_take_the_runs_of_their_pair(folders, tmp_path):
     lines = scores_lines(table5)
     assert '| OPD top-16 | not measured | 7.0 [7.0-7.0] | 2 | 1 |' in lines
     assert any('answers of fewer words have none' in line for line in lines)
-    assert [row['method'] for row in scores_data(6, runs)['rows']] == ['student', 'OPRD-Bridge r=4']
+    assert [row['method'] for row in scores_data(6, runs)['rows']] == ['student', "OPRD-Bridge r=4, student's ids"]
     assert [row['method'] for row in scores_data(2, runs)['rows']] == ['teacher', 'student', 'OPRD']
 
 
