@@ -28,7 +28,8 @@ import torch
 
 from configs import load_config
 from studies.children import log_text, run_logged, show_failure
-from studies.figures import accuracy, finish, new_figure, read_log, require_comparable
+from studies.drawing import draw_seeds, look_of, new_figure, paper_style, save
+from studies.figures import accuracy, read_log, require_comparable
 from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import whole
@@ -304,33 +305,53 @@ def step_times(seeds):
 
 
 def comparison_figure(logs, panels, file):
-    """Accuracy over steps, mean over seeds with their range; a panel for each {title: methods}."""
-    figure, axes = new_figure(len(panels), sharey=True)
-    for panel, (title, names) in zip(axes, panels.items(), strict=True):
-        for number, name in enumerate(names):
-            # Every seed is evaluated at the same steps.
-            points = [accuracy(rows)[0] for rows in logs[name]]
-            steps = [step for step, _ in points[0]]
-            by_seed = [[value for _, value in seed_points] for seed_points in points]
-            by_step = list(zip(*by_seed, strict=True))
-            mean = [fmean(values) for values in by_step]
-            low = [min(values) for values in by_step]
-            high = [max(values) for values in by_step]
-            panel.plot(steps, mean, color=f'C{number}', marker='o', ms=3, label=name)
-            panel.fill_between(steps, low, high, color=f'C{number}', alpha=0.12, lw=0)
+    """Accuracy over steps, mean over seeds and each seed; a panel for each {title: methods}."""
+    points = {name: points_of_seeds(name, seeds) for name, seeds in logs.items()}
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    with paper_style():
+        figure, axes = new_figure(rows, columns, height=2.1 * rows, sharey=True)
+        for unused in axes[len(panels):]:
+            unused.remove()
+        for panel, (title, names) in zip(axes, panels.items(), strict=False):
+            for name in names:
+                steps, by_seed = points[name]
+                draw_seeds(panel, steps, by_seed, name, look_of(name))
+            metric = draw_models_before(panel, logs[names[0]])
+            panel.set(ylim=(0, 102), title=title)
+        for panel in axes[:len(panels)][-columns:]:
+            panel.set_xlabel('step')
+        for panel in axes[:len(panels):columns]:
+            panel.set_ylabel(f'Avg@{metric[4:]}, %')
+        count = len(logs[names[0]])
+        save(figure, file, f'mean of {count} seeds; thin: each seed' if count > 1 else 'one seed')
 
-        # The models before the first step: mean over seeds.
-        first_rows = [rows[0] for rows in logs[names[0]]]
-        metric = accuracy(logs[names[0]][0])[1]
-        for name, side, style in (('teacher', 'teacher', '--'), ('student', 'eval', ':')):
-            scores = [scores_of(row, side) for row in first_rows]
-            if all(scores):
-                mean = fmean(values[metric] for values in scores)
-                panel.axhline(mean, color='0.3', ls=style, lw=1, label=name)
-        panel.set(xlabel='step', ylim=(0, 102), title=title)
-    seeds = f': mean and range of {len(first_rows)} seeds' if len(first_rows) > 1 else ', one seed'
-    axes[0].set_ylabel(f'Avg@{metric[4:]}, %{seeds}')
-    finish(figure, axes, file)
+
+def points_of_seeds(name, seeds):
+    """A method's logs -> (steps at which the student was evaluated, [accuracies of each seed]).
+
+    Seeds that were evaluated at different steps have no mean; that is a UserError.
+    """
+    by_seed = [dict(accuracy(rows)[0]) for rows in seeds]
+    steps = list(by_seed[0])
+    for number, points in enumerate(by_seed[1:], 2):
+        different = sorted(points.keys() ^ set(steps))
+        if different:
+            raise UserError(f'{shown(name)}: seeds number 1 and {number} were evaluated at different steps '
+                            f'(step {different[0]} in one only); delete one run folder to run it again')
+    return steps, [list(points.values()) for points in by_seed]
+
+
+def draw_models_before(axes, seeds):
+    """Lines for the teacher and for the student before the first step, mean over seeds -> name of the metric.
+    """
+    metric = accuracy(seeds[0])[1]
+    for name, side in (('teacher', 'teacher'), ('student', 'eval')):
+        scores = [scores_of(rows[0], side) for rows in seeds]
+        if all(scores):
+            mean = fmean(values[metric] for values in scores)
+            axes.axhline(mean, lw=1, label=name, **look_of(name))
+    return metric
 
 
 def main(arguments):

@@ -113,21 +113,30 @@ def new_figure(rows=1, columns=1, width=PAGE, height=2.3, sharey=False):
 def look_of(name):
     """The name of a method -> {'color', 'linestyle', 'marker'}, for `axes.plot(x, y, **look)`.
 
-    A rank or a key in the name makes no other method: 'OPRD-Bridge r=8' has the look of 'OPRD-Bridge' and
-    'OPRD, lr=0.001' that of 'OPRD', unless another name has it already.
+    'OPRD-Bridge r=8' has the look of 'OPRD-Bridge', unless another name has it already. Then it gets, like a
+    name that is not in LOOKS, the next look that nothing has.
     """
     assert open_styles, 'look_of outside of paper_style'
     given = open_styles[-1]
     if name not in given:
-        family = re.sub(r' r=\d+|, \w+=.*', '', name)
-        if name in LOOKS:
-            look = LOOKS[name]
-        elif family in LOOKS and LOOKS[family] not in given.values():
-            look = LOOKS[family]
-        else:
+        look = LOOKS.get(family_of(name))
+        if look is None or look in given.values():
             look = other_look(sum(used not in LOOKS.values() for used in given.values()))
         given[name] = look
     return dict(zip(('color', 'linestyle', 'marker'), given[name], strict=True))
+
+
+def family_of(name):
+    """The name in LOOKS of which a name is a variant; None if there is none. The rank, what stands after the
+    last comma, and commas make a variant: 'OPRD-Bridge r=16, then OPD top-1, lr=0.001' ->
+    'OPRD-Bridge, then OPD top-1'."""
+    rest = re.sub(r' r=\d+', '', name)
+    while rest:
+        for known in LOOKS:
+            if known.replace(',', '') == rest.replace(',', ''):
+                return known
+        rest = rest.rpartition(', ')[0]
+    return None
 
 
 def other_look(number):
