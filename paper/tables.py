@@ -27,7 +27,7 @@ from statistics import fmean
 from eval_math import bootstrap, cell, distinct
 from paper.figures import largest
 from paper.printed import MEMORY_AND_TIME, PRINTED, SETS, paper_row
-from paper.runs import Missing, by_method, machines_of, of_kind, read_runs, seconds_of_steps
+from paper.runs import PAIRS, Missing, by_method, machines_of, of_kind, read_runs, seconds_of_steps
 from studies.compare import span
 from support.fields import Field, check_fields
 from support.files import whole, write_json
@@ -140,14 +140,27 @@ def over_seeds(values_of_seeds):
 
 # ---- Tables 2, 4, 5 and 6 ------------------------------------------------------------------------
 
+# How a run of each pair of models can be had.
+MAKE = {
+    'same': 'python distill.py configs/toy.py makes one',
+    'bridge': 'bridge.py and distill.py with configs/toy_bridge.py make one',
+    'tokens': 'bridge.py and distill.py with configs/toy_bridge_tokens.py make one',
+}
+
+
+def runs_of_pair(number, pair, runs):
+    """The runs that belong into a table; Missing if there is none."""
+    chosen = [run for run in runs if run.pair == pair]
+    if not chosen:
+        raise Missing(f'Table {number}: no run with a {PAIRS[pair]}; {MAKE[pair]}')
+    return chosen
+
+
 def scores_data(number, runs):
     """What Table 2, 4, 5 or 6 says of these runs -> a dict that JSON can hold. Runs between other pairs of
     models are left out."""
     printed = PRINTED[number]
-    chosen = [run for run in runs if run.pair == printed.pair]
-    if not chosen:
-        raise Missing(f'Table {number}: no run between models of the pair {printed.pair!r} '
-                      f'({printed.title}); {MAKE[printed.pair]}')
+    chosen = runs_of_pair(number, printed.pair, runs)
 
     # The models before the first step are the same for all methods: of each seed the first run tells.
     first_of_seed = {}
@@ -157,22 +170,21 @@ def scores_data(number, runs):
     rows = []
     for side in ('teacher', 'student'):
         scores = [read_scores(run, side) for run in firsts]
-        if all(scores):
+        if all(scores):                      # a teacher need not be evaluated
             rows.append(table_row(side, firsts, scores, printed.metrics) | {'steps': None, 'paper': None})
 
-    # A method is at the paper's size if each of its seeds is.
+    # Then each method, after its last step.
     differences = {}
     for method, group in by_method(chosen).items():
         scores = [read_scores(run, 'method') for run in group]
         row = table_row(method, group, scores, printed.metrics)
-        row['steps'] = evaluation_of(group[0], 'method')[0]['step']
-        found = [paper_row(number, run.config) for run in group]
-        row['paper'] = found[0][0] if all(found) and len({name for name, _ in found}) == 1 else None
-        if row['paper'] is None:
-            differences[method] = next(how for name, how in found if name is None)
+        row['steps'] = last_step(method, group)
+        row['paper'], found = row_of_paper(number, group)
+        if found:
+            differences[method] = found
         rows.append(row)
 
-    # Student and teacher are the paper's where a whole run is.
+    # Student and teacher are the paper's where one of the runs is at its size.
     if any(row['paper'] for row in rows):
         for row in rows:
             if row['method'] in ('teacher', 'student') and row['method'] in printed.numbers:
@@ -182,15 +194,29 @@ def scores_data(number, runs):
             'not at paper size': differences}
 
 
-MAKE = {
-    'same': 'python distill.py configs/toy.py makes one',
-    'bridge': 'bridge.py and distill.py with configs/toy_bridge.py make one',
-    'tokens': 'bridge.py and distill.py with configs/toy_bridge_tokens.py make one',
-}
+def row_of_paper(number, group):
+    """The runs of one method -> (the row of the paper's table that they are, []), or (None, how one of them
+    differs from it). Each seed must be at the paper's size."""
+    for run in group:
+        name, differences = paper_row(number, run.config)
+        if name is None:
+            return None, differences
+    return name, []
+
+
+def last_step(method, group):
+    """The step after which the runs of one method were evaluated last; a UserError if it is not one step."""
+    steps = [evaluation_of(run, 'method')[0]['step'] for run in group]
+    for run, step in zip(group, steps, strict=True):
+        if step != steps[0]:
+            raise UserError(f'{group[0].folder} and {run.folder} are seeds of {method!r} and end after '
+                            f'{steps[0]} and {step} steps; finish both, or give one of them')
+    return steps[0]
 
 
 def table_row(method, group, scores, metrics):
     """One row: {'method', 'seeds', 'scores': {set: {metric: numbers of `over_seeds`}}}."""
+    # Problems are drawn by their numbers, so each seed must have the same numbers.
     problems = [{label: list(values['avg']) for label, values in of_seed.items()} for of_seed in scores]
     if any(of_seed != problems[0] for of_seed in problems):
         raise UserError(f'{group[0].folder} and other seeds of {method!r} were evaluated on other numbers of '
@@ -210,6 +236,7 @@ def scores_lines(data):
     with_paper = any(row['paper'] for row in data['rows'])
     columns = [(metric, label) for metric in printed.metrics for label in data['problems']]
 
+    # The paper's column is there only if it has a number.
     titles = ['method']
     for metric, label in columns:
         title = METRICS[metric].format(n=data['n'])
@@ -217,6 +244,8 @@ def scores_lines(data):
         if with_paper:
             titles.append('paper')
     lines = [f'**Table {number}**: {printed.title}.', '', *table_head([*titles, 'steps', 'seeds'])]
+
+    # A row for each model or method.
     for row in data['rows']:
         cells = [text_of(row['method'])]
         for metric, label in columns:
@@ -235,6 +264,8 @@ def notes_under(data, columns):
     what = 'mean over seeds (range over seeds)' if several else 'the value of one seed'
     lines = [f'A cell: {what} [95% interval over problems]. Problems of each seed: {", ".join(counts)}, each '
              f'answered {data["n"]} times.']
+
+    # On the toy there is no space between words.
     unmeasured = []
     for row in data['rows']:
         unmeasured += [metric for metric, label in columns if row['scores'][label][metric] is None]
@@ -311,23 +342,21 @@ def printed_lines(number):
 def table3_data(runs):
     """What Table 3 says of these runs: memory of the update in GB, and minutes of all steps without
     evaluation. Memory is measured on CUDA only."""
-    chosen = [run for run in runs if run.pair == 'same']
-    if not chosen:
-        raise Missing(f'Table 3: no run between models of one architecture; {MAKE["same"]}')
+    chosen = runs_of_pair(3, 'same', runs)
     rows = []
     differences = {}
-    machines = {}
+    machines = {}                            # in the order in which they come
     for method, group in by_method(chosen).items():
-        found = [paper_row(2, run.config) for run in group]
-        at_size = all(name is not None for name, _ in found)
-        if not at_size:
-            differences[method] = next(how for name, how in found if name is None)
+        paper, found = row_of_paper(2, group)
+        if found:
+            differences[method] = found
         peaks = [largest(run.rows, 'mem/update_dpeak') for run in group]
         rows.append({'method': method, 'seeds': [run.seed for run in group],
-                     'steps': group[0].rows[-1]['step'], 'paper': found[0][0] if at_size else None,
+                     'steps': last_step(method, group), 'paper': paper,
                      'gigabytes': None if None in peaks else peaks,
                      'minutes': [seconds_of_steps(run.rows) / 60 for run in group]})
-        machines |= dict.fromkeys(machine for run in group for machine in machines_of(run.folder))
+        for run in group:
+            machines |= dict.fromkeys(machines_of(run.folder))
     return {'table': 3, 'rows': rows, 'machines': list(machines), 'not at paper size': differences}
 
 

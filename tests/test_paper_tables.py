@@ -264,6 +264,17 @@ def test_seeds_with_other_numbers_of_problems_are_refused(folders, tmp_path):
         table2([folders[0], tmp_path / 'c1'], tmp_path / 'x')
 
 
+def test_seeds_that_end_after_different_steps_are_refused(folders, tmp_path):
+    """One of them was interrupted: its score would pull the mean down as if the method were worse."""
+    rows = [json.loads(line) for line in (folders[2] / 'log.jsonl').read_text().splitlines()]
+    rows[1] |= {name: value for name, value in rows[2].items() if name.startswith('eval/')}
+    write_log(folders[2], rows[:2])
+    (folders[2] / 'answers/000002.jsonl').rename(folders[2] / 'answers/000001.jsonl')
+    for table in (table2, table3):
+        with pytest.raises(UserError, match="a0 and .*a1 are seeds of 'OPRD' and end after 2 and 1 steps; finish both"):
+            table(folders, tmp_path / 'x')
+
+
 def test_two_teachers_in_one_table_are_refused(tmp_path):
     """One line called teacher would stand for both."""
     wide = [write_run(tmp_path / name, [*WIDE, *words], graded(1), graded(1), graded(2))
