@@ -271,19 +271,26 @@ def notes_under(data, columns):
         unmeasured += [metric for metric, label in columns if row['scores'][label][metric] is None]
     if 'dist' in unmeasured:
         lines.append('Dist-4g counts sequences of four words; answers of fewer words have none.')
-    return lines + size_notes(data['not at paper size'])
+    return lines + size_notes(data)
 
 
-def size_notes(not_at_size):
-    """{method: how its config differs from the paper's} -> at most one markdown line."""
-    if not not_at_size:
+def size_notes(data):
+    """How the runs of a table differ from the paper's -> at most one markdown line, which tells it of one
+    method; the JSON file tells it of each."""
+    differing = data['not at paper size']
+    if not differing:
         return []
-    method, differences = next(iter(not_at_size.items()))
-    rest = len(differences) - MOST_DIFFERENCES
+    start = "No run is at the paper's size, so its numbers are not beside ours."
+    if len(differing) < sum(row['method'] not in ('teacher', 'student') for row in data['rows']):
+        names = ', '.join(text_of(name) for name in differing)
+        start = f"Not at the paper's size, so without its numbers: {names}."
+
+    # The first differences are enough: models and problems come first.
+    method, differences = next(iter(differing.items()))
     listed = ', '.join(text_of(difference) for difference in differences[:MOST_DIFFERENCES])
+    rest = len(differences) - MOST_DIFFERENCES
     more = f', and {rest} more' if rest > 0 else ''
-    names = ', '.join(text_of(name) for name in not_at_size)
-    return [f"Not at the paper's size, so without its numbers: {names}. {text_of(method)}: {listed}{more}."]
+    return [f'{start} {text_of(method)} has {listed}{more}.']
 
 
 def score_cell(numbers):
@@ -382,7 +389,7 @@ def table3_lines(data):
               "step where that is largest, on the largest rank; on CUDA only. Ours includes the teacher's "
               'forward. Time: all phases of all steps, without evaluation.',
               f'Made on: {text_of("; ".join(data["machines"]))}.']
-    return lines + size_notes(data['not at paper size'])
+    return lines + size_notes(data)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_table_2_by_hand(folders):
     assert lines[4] == '| teacher | 100.0 (100.0-100.0) [100.0-100.0] |  | 2 |'
     assert lines[6] == '| OPRD | 75.0 (66.7-83.3) [25.0-100.0] | 2 | 2 |'
     assert 'Problems of each seed: 3 of eval, each answered 2 times.' in lines[9]
-    assert lines[10].startswith("Not at the paper's size, so without its numbers: OPRD, OPD top-1. OPRD: dtype='float32'")
+    assert lines[10].startswith("No run is at the paper's size, so its numbers are not beside ours. OPRD has dtype='float32' (paper: ")
     assert 'Best' not in ' '.join(lines) and len(lines) == 11
 
 
@@ -170,7 +170,7 @@ def test_the_papers_numbers_stand_beside_a_run_at_its_size(tmp_path):
     assert lines[4] == f'| teacher | {ours} | 50.8 | {ours} | 35.6 | {ours} | 79.5 |  | 1 |'
     assert lines[6] == f'| OPRD | {ours} | 49.8 | {ours} | 34.6 | {ours} | 79.1 | 2 | 1 |'
     assert lines[7] == f'| OPD top-1 | {ours} |  | {ours} |  | {ours} |  | 2 | 1 |'
-    assert lines[10] == "Not at the paper's size, so without its numbers: OPD top-1. OPD top-1: steps=400 (paper: 500)."
+    assert lines[10] == "Not at the paper's size, so without its numbers: OPD top-1. OPD top-1 has steps=400 (paper: 500)."
     memory = table3_lines(table3_data(read_runs(sizes)))
     assert memory[4:6] == ['| OPRD | 21.0 | 20.5 | 0.3 | 563 | 2 | 1 |', '| OPD top-1 | 21.0 |  | 0.3 |  | 2 | 1 |']
 
