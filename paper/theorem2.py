@@ -64,6 +64,9 @@ from support.runtime import UserError, print0, shown
 TOKENS = 64                     # of an answer, at most
 ROWS = 64                       # positions whose logits are held at once
 VOCABULARY_ROWS = 8192          # rows of a head that are factored at once
+ROUNDING = 1e-12                # a KL below this is drawn as 0
+MOVED_LAYERS = 5                # in which states are moved, evenly spaced; of a shallow model all layers
+FEWEST_CHECKPOINTS = 3          # that a run must have kept, or there is no course to see
 
 
 # ---- the head's directions ----------------------------------------------------------------------
@@ -219,7 +222,7 @@ def twin_of(model):
             reads.weight.copy_(reads.weight * norm.weight @ Q)
             norm.weight.fill_(1.0)
             writes.weight.copy_(Q @ writes.weight)
-    return twin.eval()
+    return twin.requires_grad_(False).eval()
 
 
 # The output-space losses, as output_losses.opd_rows names them.
@@ -360,17 +363,21 @@ def output_after(pair, layer, change):
 
 
 def moved_data(pair, bases, lowest=0):
-    """For each layer: the KL from the student's output to its output when the low part of its states becomes
+    """For some layers: the KL from the student's output to its output when the low part of its states becomes
     the teacher's, and the same for the rest. In the last layer the first is 0 if the low directions are the
     null space."""
+    L = pair.student.config.L
+    count = min(L, MOVED_LAYERS)
+    layers = sorted({1 + (L - 1) * i // max(1, count - 1) for i in range(count)})
     h_s = pair.states(pair.student)
     h_t = pair.states(pair.teacher)
     W = pair.student.head.weight[:pair.vocab]
-    data = {'low': [], 'rest': []}
-    for layer, basis in zip(pair.layers, bases, strict=True):
-        changes = split(h_t[layer - 1] - h_s[layer - 1], basis, lowest)
-        for name, change in zip(data, changes, strict=True):
-            data[name].append(rounded(kl_rows(h_s[-1], output_after(pair, layer, change), W).mean()))
+    data = {'layers': layers, 'low': [], 'rest': []}
+    for layer in layers:
+        low, rest = split(h_t[layer - 1] - h_s[layer - 1], bases[layer - 1], lowest)
+        for name, change in (('low', low), ('rest', rest)):
+            h_moved = output_after(pair, layer, change)
+            data[name].append(rounded(kl_rows(h_s[-1], h_moved, W).mean()))
     return data
 
 
@@ -390,7 +397,8 @@ def run_data(pair, run, lowest=0):
     checkpoints = kept_checkpoints(run.folder)
     points = [measured(pair, bases, h_t, pair.student, lowest)]
     for folder in checkpoints.values():
-        points.append(measured(pair, bases, h_t, load_model(folder, torch.float64).requires_grad_(False), lowest))
+        model = load_model(folder, torch.float64).requires_grad_(False)
+        points.append(measured(pair, bases, h_t, model, lowest))
     data = {'method': run.method, 'seed': run.seed, 'steps': [0, *checkpoints]}
     return data | {name: [point[name] for point in points] for name in points[0]}
 
@@ -423,62 +431,36 @@ def theorem2_data(pair, runs, heads, lowest=0):
 
 # ---- the figure ---------------------------------------------------------------------------------
 
+# The two parts of a difference: one line style each, in all panels.
+PARTS = {'rest': {'linestyle': '-'}, 'low': {'linestyle': ':'}}
+
+
 def draw_theorem2(data, file):
-    """Four panels: the heads' singular values, the KL along each direction, the low directions' share of the
-    difference in each layer, and both parts of Eq. (6) of the last layer over the steps."""
+    """Up to six panels, two in a row: Theorem 7, Theorem 8, and where student and teacher differ."""
+    draw = [draw_moved, draw_heads, draw_directions, draw_shares]
+    if data['twin']:
+        draw.insert(0, draw_twin)
+    if data['runs']:
+        draw.append(draw_parts)
     with paper_style():
-        panels = 4 if data['runs'] else 3
-        rows = 2 if panels == 4 else 1
-        figure, axes = new_figure(rows, panels // rows, PAGE, 4.8 if rows == 2 else 2.4)
-        draw_heads(axes[0], data['heads'])
-        draw_directions(axes[1], data['directions'])
-        draw_shares(axes[2], data)
-        if data['runs']:
-            draw_parts(axes[3], data)
-        return save(figure, file, f"{data['answers']} answers of the untrained student, "
-                                  f"{data['positions']:,} positions")
+        rows = -(-len(draw) // 2)
+        figure, axes = new_figure(rows, 2, PAGE, 2.3 * rows)
+        for draw_panel, panel in zip(draw, axes, strict=False):
+            draw_panel(panel, data)
+        for panel in axes[len(draw):]:
+            panel.remove()
+        notes = f"{data['answers']} answers of the untrained student, {data['positions']:,} positions"
+        seeds = {run['seed'] for run in data['runs']}
+        if len(seeds) > 1:
+            notes += f'; after training: mean of {len(seeds)} seeds'
+        return save(figure, file, notes)
 
 
-def draw_heads(axes, heads):
-    """Singular values against their number; those that are 0 cannot be drawn on a logarithmic axis."""
-    for name, head in heads.items():
-        look = look_of(name)
-        d = head['width']
-        zero = f"{head['null_space']} of {d} are 0" if head['null_space'] else f'none of {d} is 0'
-        for key, label, width in (('sigma', f'{name}: {zero}', 1.3), ('sigma_with_norm', None, 0.7)):
-            sigma = head[key]
-            seen = d - head['null_space']
-            share = [(number + 1) / d for number in range(seen)]
-            axes.plot(share, [value / sigma[0] for value in sigma[:seen]], label=label, color=look['color'],
-                      linestyle=look['linestyle'], lw=width, marker=look['marker'], markevery=0.2)
-    axes.set(xlabel='number i of the direction / width d', ylabel='s_i / s_1', yscale='log',
-             xlim=(-0.02, 1.02), title="the head's singular values")
-
-
-def draw_directions(axes, directions):
-    """What the theorem predicts against what the KL says, for each direction."""
-    predicted = directions['predicted']
-    ends = [predicted[0], predicted[-1]]
-    axes.plot(ends, ends, color='0.4', linestyle='--', lw=0.8, label='predicted: (s_1 / s_i)^2')
-    quantiles = directions['of_positions']
-    axes.vlines(predicted, quantiles['10%'], quantiles['90%'], color='0.7', lw=1,
-                label='KL: 80% of the positions')
-    axes.plot(predicted, directions['of_mean_kl'], color='#0072B2', linestyle='None', marker='o',
-              label='KL: ratio of the means')
-    axes.set(xlabel='(s_1 / s_i)^2', ylabel='loss along 1 / loss along i', xscale='log', yscale='log',
-             title='a small step along direction i')
-
-
-def mean_over_runs(runs, number, layers):
-    """Share of the low directions in Eq. (6) of each layer at one of the steps, averaged over seeds."""
-    shares = []
-    for layer in range(layers):
-        of_seeds = []
-        for run in runs:
-            low = run['low'][number][layer]
-            of_seeds.append(low / (low + run['rest'][number][layer]))
-        shares.append(sum(of_seeds) / len(of_seeds))
-    return shares
+def low_name(data):
+    """What the low directions are, in two words."""
+    if data['low']['directions'] == data['low']['null_space']:
+        return 'null space'
+    return f"lowest {data['low']['directions']}"
 
 
 def methods_of(data):
@@ -489,38 +471,106 @@ def methods_of(data):
     return methods
 
 
+def layer_axis(axes, layers):
+    """The x axis of a panel over the layers."""
+    axes.set(xlabel='layer', xlim=(layers[0] - 0.3, layers[-1] + 0.3))
+    whole_ticks(axes)
+
+
+def draw_twin(axes, data):
+    """Eq. (6) of each layer: the student against the teacher, and against its twin, whose outputs equal its
+    own."""
+    before = data['before']
+    distance = [low + rest for low, rest in zip(before['low'], before['rest'], strict=True)]
+    kl = {'teacher': before['kl'], 'twin': data['twin']['largest_loss']['full KL (4)']}
+    twin = data['twin']['eq6']
+    for name, values, line, marker in (('teacher', distance, '--', 'o'), ('twin', twin, '-', 's')):
+        label = f'to the {name}: KL {0 if kl[name] < ROUNDING else kl[name]:.3g}'
+        axes.plot(data['layers'], values, label=label, color='0.2', linestyle=line, marker=marker)
+    axes.set(ylabel='Eq. (6)', title='equal outputs, other states')
+    axes.set_ylim(0, 1.45 * max(distance + twin))
+    axes.legend(loc='upper left')
+    layer_axis(axes, data['layers'])
+
+
+def draw_moved(axes, data):
+    """How far the output moves when a part of the student's states becomes the teacher's."""
+    moved = data['moved']
+    for key, label, marker in (('rest', 'the rest', 'o'), ('low', low_name(data), 's')):
+        axes.plot(moved['layers'], moved[key], label=label, color='0.2', marker=marker, **PARTS[key])
+    axes.set(ylabel='KL between outputs (nats)', title="when one part becomes the teacher's")
+    layer_axis(axes, moved['layers'])
+
+
 def draw_shares(axes, data):
     """The low directions' share of student minus teacher, before and after training."""
     layers = data['layers']
     random_share = data['low']['directions'] / data['width']
-    axes.axhline(100 * random_share, color='0.4', linestyle='--', lw=0.8, label='a random direction')
-    before = mean_over_runs([{key: [data['before'][key]] for key in ('low', 'rest')}], 0, len(layers))
-    look = look_of('student') | {'marker': 'x'}
-    axes.plot(layers, [100 * share for share in before], label='untrained', **look)
+    axes.axhline(100 * random_share, color='0.4', linestyle=(0, (1, 2)), lw=0.8, label='random direction')
+    axes.plot(layers, shares([data['before']]), label='before', color='0.4', linestyle='--', marker='x')
     for method, runs in methods_of(data).items():
-        after = mean_over_runs(runs, -1, len(layers))
-        axes.plot(layers, [100 * share for share in after], label=f'after {method}', **look_of(method))
-    axes.set(xlabel='layer', ylabel='share (%)', ylim=(0, 100),
-             title=f'share of the difference in {low_name(data)}')
-    whole_ticks(axes)
+        last = [{key: run[key][-1] for key in PARTS} for run in runs]
+        axes.plot(layers, shares(last), label=f'after {method}', **look_of(method))
+    axes.set(ylabel='share of Eq. (6) (%)', ylim=(0, 100), title=f'share of the {low_name(data)}')
+    axes.legend(loc='lower left')
+    layer_axis(axes, layers)
 
 
-def low_name(data):
-    """What the low directions are, for a title."""
-    if data['low']['directions'] == data['low']['null_space']:
-        return 'the null space'
-    return f"the {data['low']['directions']} lowest"
+def shares(points):
+    """The low part's share of Eq. (6) in each layer, in per cent, averaged over the seeds' points."""
+    result = []
+    for layer in range(len(points[0]['low'])):
+        of_seeds = [point['low'][layer] / (point['low'][layer] + point['rest'][layer]) for point in points]
+        result.append(100 * sum(of_seeds) / len(of_seeds))
+    return result
+
+
+def draw_heads(axes, data):
+    """Singular values against their number; those that are 0 cannot be drawn on a logarithmic axis."""
+    for name, head in data['heads'].items():
+        color = look_of(name)['color']
+        line = look_of(name)['linestyle']
+        d = head['width']
+        seen = d - head['null_space']
+        share = [number / d for number in range(1, seen + 1)]
+        zero = f'{d - seen} of {d} are 0' if seen < d else f'none of {d} is 0'
+        for key, label, width in (('sigma', f'{name}: {zero}', 1.3),
+                                  ('sigma_with_norm', f'{name}, with the norm', 0.6)):
+            values = [value / head[key][0] for value in head[key][:seen]]
+            axes.plot(share, values, label=label, color=color, linestyle=line, lw=width)
+    axes.set(xlabel='number of the direction i / width d', ylabel='σᵢ / σ₁', yscale='log', xlim=(-0.02, 1.02),
+             title="the head's singular values")
+
+
+def draw_directions(axes, data):
+    """What the theorem predicts against what the KL says, for each direction."""
+    directions = data['directions']
+    predicted = directions['predicted']
+    quantiles = directions['of_positions']
+    ends = [predicted[0], predicted[-1]]
+    axes.plot(ends, ends, color='0.4', linestyle='--', lw=0.8, label='(σ₁/σᵢ)²')
+    axes.vlines(predicted, quantiles['10%'], quantiles['90%'], color='0.75', lw=0.8, label='80% of positions')
+    axes.plot(predicted, quantiles['50%'], color='0.2', linestyle='None', marker='_', label='median position')
+    axes.plot(predicted, directions['of_mean_kl'], color='#D55E00', linestyle='None', marker='o', ms=2.5,
+              label='mean KL')
+    axes.set(xlabel='(σ₁/σᵢ)²', ylabel='KL along 1 / KL along i', xscale='log', yscale='log',
+             title='a small step along direction i')
+    axes.set_ylim(top=8 * max(quantiles['90%']))
+    axes.legend(loc='upper left', ncols=2)
 
 
 def draw_parts(axes, data):
     """Both parts of Eq. (6) of the last layer over the steps; thin lines are seeds."""
+    largest = 0
     for method, runs in methods_of(data).items():
-        look = look_of(method)
-        for key, what, line in (('rest', 'the rest', '-'), ('low', low_name(data), ':')):
-            label = f'{method}: {what}'
+        for key, what in (('rest', 'the rest'), ('low', low_name(data))):
             by_seed = [[step[-1] for step in run[key]] for run in runs]
-            draw_seeds(axes, runs[0]['steps'], by_seed, label, look | {'linestyle': line})
-    axes.set(xlabel='step', ylabel='Eq. (6), last layer', yscale='log', title='two parts of the distance')
+            largest = max(largest, *(max(values) for values in by_seed))
+            draw_seeds(axes, runs[0]['steps'], by_seed, f'{method}, {what}', look_of(method) | PARTS[key])
+    axes.set(xlabel='step', ylabel='Eq. (6) of the last layer', yscale='log',
+             title='the last layer during training')
+    axes.set_ylim(top=5 * largest)
+    axes.legend(loc='upper left', ncols=2, columnspacing=1, handlelength=2.5)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -556,7 +606,7 @@ def usable_runs(folders):
         kept = len(kept_checkpoints(run.folder))
         if run.pair != 'same':
             print0(f'{run.folder}: left out, the teacher has another shape than the student')
-        elif kept < 3:
+        elif kept < FEWEST_CHECKPOINTS:
             print0(f'{run.folder}: left out, it has kept {kept} checkpoints; save_every=10 keep=100 '
                    'keeps all of a run of 100 steps')
         else:

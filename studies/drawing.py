@@ -270,7 +270,7 @@ def show_as_it_is(figure):
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_formatter(), (LogFormatter, NullFormatter, ScalarFormatter)):
-                for tick in (*axis.majorTicks, *axis.minorTicks):
+                for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                     numbers.update((tick.label1, tick.label2))
             else:
                 axis.get_majorticklabels()   # makes them
