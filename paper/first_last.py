@@ -289,8 +289,8 @@ def draw_figure8(data, file):
         axes[0].set_ylabel('cosine of last-layer states')
         counts = []
         for numbers in panels.values():
-            counts.append(f'{len(numbers["runs"])} seed(s), {numbers["answers"]} answers')
-        notes = f'before training; {"; ".join(dict.fromkeys(counts))}; thin: each seed'
+            counts.append(f'{numbers["answers"]} answers of {len(numbers["runs"])}')
+        notes = f'before training, thin: each seed; {", ".join(dict.fromkeys(counts))} seed(s)'
         return save(figure, file, notes)
 
 

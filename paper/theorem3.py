@@ -62,7 +62,7 @@ SHARE = Field(list, 1, items=Field(float, 0, 1.0000001))
 LAYER = {'variance': Field(float, 0), 'lam': Field(list, 1, items=Field(float, 0)), 'rho2': SHARE}
 FITTED = {'positions': Field(str), 'bridge_prompts': Field(int, 2), 'bridge_held_out': Field(float, 0, 1),
           'bridge_ridge': Field(float, 0), 'bridge_bias': Field(bool)}
-ENCODERS = {'PCA': 'PCA (Theorem 3)', 'best for E': 'best directions for E', 'random': 'random directions'}
+ENCODERS = {'PCA': 'PCA', 'best for E': 'best for E', 'random': 'random directions'}
 
 
 # ---- what the folders say ------------------------------------------------------------------------
@@ -364,8 +364,9 @@ def rank_correlation(x, y):
 
 def draw_theorem3(data, file):
     """The panels that the data can feed -> files."""
-    panels = [draw_components, draw_energy, draw_cosines]
+    panels = [draw_components, draw_energy]
     panels += [draw_kept] if data['encoders'] else []
+    panels += [draw_cosines]
     panels += [draw_accuracy] if data['distilled'] else []
     panels += [draw_trained] if data['trained'] else []
     rows = -(-len(panels) // 3)
@@ -375,14 +376,16 @@ def draw_theorem3(data, file):
         for panel, draw in zip(axes, panels, strict=False):
             draw(panel, data)
             panel.axvline(recommended(data), color='0.25', ls=(0, (1, 1)), lw=0.8)
-            panel.set_xscale('log')
+            panel.set(xscale='log', xlim=(0.9, 1.1 * largest))
             powers = [2**exponent for exponent in range(largest.bit_length())]
             panel.set_xticks(powers, powers)
             panel.minorticks_off()
         for panel in axes[len(panels):]:
             panel.set_axis_off()
-        notes = (f'mean of {len(data["bridges"])} seed(s), thin: each seed (first panel: each layer); '
-                 f"dotted: Theorem 3's rank, {recommended(data):.0f}")
+        count = len(data['bridges'])
+        seeds = f'mean of {count} seeds, thin: each' if count > 1 else 'one seed'
+        notes = (f"{seeds} (first panel thin: each layer); vertical: Theorem 3's rank, "
+                 f'{recommended(data):.0f}')
         return save(figure, file, notes)
 
 
@@ -420,9 +423,9 @@ def draw_energy(axes, data):
 
 
 def draw_kept(axes, data):
-    """The variance that the first r directions of each encoder keep."""
+    """The variance that the first r directions of each encoder keep. The legend is beside E(r)."""
     for name in ENCODERS:
-        draw_lines(axes, [found[name]['kept'] for found in data['encoders'].values()], ENCODERS[name], name)
+        draw_lines(axes, [found[name]['kept'] for found in data['encoders'].values()], None, name)
     axes.set(title='variance kept', xlabel='rank r', ylabel='share of the variance', ylim=(0, 1.02))
 
 
@@ -455,9 +458,9 @@ def draw_trained(axes, data):
     before = []
     for found in data['bridges'].values():
         before.append(mean_of([layer['rho2'] for layer in found['layers'].values()]))
-    draw_lines(axes, before, 'before', 'student')
+    draw_lines(axes, before, 'before', 'before')
     for asked, by_seed in data['trained'].items():
-        label = 'after, rank of Theorem 3' if asked == '0' else f'after, r = {asked}'
+        label = "after, Theorem 3's rank" if asked == '0' else f'after, r = {asked}'
         draw_lines(axes, by_seed, label, label)
     axes.axhline(0.5, color='0.25', ls='--', lw=0.8)
     axes.set(title='predictable, after stage 2', xlabel='component i', ylabel='ρ², mean of layers',
