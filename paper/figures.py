@@ -25,8 +25,10 @@ from statistics import fmean
 from paper.runs import (
     PAIRS,
     Missing,
+    began_with,
     by_method,
     machines_of,
+    method_key,
     of_kind,
     read_runs,
     seconds_of_steps,
@@ -37,12 +39,13 @@ from studies.figures import LARGEST, accuracy, accuracy_metrics, draw_layers, la
 from support.fields import Field, check_fields
 from support.files import write_json
 from support.optimizer import ever_positive
-from support.provenance import lasting_starts, read_starts
 from support.run_folder import scores_of
 from support.runtime import UserError
 
 MAKE_RUNS = 'python -m studies.compare toy_paper makes such runs of the toy'
 MAKE_BRIDGE = 'python bridge.py configs/toy_bridge.py makes one of the toy'
+DRAWN = Field(float, -1e9, 1e9)              # a value of a log; a mean of them cannot overflow
+COUNTS = Field(dict, items=Field(int, 0, 10**9), default={})
 WINDOW = 3                      # evaluations in a rolling mean of Figure 4: one and its two neighbours
 FEW = 10                        # with fewer evaluations than these, Figure 4 shows them as they are
 
@@ -82,14 +85,20 @@ def write_figure(data, draw, file):
 # ---- from runs to numbers ------------------------------------------------------------------------
 
 def shown_runs(runs):
-    """The runs of one pair -> (those that a figure shows, those that it leaves out). Runs that are evaluated
-    only before and after training have no curve; they are shown if no other run has one."""
-    with_curve = []
-    without = []
+    """The runs of one pair -> (those that a figure shows, those that it leaves out). Methods that are
+    evaluated only before and after training have no curve; they are shown if no other method has one."""
+    have_curve = set()                       # methods
     for run in runs:
-        enough = len(accuracy(run.rows)[0]) > 2
-        (with_curve if enough else without).append(run)
-    return (with_curve, without) if with_curve else (without, [])
+        if len(accuracy(run.rows)[0]) > 2:
+            have_curve.add((run.method, method_key(run.config)))
+    if not have_curve:
+        return runs, []
+    shown = []
+    left_out = []
+    for run in runs:
+        has_curve = (run.method, method_key(run.config)) in have_curve
+        (shown if has_curve else left_out).append(run)
+    return shown, left_out
 
 
 def common_data(runs):
@@ -109,8 +118,28 @@ def common_data(runs):
 
 def problems_of(run):
     """{held-out set: number of its problems}, as the run noted it; {} where it did not."""
-    starts = lasting_starts(read_starts(run.folder))
-    return starts[-1].get('problems', {}).get('eval_data', {}) if starts else {}
+    noted = began_with(run).get('problems', {})
+    file = run.folder / 'starts.jsonl'
+    return check_fields(noted, {'eval_data': COUNTS}, f'{file}: problems', 'delete it')['eval_data']
+
+
+def metrics_of(methods):
+    """Names of the accuracies in the logs: first the plain one, then one for each set.
+
+    Missing if the runs were not evaluated. UserError: a run that has gone on with another eval_n has scores
+    of two kinds, and no curve.
+    """
+    runs = [run for seeds in methods.values() for run in seeds if accuracy_metrics(run.rows)]
+    if not runs:
+        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    names = accuracy_metrics(runs[0].rows)
+    for run in runs:
+        found = accuracy_metrics(run.rows)
+        if found != names or found[0] != f'avg@{run.config["eval_n"]}':
+            raise UserError(f'{run.folder}: scores of {", ".join(found)} before the first step, where eval_n='
+                            f'{run.config["eval_n"]} and {runs[0].folder} has {", ".join(names)}; give runs '
+                            'that were evaluated alike from their first step on')
+    return names
 
 
 def curve_of(seeds, name):
@@ -121,6 +150,8 @@ def curve_of(seeds, name):
     curves = []
     for run in seeds:
         measured = [row for row in run.rows if row.get(name) is not None]
+        for row in measured:
+            check_fields(row, {name: DRAWN}, f'{run.folder}/log.jsonl:{row["step"] + 1}', 'restore the file')
         curves.append(([row['step'] for row in measured], [row[name] for row in measured]))
     steps = curves[0][0]
     for run, (other, _) in zip(seeds, curves, strict=True):
@@ -166,25 +197,40 @@ def first_models(methods, metric):
     return scores
 
 
-def rolling(values, window):
-    """Centred rolling mean. Towards both ends it narrows, so that it stays centred: the first value and the
-    last one are as they are."""
+def rolling(steps, values, window, narrow=False):
+    """Centred rolling mean over so many steps, an odd number. At both ends it takes the steps that are there.
+    narrow: there it takes as few on one side as on the other, so that the first value stays as it is."""
     means = []
-    for at in range(len(values)):
-        half = min(window // 2, at, len(values) - 1 - at)
-        means.append(fmean(values[at - half:at + half + 1]))
+    for step in steps:
+        half = window // 2
+        if narrow:
+            half = min(half, step - steps[0], steps[-1] - step)
+        near = [value for other, value in zip(steps, values, strict=True) if abs(other - step) <= half]
+        means.append(fmean(near))
     return means
+
+
+def smooth_curves_data(runs, names, what):
+    """The same, and beside each curve the curve over a tenth of the steps: a rollout is a small sample, and
+    methods that jump from step to step cannot be told apart."""
+    data = curves_data(runs, names, what)
+    curves = [curve for name in names for curve in data[name].values()]
+    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
+    for curve in curves:
+        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
+    return data
 
 
 # ---- what the drawings share ---------------------------------------------------------------------
 
-def mean_of_seeds(data):
-    """How many seeds a line stands for, as a text under a figure."""
+def mean_of_seeds(data, smooth=''):
+    """How many seeds a line stands for, as a text under a figure. smooth: how the lines were smoothed."""
     counts = sorted({len(seeds) for seeds in data['seeds'].values()})
+    smooth = smooth and f', {smooth}'
     if counts == [1]:
-        return 'One seed.'
+        return f'One seed{smooth}.'
     number = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
-    return f'Lines: mean of {number} seeds. Thin lines: the seeds.'
+    return f'Thick lines: mean of {number} seeds{smooth}. Thin lines: the seeds.'
 
 
 def answers_of(data):
@@ -193,10 +239,10 @@ def answers_of(data):
     return f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
 
 
-def draw_curves(axes, curves):
-    """Every method's curve in its look."""
+def draw_curves(axes, curves, key):
+    """Every method's curve in its look. key: 'smooth', or 'by_seed' for the values as they are."""
     for method, curve in curves.items():
-        draw_seeds(axes, curve['steps'], curve['by_seed'], method, look_of(method))
+        draw_seeds(axes, curve['steps'], curve[key], method, look_of(method))
 
 
 def draw_models(axes, scores):
@@ -212,18 +258,19 @@ def draw_models(axes, scores):
 def figure1_data(runs):
     """Of every method and seed: accuracy after the last step, minutes of all steps, and GB of the update."""
     methods, data = common_data(runs)
-    metric = accuracy(runs[0].rows)[1]
-    if metric is None:
-        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    metric = metrics_of(methods)[0]
     data |= {'metric': metric, 'machine': one_machine(methods), 'methods': {}}
     data |= first_models(methods, metric)
     for method, seeds in methods.items():
-        gigabytes = [largest(run.rows, 'mem/update_dpeak') for run in seeds]
+        curve = curve_of(seeds, f'eval/{metric}')
+        if curve is None:
+            continue
+        memory = curve_of(seeds, 'mem/update_dpeak')
         data['methods'][method] = {
             'steps': seeds[0].rows[-1]['step'],
-            'accuracy': [accuracy(run.rows)[0][-1][1] for run in seeds],
+            'accuracy': [values[-1] for values in curve['by_seed']],
             'minutes': [seconds_of_steps(run.rows) / 60 for run in seeds],
-            'gigabytes': None if None in gigabytes else gigabytes,
+            'gigabytes': memory and [max(values) for values in memory['by_seed']],
         }
     return data
 
@@ -243,15 +290,10 @@ def one_machine(methods):
     return next(iter(made_on))
 
 
-def largest(rows, name):
-    """The largest value of a name in a log; None if it was not measured."""
-    return max((row[name] for row in rows if row.get(name) is not None), default=None)
-
-
 def draw_figure1(data, file):
     """Bubbles: their area is memory, their middle the mean over seeds; the seeds are small points."""
     peaks = [max(method['gigabytes']) for method in data['methods'].values() if method['gigabytes']]
-    measured = len(peaks) == len(data['methods'])
+    measured = len(peaks) == len(data['methods']) and min(peaks) > 0
     with paper_style():
         figure, (axes,) = new_figure(width=COLUMN, height=2.6)
         for name, method in data['methods'].items():
@@ -263,7 +305,7 @@ def draw_figure1(data, file):
             axes.plot(*middle, label=name, **look | {'linestyle': 'None'})
         draw_models(axes, data)
         axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
         area = 'Bubbles are equal: memory was not measured.'
         if measured:
             area = f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.'
@@ -281,9 +323,7 @@ def figure1(folders, to='out/paper'):
 def figure4_data(runs):
     """Of every held-out set: each method's accuracies, and their rolling mean over evaluations."""
     methods, data = common_data(runs)
-    metrics = accuracy_metrics(runs[0].rows)
-    if not metrics:
-        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    metrics = metrics_of(methods)
     data |= {'metric': metrics[0], 'window': WINDOW, 'sets': {}}
 
     # Of several sets the first name is their mean, which has no panel of its own.
@@ -294,7 +334,10 @@ def figure4_data(runs):
             if curve is None:
                 continue
             mean = [fmean(values) for values in zip(*curve['by_seed'], strict=True)]
-            curve['mean'] = rolling(mean, WINDOW) if len(mean) >= FEW else mean
+            if len(mean) >= FEW:
+                # Narrow, because the first value is the untrained student, from which all methods start.
+                mean = rolling(range(len(mean)), mean, WINDOW, narrow=True)
+            curve['mean'] = mean
             curves[method] = curve
         name = metric.partition('/')[2] or next(iter(data['problems']), 'held-out problems')
         data['sets'][name] = {'methods': curves, **first_models(methods, metric)}
@@ -318,8 +361,8 @@ def draw_figure4(data, file):
             draw_models(axes, values)
             axes.set(xlabel='step', title=name, ylim=(0, 105))
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
-        mean = f'Thick lines: centred mean of {WINDOW} evaluations. ' if smooth else ''
-        notes = f'{mean_of_seeds(data)} {mean}{answers_of(data)}'
+        mean = mean_of_seeds(data, f'centred mean of {WINDOW} evaluations' if smooth else '')
+        notes = f'{mean} {answers_of(data)}'
         return save(figure, file, notes)
 
 
@@ -332,7 +375,7 @@ def figure4(folders, to='out/paper'):
 
 def figure5_data(runs):
     """Mean length of the answers of each training step."""
-    return curves_data(runs, ['len/mean'], 'the length of answers')
+    return smooth_curves_data(runs, ['len/mean'], 'the length of answers')
 
 
 def draw_figure5(data, file):
@@ -346,7 +389,7 @@ def figure5(folders, to='out/paper'):
 
 def figure9_data(runs):
     """The output-space term of every method that has one."""
-    return curves_data(runs, ['loss/opd'], 'a term in the output space')
+    return smooth_curves_data(runs, ['loss/opd'], 'a term in the output space')
 
 
 def draw_figure9(data, file):
@@ -360,7 +403,7 @@ def figure9(folders, to='out/paper'):
 
 def figure10_data(runs):
     """Share of the 16 likeliest tokens that both models have in common."""
-    return curves_data(runs, ['opd/overlap16'], 'the overlap of the 16 likeliest tokens')
+    return smooth_curves_data(runs, ['opd/overlap16'], 'the overlap of the 16 likeliest tokens')
 
 
 def draw_figure10(data, file):
@@ -374,7 +417,7 @@ def figure10(folders, to='out/paper'):
 
 def figure11_data(runs):
     """Entropies of both models on the answers of the student."""
-    return curves_data(runs, ['entropy/student', 'entropy/teacher'], 'entropies')
+    return smooth_curves_data(runs, ['entropy/student', 'entropy/teacher'], 'entropies')
 
 
 def draw_figure11(data, file):
@@ -393,9 +436,9 @@ def draw_over_steps(data, file, panels):
     with paper_style():
         figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
         for panel, (name, label) in zip(axes, panels.items(), strict=True):
-            draw_curves(panel, data[name])
+            draw_curves(panel, data[name], 'smooth')
             panel.set(xlabel='step', ylabel=label)
-        return save(figure, file, mean_of_seeds(data))
+        return save(figure, file, mean_of_seeds(data, f'centred mean of {data["window"]} steps'))
 
 
 # ---- Figure 6 ------------------------------------------------------------------------------------
@@ -427,7 +470,7 @@ def draw_figure6(data, file):
     """Left: the mean over layers of every method. Then: the layers of two methods."""
     with paper_style():
         figure, (left, *others) = new_figure(columns=1 + len(data['layers']), height=2.5, sharey=True)
-        draw_curves(left, data['rep/cos'])
+        draw_curves(left, data['rep/cos'], 'by_seed')
         left.set(xlabel='step', ylabel='cosine to the teacher', title='mean over layers')
         for axes, (method, layers) in zip(others, data['layers'].items(), strict=True):
             draw_layers(figure, axes, rows_of_means(layers))
@@ -458,15 +501,13 @@ def figure7_data(runs):
     """Of each weight mu of Eq. (6) beside Eq. (3): the accuracies over steps, the last ones, and the learning
     rate. Weights that change during a run are not compared."""
     methods, data = common_data(runs)
-    data |= {'metric': accuracy(runs[0].rows)[1], 'methods': {}}
-    if data['metric'] is None:
-        raise Missing(f'the runs were not evaluated; {MAKE_RUNS}')
+    data |= {'metric': metrics_of(methods)[0], 'methods': {}}
     for method, seeds in methods.items():
         config = seeds[0].config
         weights = (config['oprd_weight'], config['opd_weight'])
         constant = not any(isinstance(weight, list) for weight in weights)
-        if config['opd'] == 'sampled' and constant and weights[1] > 0:
-            curve = curve_of(seeds, f'eval/{data["metric"]}')
+        curve = curve_of(seeds, f'eval/{data["metric"]}')
+        if config['opd'] == 'sampled' and constant and weights[1] > 0 and curve:
             data['methods'][method] = {'mu': weights[0] / weights[1], 'lr': config['lr'], **curve}
     if len({values['mu'] for values in data['methods'].values()}) < 2:
         raise Missing(f'fewer than two weights mu of Eq. (6) beside OPD top-1; {MAKE_RUNS}')
@@ -484,16 +525,17 @@ def draw_figure7(data, file):
             draw_seeds(left, values['steps'], values['by_seed'], method, look)
             last = [seed[-1] for seed in values['by_seed']]
             right.plot(number, fmean(last), **look | {'linestyle': 'None'})
-            right.scatter([number] * len(last), last, s=4, color=look['color'], lw=0)
+            right.scatter([number - 0.12] * len(last), last, s=4, color=look['color'], lw=0)
             right.annotate(f'{fmean(last):.1f}', (number, fmean(last)), (6, 0), textcoords='offset points',
-                           va='center', fontsize=7)
+                           va='center', bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
         draw_models(left, data)
         draw_models(right, data)
-        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
+        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105), title='over steps')
         labels = [f'{values["mu"]:g}\nlr={values["lr"]:g}' for _, values in by_mu]
         right.set(xlabel='weight mu of Eq. (6)', xlim=(-0.5, len(by_mu) - 0.3), title='after the last step')
         right.set_xticks(range(len(by_mu)), labels)
-        return save(figure, file, f'{mean_of_seeds(data)} {answers_of(data)}')
+        notes = f'{mean_of_seeds(data)} Small points: the seeds. {answers_of(data)}'
+        return save(figure, file, notes)
 
 
 def figure7(folders, to='out/paper'):

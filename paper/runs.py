@@ -22,7 +22,7 @@ from studies.figures import read_configs, read_log, require_comparable
 from support.fields import Field, check_fields
 from support.optimizer import ever_positive
 from support.provenance import ANOTHER_RUN, lasting_starts, read_starts
-from support.runtime import UserError, shown
+from support.runtime import UserError, cut, shown
 
 # Keys that two seeds of one method may differ in: they say where the run happens, how often it is looked at,
 # and what is kept. The bridge's folder is compared without its seed (see `method_key`).
@@ -37,7 +37,8 @@ PAIRS = {'same': 'teacher of the same architecture', 'bridge': 'teacher of anoth
 WEIGHT = Field(float, other=Field(list, 1, items=Field(list, 2, 2, items=Field(float))))
 NAMED_BY = {'oprd_weight': WEIGHT, 'opd_weight': WEIGHT, 'opd': Field(str), 'opd_k': Field(int),
             'bridge': Field(str), 'bridge_rank': Field(int), 'seed': Field(int, 0), 'teacher': Field(str),
-            'student': Field(str), 'teacher_ids': Field(str)}
+            'student': Field(str), 'teacher_ids': Field(str), 'lr': Field(float), 'eval_n': Field(int, 1)}
+LONGEST_VALUE = 30              # characters of a key's value in the name of a method
 
 
 class Missing(UserError):
@@ -239,7 +240,7 @@ def told_apart(groups):
 def method_key(config):
     """What makes a method, apart from its name -> ((key, value as text), ...). A bridge counts by the name of
     its folder without the run's seed: 'out/toy_paper/wide-stage1-s0' -> 'wide-stage1'."""
-    values = [(key, f'{config[key]}') for key in default if key not in HARMLESS]
+    values = [(key, cut(f'{config[key]}', LONGEST_VALUE)) for key in default if key not in HARMLESS]
     bridge = re.sub(f'-s{config["seed"]}$', '', Path(config['bridge']).name)
     return (*values, ('bridge', bridge))
 

@@ -152,7 +152,7 @@ def runs_of_pair(number, pair, runs):
     """The runs that belong into a table; Missing if there is none."""
     chosen = [run for run in runs if run.pair == pair]
     if not chosen:
-        raise Missing(f'Table {number}: no run with a {PAIRS[pair]}; {MAKE[pair]}')
+        raise Missing(f'no run with a {PAIRS[pair]}; {MAKE[pair]}')
     return chosen
 
 

@@ -193,6 +193,17 @@ def write_log(out, rows):
     (out / 'log.jsonl').write_text(''.join(json.dumps(dict.fromkeys(names) | row) + '\n' for row in rows))
 
 
+def write_run(folder, columns, file='configs/toy.py', **keys):
+    """A finished run: its config, and a log of {name: [value in step 0, 1, ...]}."""
+    folder.mkdir(parents=True)
+    config = load_config([file, *(f'{key}={value}' for key, value in keys.items())])
+    (folder / 'config.json').write_text(json.dumps({'config': config}))
+    steps = range(len(next(iter(columns.values()))))
+    write_log(folder, [{'step': step} | {name: values[step] for name, values in columns.items()} for step in steps])
+    (folder / 'results.json').write_text('{}')
+    return folder
+
+
 def evaluate(model, tokenizer, sets, per_problem, **how):
     """An evaluation as distill.evaluate_model makes it: answers, then their scores over all ranks."""
     rows = eval_math.sample_and_grade(model, tokenizer, sets, per_problem, **how)
