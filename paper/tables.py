@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import fmean
 
 from eval_math import bootstrap, cell, distinct
-from paper.figures import largest
 from paper.printed import MEMORY_AND_TIME, PRINTED, SETS, paper_row
 from paper.runs import PAIRS, Missing, by_method, machines_of, of_kind, read_runs, seconds_of_steps
 from studies.compare import span
@@ -365,6 +364,12 @@ def table3_data(runs):
         for run in group:
             machines |= dict.fromkeys(machines_of(run.folder))
     return {'table': 3, 'rows': rows, 'machines': list(machines), 'not at paper size': differences}
+
+
+def largest(rows, name):
+    """The largest value of a name in a log; None if it was not measured."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return max(values, default=None)
 
 
 def table3_lines(data):

@@ -48,7 +48,7 @@ def logged(rows, n=2):
     return eval_math.shared_scores(rows, list(dict.fromkeys(row['set'] for row in rows)), n)
 
 
-def write_run(folder, words, student, method, teacher=None, **names):
+def evaluated_run(folder, words, student, method, teacher=None, **names):
     """A finished run of two steps, of 6 and 12 seconds, and its answers. names: more of what is logged in each step."""
     (folder / 'answers').mkdir(parents=True)
     config = load_config(words) | {'dtype': 'float32'}
@@ -72,8 +72,8 @@ def folders(tmp_path):
         student = graded(1, 0, 0) if seed == 0 else graded(1, 1, 0)
         common = (student, graded(2, 2, 2))
         words = [*SAME, f'seed={seed}']
-        made.append(write_run(tmp_path / f'a{seed}', words, common[0], graded(2, 2, seed), common[1]))
-        made.append(write_run(tmp_path / f'b{seed}', [*words, *OPD, 'opd=sampled'], common[0], graded(1, 1, 0), common[1]))
+        made.append(evaluated_run(tmp_path / f'a{seed}', words, common[0], graded(2, 2, seed), common[1]))
+        made.append(evaluated_run(tmp_path / f'b{seed}', [*words, *OPD, 'opd=sampled'], common[0], graded(1, 1, 0), common[1]))
     return made
 
 
@@ -108,7 +108,7 @@ def test_scores_are_those_of_eval_math(tmp_path):
             text = ' '.join(random_source.choice('ab') for _ in range(random_source.randrange(9)))
             rows.append(answer('eval', problem, sample, random_source.random() < 0.4, text, random_source.randrange(50)))
     random_source.shuffle(rows)
-    folder = write_run(tmp_path / 'a', ['configs/toy.py', 'eval_n=4'], rows, rows)
+    folder = evaluated_run(tmp_path / 'a', ['configs/toy.py', 'eval_n=4'], rows, rows)
     scores = read_scores(read_runs([folder])[0], 'method')['eval']
     expected = eval_math.scores(rows)
     for metric, name in (('avg', 'avg@4'), ('best', 'best@4'), ('dist', 'dist-4g'), ('len', 'len')):
@@ -130,9 +130,9 @@ def test_problems_are_drawn_once_for_all_seeds():
 def test_tables_4_to_6_take_the_runs_of_their_pair(folders, tmp_path):
     """A run of another pair in the table would have another teacher."""
     four = graded(2, 1, 0, text='1 2 3 4 5 1 2 3 4', length=9)
-    wide = [write_run(tmp_path / 'wide', [*WIDE, 'bridge_rank=8'], graded(0, 0, 1), four, graded(2, 2, 2)),
-            write_run(tmp_path / 'alone', [*WIDE, *OPD], graded(0, 0, 1), graded(0, 0, 0, text='short'))]
-    tokens = write_run(tmp_path / 'tokens', [*TOKENS, 'bridge_rank=4', 'teacher_ids=student'], graded(0, 0, 1), graded(0, 2, 1))
+    wide = [evaluated_run(tmp_path / 'wide', [*WIDE, 'bridge_rank=8'], graded(0, 0, 1), four, graded(2, 2, 2)),
+            evaluated_run(tmp_path / 'alone', [*WIDE, *OPD], graded(0, 0, 1), graded(0, 0, 0, text='short'))]
+    tokens = evaluated_run(tmp_path / 'tokens', [*TOKENS, 'bridge_rank=4', 'teacher_ids=student'], graded(0, 0, 1), graded(0, 2, 1))
     runs = read_runs([folders[0], *wide, tokens])
     table4 = scores_data(4, runs)
     assert [row['method'] for row in table4['rows']] == ['teacher', 'student', 'OPRD-Bridge r=8', 'OPD top-16']
@@ -155,7 +155,7 @@ def test_the_papers_numbers_stand_beside_a_run_at_its_size(tmp_path):
     rows = [row for label in ('aime24', 'aime25', 'aimo') for row in graded(1, 0, label=label, n=16)]
     sizes = []
     for name, words in (('a', ['configs/r1_1p5b.py']), ('b', ['configs/r1_opd_top1.py', 'steps=400'])):
-        folder = write_run(tmp_path / name, words, rows, rows, rows, **{'rep/cos': 0.5, 'rep/cos/1': 0.5, 'mem/update_dpeak': 21.0})
+        folder = evaluated_run(tmp_path / name, words, rows, rows, rows, **{'rep/cos': 0.5, 'rep/cos/1': 0.5, 'mem/update_dpeak': 21.0})
         file = folder / 'config.json'
         stored = json.loads(file.read_text())
         stored['config']['dtype'] = 'bfloat16'
@@ -185,7 +185,7 @@ def test_table_3_by_hand(folders, tmp_path):
     assert data['machines'] == ['cpu, ranks 1, threads 2']
     lines = table3_lines(data)
     assert lines[4] == '| OPRD | not measured | 0.3 (0.3-0.3) | 2 | 2 |' and len(lines) == 10
-    two = [write_run(tmp_path / f'gpu{seed}', [*SAME, f'seed={seed}'], graded(1), graded(1), **{'mem/update_dpeak': 3.0 + seed})
+    two = [evaluated_run(tmp_path / f'gpu{seed}', [*SAME, f'seed={seed}'], graded(1), graded(1), **{'mem/update_dpeak': 3.0 + seed})
            for seed in (0, 1)]
     assert table3_data(read_runs(two))['rows'][0]['gigabytes'] == [3, 4]
     assert table3_lines(table3_data(read_runs(two)))[4] == f'| OPRD | {span([3.0, 4.0])} | 0.3 (0.3-0.3) | 2 | 2 |'
@@ -194,7 +194,7 @@ def test_table_3_by_hand(folders, tmp_path):
 def test_names_from_files_cannot_leave_their_cell(tmp_path):
     """The label of a set is the name of a file. A bar would begin another cell, a tag would be part of the page."""
     label = 'a|b<script>`x`'
-    folder = write_run(tmp_path / 'a', SAME, graded(1, label=label), graded(2, label=label))
+    folder = evaluated_run(tmp_path / 'a', SAME, graded(1, label=label), graded(2, label=label))
     lines = scores_lines(scores_data(2, read_runs([folder])))
     assert lines[2] == '| method | Avg@2, %, a&#124;b&lt;script>&#96;x&#96; | steps | seeds |'
     assert len({line.count('|') for line in lines[2:6]}) == 1
@@ -222,7 +222,7 @@ def test_what_is_missing_is_told_with_a_command(folders, tmp_path):
     (folders[0] / 'answers/000002.jsonl').unlink()
     with pytest.raises(Missing, match='a0/answers/000002.jsonl: no such file'):
         table2(folders, tmp_path)
-    unevaluated = write_run(tmp_path / 'none', [*SAME, 'eval_data='], None, None)
+    unevaluated = evaluated_run(tmp_path / 'none', [*SAME, 'eval_data='], None, None)
     with pytest.raises(Missing, match='no evaluation in its log'):
         table2([unevaluated], tmp_path)
 
@@ -259,7 +259,7 @@ def test_answers_that_are_not_those_of_the_log_are_refused(folders, tmp_path, ch
 def test_seeds_with_other_numbers_of_problems_are_refused(folders, tmp_path):
     """Problem 2 of one seed would stand for a problem that the other seed was not asked."""
     rows = graded(1, 0)
-    write_run(tmp_path / 'c1', [*SAME, 'seed=1'], rows, rows, rows)
+    evaluated_run(tmp_path / 'c1', [*SAME, 'seed=1'], rows, rows, rows)
     with pytest.raises(UserError, match='evaluated on other numbers of problems'):
         table2([folders[0], tmp_path / 'c1'], tmp_path / 'x')
 
@@ -277,7 +277,7 @@ def test_seeds_that_end_after_different_steps_are_refused(folders, tmp_path):
 
 def test_two_teachers_in_one_table_are_refused(tmp_path):
     """One line called teacher would stand for both."""
-    wide = [write_run(tmp_path / name, [*WIDE, *words], graded(1), graded(1), graded(2))
+    wide = [evaluated_run(tmp_path / name, [*WIDE, *words], graded(1), graded(1), graded(2))
             for name, words in (('a', []), ('b', [*OPD, 'toy_teacher_layers=5']))]
     with pytest.raises(UserError, match='have different teachers: toy_teacher_layers=6 and 5'):
         table4(wide, tmp_path / 'x')
