@@ -18,7 +18,8 @@ both for seeds with the same problems, and for toys, where each seed has problem
 The paper's numbers stand beside ours where a run is at the paper's size, which its config says
 (paper/printed.py). Other runs have no number beside them, and a line says how they differ.
 
-Simpler than eval_math.py: nothing is graded again, and it has no metrics that the paper's tables do not have.
+Simpler than eval_math.py: nothing is graded again, and the metrics are those of the paper's tables. One is
+added: Dist-4g of characters, for answers without words, as the toy's are.
 """
 from collections import defaultdict
 from pathlib import Path
@@ -38,7 +39,8 @@ from support.runtime import UserError, printable, shown
 
 # What a table can show of answers -> its title; n is the number of answers to a problem.
 MOST_DIFFERENCES = 3            # in a line under a table
-METRICS = {'avg': 'Avg@{n}, %', 'best': 'Best@{n}, %', 'dist': 'Dist-4g, %', 'len': 'length, tokens'}
+METRICS = {'avg': 'Avg@{n}, %', 'best': 'Best@{n}, %', 'dist': 'Dist-4g, %',
+           'characters': 'Dist-4g of characters, %', 'len': 'length, tokens'}
 ADVICE = 'restore the file, or run distill.py again in another out_dir='
 ANSWER = {'set': Field(str), 'problem': Field(int, 0, 10**9), 'sample': Field(int, 0, 10**9),
           'text': Field(str), 'correct': Field(bool), 'length': Field(int, 0, 10**9)}
@@ -113,11 +115,17 @@ def read_answers(file, count):
 
 def problem_scores(rows):
     """The answers to one problem -> its value of each metric; None = nothing to measure."""
-    share = distinct([row['text'] for row in rows])
+    texts = [row['text'] for row in rows]
+    spaced = [' '.join(text) for text in texts]          # each character is a word
     return {'avg': 100 * fmean(row['correct'] for row in rows),
             'best': 100.0 * any(row['correct'] for row in rows),
-            'dist': None if share is None else 100 * share,
+            'dist': percent(distinct(texts)),
+            'characters': percent(distinct(spaced)),
             'len': fmean(row['length'] for row in rows)}
+
+
+def percent(share):
+    return None if share is None else 100 * share
 
 
 def over_seeds(values_of_seeds):
@@ -147,7 +155,7 @@ MAKE = {
 }
 
 
-def runs_of_pair(number, pair, runs):
+def runs_of_pair(pair, runs):
     """The runs that belong into a table; Missing if there is none."""
     chosen = [run for run in runs if run.pair == pair]
     if not chosen:
@@ -159,7 +167,10 @@ def scores_data(number, runs):
     """What Table 2, 4, 5 or 6 says of these runs -> a dict that JSON can hold. Runs between other pairs of
     models are left out."""
     printed = PRINTED[number]
-    chosen = runs_of_pair(number, printed.pair, runs)
+    chosen = runs_of_pair(printed.pair, runs)
+    metrics = printed.metrics
+    if 'dist' in metrics:
+        metrics = (*metrics, 'characters')
 
     # The models before the first step are the same for all methods: of each seed the first run tells.
     first_of_seed = {}
@@ -170,13 +181,13 @@ def scores_data(number, runs):
     for side in ('teacher', 'student'):
         scores = [read_scores(run, side) for run in firsts]
         if all(scores):                      # a teacher need not be evaluated
-            rows.append(table_row(side, firsts, scores, printed.metrics) | {'steps': None, 'paper': None})
+            rows.append(table_row(side, firsts, scores, metrics) | {'steps': None, 'paper': None})
 
     # Then each method, after its last step.
     differences = {}
     for method, group in by_method(chosen).items():
         scores = [read_scores(run, 'method') for run in group]
-        row = table_row(method, group, scores, printed.metrics)
+        row = table_row(method, group, scores, metrics)
         row['steps'] = last_step(method, group)
         row['paper'], found = row_of_paper(number, group)
         if found:
@@ -233,7 +244,8 @@ def scores_lines(data):
     number = data['table']
     printed = PRINTED[number]
     with_paper = any(row['paper'] for row in data['rows'])
-    columns = [(metric, label) for metric in printed.metrics for label in data['problems']]
+    metrics = shown_metrics(data)
+    columns = [(metric, label) for metric in metrics for label in data['problems']]
 
     # The paper's column is there only if it has a number.
     titles = ['method']
@@ -253,23 +265,32 @@ def scores_lines(data):
                 cells.append(paper_cell(number, row['paper'], metric, label))
         steps = '' if row['steps'] is None else str(row['steps'])
         lines.append(table_line([*cells, steps, str(len(row['seeds']))]))
-    return [*lines, '', *notes_under(data, columns)]
+    return [*lines, '', *notes_under(data, metrics)]
 
 
-def notes_under(data, columns):
+def shown_metrics(data):
+    """The metrics that a table shows. Where no answer has four words, as on the toy, Dist-4g is that of
+    characters."""
+    metrics = PRINTED[data['table']].metrics
+    if 'dist' not in metrics:
+        return metrics
+    measured = []
+    for row in data['rows']:
+        measured += [numbers['dist'] for numbers in row['scores'].values() if numbers['dist'] is not None]
+    return metrics if measured else ('characters', 'len')
+
+
+def notes_under(data, metrics):
     """What a reader must know of the table above -> markdown lines."""
     several = any(len(row['seeds']) > 1 for row in data['rows'])
     counts = [f'{problems} of {text_of(label)}' for label, problems in data['problems'].items()]
     what = 'mean over seeds (range over seeds)' if several else 'the value of one seed'
     lines = [f'A cell: {what} [95% interval over problems]. Problems of each seed: {", ".join(counts)}, each '
              f'answered {data["n"]} times.']
-
-    # On the toy there is no space between words.
-    unmeasured = []
-    for row in data['rows']:
-        unmeasured += [metric for metric, label in columns if row['scores'][label][metric] is None]
-    if 'dist' in unmeasured:
-        lines.append('Dist-4g counts sequences of four words; answers of fewer words have none.')
+    if 'characters' in metrics:
+        lines.append('No answer has four words, so Dist-4g is of characters here, and cannot be compared '
+                     'with that of words. Where all answers to a problem are alike it is at most '
+                     f'{100 / data["n"]:.1f}.')
     return lines + size_notes(data)
 
 
@@ -301,7 +322,7 @@ def score_cell(numbers):
 
 def paper_cell(number, name, metric, label):
     """The paper's number for a row that is at its size; '' if it has none."""
-    if name is None or label.lower() not in SETS:
+    if name is None or label.lower() not in SETS or metric not in PRINTED[number].metrics:
         return ''
     return str(PRINTED[number].numbers[name][metric][SETS.index(label.lower())])
 
@@ -348,7 +369,7 @@ def printed_lines(number):
 def table3_data(runs):
     """What Table 3 says of these runs: memory of the update in GB, and minutes of all steps without
     evaluation. Memory is measured on CUDA only."""
-    chosen = runs_of_pair(3, 'same', runs)
+    chosen = runs_of_pair('same', runs)
     rows = []
     differences = {}
     machines = {}                            # in the order in which they come

@@ -125,8 +125,8 @@ def make_runs(study):
     if missing or not (study.out / 'table.md').exists():
         print0(f'{study.out}: {len(study.jobs) - len(missing)} of {len(study.jobs)} runs are finished')
         compare(study.name)
-    else:
-        print0(f'{study.out}: all {len(study.jobs)} runs are finished')
+        return
+    print0(f'{study.out}: all {len(study.jobs)} runs are finished')
     for note in code_notes(list(study.jobs)):
         print0(f'  note: {note}')
 

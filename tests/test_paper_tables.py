@@ -145,9 +145,22 @@ def test_tables_4_to_6_take_the_runs_of_their_pair(folders, tmp_path):
     assert table5['rows'][2]['scores']['eval']['len']['mean'] == 9 and table5['rows'][3]['scores']['eval']['dist'] is None
     lines = scores_lines(table5)
     assert '| OPD top-16 | not measured | 7.0 [7.0-7.0] | 2 | 1 |' in lines
-    assert any('answers of fewer words have none' in line for line in lines)
+    assert lines[2].startswith('| method | Dist-4g, %, eval | length') and not any('characters' in line for line in lines)
     assert [row['method'] for row in scores_data(6, runs)['rows']] == ['student', "OPRD-Bridge r=4, student's ids"]
     assert [row['method'] for row in scores_data(2, runs)['rows']] == ['teacher', 'student', 'OPRD']
+
+
+def test_table_5_counts_characters_where_there_are_no_words(tmp_path):
+    """As on the toy, whose answers have no spaces: a column of zeros would say that they are all alike. Two equal answers
+    1+2=3 have the sequences 1+2= and +2=3, each twice; with 1+2=4 in place of one there are three different ones of four."""
+    rows = graded(1, text='1+2=3')
+    other = [rows[0], rows[1] | {'text': '1+2=4'}]
+    data = scores_data(5, read_runs([evaluated_run(tmp_path / 'a', WIDE, rows, other)]))
+    assert [row['scores']['eval']['characters']['mean'] for row in data['rows']] == [50, 75]
+    lines = scores_lines(data)
+    assert lines[2] == '| method | Dist-4g of characters, %, eval | length, tokens, eval | steps | seeds |'
+    assert lines[5] == '| OPRD-Bridge r=16 | 75.0 [75.0-75.0] | 7.0 [7.0-7.0] | 2 | 1 |'
+    assert lines[8].endswith('Where all answers to a problem are alike it is at most 50.0.')
 
 
 def test_the_papers_numbers_stand_beside_a_run_at_its_size(tmp_path):
