@@ -1,5 +1,6 @@
 """Everything on the toy by one command: its runs once, its parts when they have changed, its document."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,11 @@ def test_every_run_of_the_study_feeds_a_part():
 def test_folders_are_refused():
     with pytest.raises(UserError, match='out/x: toy makes its runs itself'):
         toy.toy(['out/x'])
+
+
+def test_the_links_of_the_page_lead_to_its_headings():
+    """The table at its top is how a reader finds a figure."""
+    text = toy.DOCUMENT.read_text()
+    anchors = {re.sub('[^a-z0-9 -]', '', heading.lower()).replace(' ', '-') for heading in re.findall('^##? (.+)$', text, re.MULTILINE)}
+    links = set(re.findall(r'\]\(#([^)]+)\)', text))
+    assert len(links) == 9 and links <= anchors
