@@ -28,7 +28,7 @@ import torch
 
 from configs import load_config
 from studies.children import log_text, run_logged, show_failure
-from studies.drawing import draw_seeds, look_of, new_figure, paper_style, save
+from studies.drawing import COLUMN, PAGE, draw_seeds, look_of, new_figure, paper_style, save
 from studies.figures import accuracy, read_log, require_comparable
 from support.command_help import command_words
 from support.fields import Field, check_fields
@@ -310,7 +310,8 @@ def comparison_figure(logs, panels, file):
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     with paper_style():
-        figure, axes = new_figure(rows, columns, height=2.1 * rows, sharey=True)
+        width = PAGE if columns > 1 else COLUMN
+        figure, axes = new_figure(rows, columns, width, 2.1 * rows, sharey=True)
         for unused in axes[len(panels):]:
             unused.remove()
         for panel, (title, names) in zip(axes, panels.items(), strict=False):

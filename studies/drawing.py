@@ -43,6 +43,7 @@ STYLE = {
     'axes.grid': True, 'grid.alpha': 0.25, 'axes.axisbelow': True,
     'axes.spines.top': False, 'axes.spines.right': False,
     'legend.frameon': False, 'legend.handlelength': 3, 'legend.labelspacing': 0.3,
+    'legend.columnspacing': 1.3, 'legend.handletextpad': 0.6,
     'pdf.fonttype': 42,                      # text stays text, which journals ask for
 }
 
@@ -255,7 +256,6 @@ def arrange(figure, notes):
     if notes:
         below.append(notes_below(figure, notes))
     if below:
-        show_as_it_is(figure)
         make_room(figure, below)
         engine.execute(figure)
     figure.set_layout_engine('none')
@@ -266,15 +266,14 @@ def show_as_it_is(figure):
     reaches a terminal in a warning of matplotlib. Powers of ten at ticks are matplotlib's own formulas."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
-    numbers = set()                          # the texts at ticks that matplotlib makes out of numbers
+    texts = figure.findobj(Text)             # this makes the texts at the ticks
+    numbers = set()                          # those that matplotlib makes out of numbers
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_formatter(), (LogFormatter, NullFormatter, ScalarFormatter)):
                 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                     numbers.update((tick.label1, tick.label2))
-            else:
-                axis.get_majorticklabels()   # makes them
-    for text in figure.findobj(Text):
+    for text in texts:
         if text not in numbers:
             text.set_text(printable(text.get_text()))
             text.set_parse_math(False)
@@ -345,6 +344,8 @@ def legend_below(figure, handles):
         if -(-len(labels) // rows) < columns:
             continue                         # as many lines with fewer columns, which are fuller
         legend = figure.legend(handles.values(), labels, loc='lower center', ncols=columns, borderpad=0.2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             return legend
         legend.remove()
@@ -352,7 +353,7 @@ def legend_below(figure, handles):
 
 def notes_below(figure, notes):
     """A text as wide as the figure."""
-    text = figure.text(0.01, 0, printable(notes), va='bottom', color='0.3')
+    text = figure.text(0.01, 0, printable(notes), va='bottom', color='0.3', parse_math=False)
     wrap(text, 0.98 * figure.bbox.width)
     return text
 

@@ -337,7 +337,8 @@ def label_bridge_axes(left, right, bridges_made):
     powers = [2**exponent for exponent in range(largest.bit_length())]
     every = 1 if len(powers) <= 9 else 2     # of more there is room for every second number
     names = [str(power) if number % every == 0 else '' for number, power in enumerate(powers)]
-    left.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title='mean over layers (Figure 12)')
+    title = 'mean over layers (thin: each layer)' if len(bridges_made) == 1 else 'mean over layers'
+    left.set(xscale='log', xlabel='rank r', ylabel='held-out cosine', title=title)
     left.set_xticks(powers, names)
     left.minorticks_off()
     right.set(xlabel='student layer', title=right.get_title() or 'each layer at the rank that is used')

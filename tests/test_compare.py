@@ -81,16 +81,44 @@ def test_teachers_that_were_not_evaluated_are_left_out(tmp_path, kept):
         rows[0] |= {name: None for name in rows[0] if name.startswith('teacher/')}
     assert comparison_table(logs) == [line for line in with_teacher if not line.startswith('| teacher')] and len(with_teacher) == 5
     comparison_figure(logs, {'all': ['a']}, tmp_path / 'c.png')
-    assert [line.get_label() for line in kept[0].axes[0].lines] == ['a', 'student']
+    assert [line.get_label() for line in kept[0].axes[0].lines if line.get_label()[0] != '_'] == ['a', 'student']
 
 
-def test_comparison_figure_draws_means_and_ranges(tmp_path, kept):
+def test_comparison_figure_draws_means_and_each_seed(tmp_path, kept):
+    """The seeds as thin lines in the method's color; a method has one look in all panels, and one legend names all."""
     logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}
     comparison_figure(logs, {'both': ['a', 'b'], 'one': ['b']}, tmp_path / 'c.png')
     both, one = kept[0].axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in both.lines}
+    lines = {line.get_label(): list(line.get_ydata()) for line in both.lines if line.get_label()[0] != '_'}
     assert lines['a'] == [21.0, 30.0, 60.0] and lines['b'] == [21.0, 30.0, 2.0] and set(lines['teacher']) == {90.0}
-    assert [line.get_label() for line in one.lines] == ['b', 'teacher', 'student'] and len(both.collections) == 2
+    assert set(lines['student']) == {21.0}
+    assert [line.get_label() for line in one.lines if line.get_label()[0] != '_'] == ['b', 'teacher', 'student']
+    thin = [line for line in both.lines if line.get_linewidth() < 0.6]
+    assert [list(line.get_ydata()) for line in thin] == [[20 + seed, 30, final] for finals in ((50, 60, 70), (1, 1, 4)) for seed, final in enumerate(finals)]
+    of_b = {line.get_color() for line in (*thin[3:], both.lines[7], *one.lines[:4])}
+    assert len(of_b) == 1 and {line.get_color() for line in thin[:3]} == {both.lines[3].get_color()} != of_b
+    legend, = kept[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['a', 'b', 'teacher', 'student']
+    assert [text.get_text() for text in kept[0].texts] == ['mean of 3 seeds; thin: each seed']
+
+
+def test_seven_panels_stand_in_three_rows(tmp_path, kept):
+    """In one row each was a finger wide."""
+    logs = {'a': seeds(50.0)}
+    comparison_figure(logs, {f'panel {i}': ['a'] for i in range(7)}, tmp_path / 'c.png')
+    assert [panel.get_title() for panel in kept[0].axes] == [f'panel {i}' for i in range(7)]
+    assert [bool(panel.get_ylabel()) for panel in kept[0].axes] == [i % 3 == 0 for i in range(7)]
+    assert [bool(panel.get_xlabel()) for panel in kept[0].axes] == [i > 3 for i in range(7)]
+    assert kept[0].texts[0].get_text() == 'one seed'
+
+
+def test_seeds_evaluated_at_different_steps_are_one_line(tmp_path):
+    """It was a traceback from zip: one of the runs had gone on with another eval_every."""
+    logs = {'a': seeds(50.0, 60.0), 'OPD, full KL': seeds(50.0, 60.0)}
+    logs['OPD, full KL'][1][1] |= {'eval/avg@4': None}
+    with pytest.raises(UserError, match=r"^'OPD, full KL': seeds number 1 and 2 were evaluated at different steps \(step 1 in one only\); delete .*$"):
+        comparison_figure(logs, {'all': list(logs)}, tmp_path / 'c.png')
+    assert not (tmp_path / 'c.png').exists()
 
 
 def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):

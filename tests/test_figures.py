@@ -10,6 +10,7 @@ from matplotlib import pyplot
 
 from configs import load_config
 from studies import figures
+from studies.drawing import SPACING
 from studies.figures import bridges, curve, main
 from support.provenance import append_start
 from support.runtime import UserError, run
@@ -34,10 +35,12 @@ def test_lines_are_the_logged_numbers(tmp_path, kept):
     curve([write_log(tmp_path / 'a'), write_log(tmp_path / 'b', 0.1)], tmp_path / 'c.png')
     acc, rep = kept[0].axes
     lines = {line.get_label(): line.get_ydata() for line in acc.lines}
-    assert list(lines['a: distilled']) == [20.0, 70.0] and list(lines['b: distilled']) == [20.0, 70.1]
+    assert list(lines['a']) == [20.0, 70.0] and list(lines['b']) == [20.0, 70.1]
     assert set(lines['teacher']) == {90.0} and set(lines['student before']) == {20.0}
     rows = sorted(round(float(line.get_ydata()[0]), 3) for line in rep.lines)
     assert rows == [0.4, 0.5, 0.5, 0.6, 0.6, 0.7] and len(rep.lines[0].get_xdata()) == 4
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (*acc.lines[:2], rep.lines[2], rep.lines[5])]
+    assert looks[0] == looks[2] != looks[1] == looks[3]
     assert (tmp_path / 'c.png').stat().st_size > 10_000
 
 
@@ -72,6 +75,9 @@ def test_layers_can_be_told_apart(tmp_path, kept, layers):
     assert {f'layer {l}': line.get_color() for l, line in lines.items()} == {name: text.get_color() for name, text in names.items()}
     heights = sorted(text.get_position()[1] for text in names.values())
     assert heights[0] >= 0 and heights[-1] <= 1 and min(high - low for low, high in pairwise(heights)) >= 0.055 - 1e-9
+    inside = panel.get_window_extent()
+    for text in names.values():              # the names floated above the panel
+        assert inside.y0 <= text.get_window_extent().y0 and text.get_window_extent().y1 <= inside.y1
     by_height = sorted(ends, key=ends.get)
     assert [f'layer {l}' for l in by_height] == sorted(names, key=lambda name: names[name].get_position()[1])
 
@@ -84,7 +90,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_line(tmp_path, capsys, monkeypatch):
     for error in (OSError(28, 'No space left on device', 'x'), ImportError('no matplotlib'), ZeroDivisionError('\x1b[2J' + 'y' * 1000), ValueError('a\nb')):
         def broken(*_, error=error):
             raise error
-        monkeypatch.setattr(figures, 'finish', broken)
+        monkeypatch.setattr(figures, 'save', broken)
         figures.redraw(folder)
         line = capsys.readouterr().out
         assert line.startswith(f'  note: {folder}/curve.png could not be drawn ({type(error).__name__}: ') and '\x1b' not in line
@@ -195,8 +201,8 @@ def test_names_are_drawn_as_they_are(tmp_path, kept, recwarn):
     warning."""
     main([str(write_log(tmp_path / '$\\x$\x1b'))])
     labels = [line.get_label() for line in kept[0].axes[0].lines]
-    legend = [text.get_text() for text in kept[0].axes[0].get_legend().get_texts()]
-    assert labels[0] == '$\\x$\x1b: distilled' and legend[0] == '$\\x$\\x1b: distilled'
+    legend, = kept[0].legends                # no place in the right panel is free of lines
+    assert labels[0] == '$\\x$\x1b: distilled' and legend.get_texts()[0].get_text() == '$\\x$\\x1b: distilled'
     assert not [warning for warning in recwarn if 'missing from' in str(warning.message)]
 
 
@@ -208,7 +214,7 @@ def test_runs_of_different_code_are_drawn_with_a_line(tmp_path, capsys):
         append_start(folder, {'versions': {'git': 'abc'}, 'sources': {'losses.py': losses}, 'eval_data': {}}, 0)
     old = str(write_log(tmp_path / 'd'))
     main([*runs[:2], old])
-    assert capsys.readouterr().out == f'{runs[0]}/curve.png\n'
+    assert capsys.readouterr().out == f'{runs[0]}/curve.png {runs[0]}/curve.pdf\n'
     main(runs)
     printed = capsys.readouterr().out
     assert printed.count('\n') == 2 and printed.startswith('note: the runs were not all made by the same code: it differs in losses.py')
@@ -252,7 +258,7 @@ def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, kept):
     assert lines['a: distilled'] == [20, 70] and lines['aime24'] == [12, 62] and lines['me/set'] == [28, 78]
     assert kept[0].axes[0].get_ylabel() == 'Avg@4, %, mean of 2 sets' and lines['teacher'] == [90, 90]
     labels = [line.get_label() for line in kept[1].axes[0].lines]
-    assert labels == ['a: distilled', 'teacher', 'student before', 'b: distilled']
+    assert labels == ['a', 'b', 'teacher', 'student before']
 
 
 def write_bridge(folder, used, shift):
@@ -271,17 +277,18 @@ def test_bridges_side_by_side(tmp_path, kept):
     rank, layer = kept[0].axes
     for ax, want in ((rank, [[0.21, 0.22, 0.24], [0.71, 0.72, 0.74]]), (layer, [[0.14, 0.34], [0.61, 0.81]])):
         assert [list(line.get_ydata()) == pytest.approx(w) for line, w in zip(ax.lines, want, strict=True)] == [True, True]
-    assert [line.get_label() for line in layer.lines] == ['a, rank 4', 'b, rank 1'] and (a / 'bridge.png').exists()
+    assert [line.get_label() for line in layer.lines] == ['a, used rank 4', 'b, used rank 1']
+    assert (a / 'bridge.png').exists() and (a / 'bridge.pdf').exists()
     bridges([a], tmp_path / 'c.png')
     rank, layer = kept[1].axes
     labels = [line.get_label() for line in rank.lines]
     assert [w for w in labels if w[0] != '_'] == ['bridge', 'random P_S', 'shuffled pairs', 'mean alone', 'Theorem 3: rank 2']
-    assert len(labels) == 7 and len(layer.lines) == 4
+    assert len(labels) == 7 and len(layer.lines) == 4 and layer.get_title() == 'each layer at rank 4, which is used'
 
 
 def test_a_bridge_judged_at_every_rank_up_to_3072_is_drawn(tmp_path, kept):
     """The paper's widest model. Ticks at the powers of two of the widest folder, also if it is not the last;
-    no marker at each of 3072 points."""
+    markers at some of the 3072 points, and room for all numbers at the ticks."""
     folders = []
     for name, width in (('wide', 3072), ('narrow', 6)):
         values = {key: {str(rank): rank / width for rank in range(1, width + 1)} for key in ('cos', 'before', 'shuffled', 'mean_only')}
@@ -293,10 +300,11 @@ def test_a_bridge_judged_at_every_rank_up_to_3072_is_drawn(tmp_path, kept):
     for figure in kept:
         rank, layer = figure.axes
         assert list(rank.get_xticks()) == [2**i for i in range(12)]
-        wide = rank.lines[0 if figure is kept[0] else 28]
-        assert list(wide.get_xdata()) == list(range(1, 3073)) and wide.get_marker() == 'None'
-    assert kept[0].axes[0].lines[1].get_marker() == 'o' and list(kept[0].axes[1].lines[0].get_ydata()) == [1.0] * 28
-    assert [line.get_label() for line in kept[1].axes[1].lines][0] == 'bridge, rank 3072'
+        wide = rank.lines[0]
+        assert list(wide.get_xdata()) == list(range(1, 3073)) and wide.get_markevery() == SPACING
+        assert [text.get_text() for text in rank.get_xticklabels()] == ['1', '', '4', '', '16', '', '64', '', '256', '', '1024', '']
+    assert kept[0].axes[0].lines[1].get_markevery() is None and list(kept[0].axes[1].lines[0].get_ydata()) == [1.0] * 28
+    assert kept[1].axes[1].lines[0].get_label() == 'bridge' and kept[1].axes[1].get_title() == 'each layer at rank 3072, which is used'
 
 
 def test_script_and_its_errors(tmp_path):

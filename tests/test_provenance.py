@@ -168,7 +168,7 @@ def test_every_file_that_a_run_loads_has_a_digest():
     for file in p.stdout.splitlines():
         if Path(file).is_relative_to(ROOT) and 'site-packages' not in file:  # an environment may lie in this folder
             loaded.add(Path(file).relative_to(ROOT).as_posix())
-    assert loaded - source_digests().keys() == {'configs/default.py', 'studies/__init__.py', 'studies/figures.py'}
+    assert loaded - source_digests().keys() == {'configs/default.py', 'studies/__init__.py', 'studies/drawing.py', 'studies/figures.py'}
     assert all((ROOT / file).is_file() for file in source_digests()) and 'grading/child.py' in source_digests()
     root_files = {file.name for file in ROOT.glob('*.py')}
     assert root_files - source_digests().keys() == {'minimal.py'}
