@@ -24,8 +24,8 @@ from support.provenance import mixed_code
 from support.runtime import UserError, print0, run
 
 # {command: the file of paper/ that holds its function}
-FIGURES = {f'figure{number}': 'figures' for number in (1, 4, 5, 6, 7, 9, 10, 11, 12)}
-FIGURES['figure8'] = 'first_last'
+FIGURES = {f'figure{number}': 'figures' for number in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12)}
+FIGURES['figure8'] = 'first_last'            # it measures two models
 TABLES = {f'table{number}': 'tables' for number in (2, 3, 4, 5, 6)}
 THEOREMS = {f'theorem{number}': f'theorem{number}' for number in (1, 2, 3)}
 COMMANDS = FIGURES | TABLES | THEOREMS | {'toy': 'toy'}
@@ -45,7 +45,7 @@ def read_words(words):
     options = {}
     for word in words[1:]:
         key, equals, value = word.partition('=')
-        if equals:
+        if equals and key.isidentifier():            # out/lr=0.001 is a folder
             options[key] = value
         else:
             folders.append(word)
@@ -74,11 +74,11 @@ def found_in(words):
 
 
 def draw_all(folders, to='out/paper'):
-    """Every figure and table that the folders can feed -> list of files. What is missing is told, a line
-    each. A UserError at the end if runs were refused."""
+    """Everything that the folders can feed -> list of files. What is missing is told, a line each. A
+    UserError at the end if runs were refused."""
     files = []
     refused = []
-    for command in {**FIGURES, **TABLES, 'theorem3': 'theorem3'}:
+    for command in [*FIGURES, *TABLES, 'theorem2', 'theorem3']:              # theorem1 reads no run
         try:
             files += function_of(command)(folders, to)
         except Missing as error:

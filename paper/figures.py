@@ -19,6 +19,7 @@ are drawn where all are such runs, and are otherwise named under 'left out' in t
 Simpler than usual: nothing is fitted and nothing is interpolated. A line is the mean over seeds, and the thin
 lines beside it are the seeds. Figure 8 measures two models and is in first_last.py.
 """
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from statistics import fmean
 
@@ -48,6 +49,7 @@ DRAWN = Field(float, -1e9, 1e9)              # a value of a log; a mean of them 
 COUNTS = Field(dict, items=Field(int, 0, 10**9), default={})
 WINDOW = 3                      # evaluations in a rolling mean of Figure 4: one and its two neighbours
 FEW = 10                        # with fewer evaluations than these, Figure 4 shows them as they are
+WHITE = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 1}        # behind a number beside a point
 
 
 # ---- from folders to files -------------------------------------------------------------------------
@@ -185,6 +187,17 @@ def curves_data(runs, names, what):
     return data
 
 
+def smooth_curves_data(runs, names, what):
+    """What `curves_data` returns, with a rolling mean over a tenth of the steps beside each curve: a rollout
+    is a small sample, and methods that jump from step to step cannot be told apart."""
+    data = curves_data(runs, names, what)
+    curves = [curve for name in names for curve in data[name].values()]
+    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
+    for curve in curves:
+        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
+    return data
+
+
 def first_models(methods, metric):
     """Scores of the models before the first step, the same for all methods -> {'student', 'teacher'}, means
     over seeds; a teacher that was not evaluated is left out."""
@@ -205,38 +218,41 @@ def rolling(steps, values, window, narrow=False):
         half = window // 2
         if narrow:
             half = min(half, step - steps[0], steps[-1] - step)
-        near = [value for other, value in zip(steps, values, strict=True) if abs(other - step) <= half]
-        means.append(fmean(near))
+        first = bisect_left(steps, step - half)
+        behind = bisect_right(steps, step + half)
+        means.append(fmean(values[first:behind]))
     return means
-
-
-def smooth_curves_data(runs, names, what):
-    """The same, and beside each curve the curve over a tenth of the steps: a rollout is a small sample, and
-    methods that jump from step to step cannot be told apart."""
-    data = curves_data(runs, names, what)
-    curves = [curve for name in names for curve in data[name].values()]
-    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
-    for curve in curves:
-        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
-    return data
 
 
 # ---- what the drawings share ---------------------------------------------------------------------
 
-def mean_of_seeds(data, smooth=''):
-    """How many seeds a line stands for, as a text under a figure. smooth: how the lines were smoothed."""
+def mean_of_seeds(data, smooth='', thin='the seeds'):
+    """What the lines are, as a text under a figure. smooth: how the thick ones were smoothed. thin: what the
+    thin ones are; of one seed, "the seeds" have none."""
     counts = sorted({len(seeds) for seeds in data['seeds'].values()})
-    smooth = smooth and f', {smooth}'
-    if counts == [1]:
-        return f'One seed{smooth}.'
     number = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
-    return f'Thick lines: mean of {number} seeds{smooth}. Thin lines: the seeds.'
+    mean = 'one seed' if counts == [1] else f'mean of {number} seeds'
+    thick = f'{mean}, {smooth}' if smooth else mean
+    if counts == [1] and thin == 'the seeds':
+        return f'Lines: {thick}.'
+    return f'Thick lines: {thick}. Thin lines: {thin}.'
 
 
 def answers_of(data):
     """How many answers a score stands for, as a text under a figure."""
     problems = sum(data['problems'].values())
     return f'{problems} problems, {data["answers"]} answers to each.' if problems else ''
+
+
+def figure_of(count):
+    """-> (figure, so many panels, at most three side by side)."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width = PAGE if count > 1 else COLUMN
+    figure, panels = new_figure(rows, columns, width, height=2.5 * rows, sharey=True)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
 
 
 def draw_curves(axes, curves, key):
@@ -306,11 +322,14 @@ def draw_figure1(data, file):
         draw_models(axes, data)
         axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
         axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
-        area = 'Bubbles are equal: memory was not measured.'
+        notes = [f'Small points: the seeds. {answers_of(data)}', f'Made on {data["machine"]}.']
         if measured:
-            area = f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.'
-        notes = f'{area} Small points: the seeds. {answers_of(data)} Made on {data["machine"]}.'
-        return save(figure, file, notes)
+            notes.append(f'Area of bubbles: memory of the update, the largest {max(peaks):.1f} GB.')
+        else:
+            notes.append('Bubbles are equal: memory was not measured.')
+        if data['pair'] != PAIRS['same']:
+            notes.append('Stage 1 of a bridge is not counted.')
+        return save(figure, file, ' '.join(notes))
 
 
 def figure1(folders, to='out/paper'):
@@ -346,12 +365,10 @@ def figure4_data(runs):
 
 def draw_figure4(data, file):
     """A panel for each set: thick lines are rolling means, thin ones the evaluations of each seed."""
-    count = len(data['sets'])
     smooth = any(len(curve['steps']) >= FEW for values in data['sets'].values()
                  for curve in values['methods'].values())
     with paper_style():
-        width = PAGE if count > 1 else COLUMN
-        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
+        figure, panels = figure_of(len(data['sets']))
         for axes, (name, values) in zip(panels, data['sets'].items(), strict=True):
             for method, curve in values['methods'].items():
                 look = look_of(method)
@@ -359,11 +376,14 @@ def draw_figure4(data, file):
                     axes.plot(curve['steps'], seed, color=look['color'], lw=0.5, alpha=0.5)
                 axes.plot(curve['steps'], curve['mean'], label=method, **look)
             draw_models(axes, values)
-            axes.set(xlabel='step', title=name, ylim=(0, 105))
+            count = f', {data["problems"][name]} problems' if name in data['problems'] else ''
+            axes.set(xlabel='step', title=f'{name}{count}', ylim=(0, 105))
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
-        mean = mean_of_seeds(data, f'centred mean of {WINDOW} evaluations' if smooth else '')
-        notes = f'{mean} {answers_of(data)}'
-        return save(figure, file, notes)
+        lines = mean_of_seeds(data)
+        if smooth:
+            mean = f'centred mean of {WINDOW} evaluations'
+            lines = mean_of_seeds(data, mean, 'the evaluations of each seed')
+        return save(figure, file, f'{lines} {data["answers"]} answers to each problem.')
 
 
 def figure4(folders, to='out/paper'):
@@ -527,7 +547,7 @@ def draw_figure7(data, file):
             right.plot(number, fmean(last), **look | {'linestyle': 'None'})
             right.scatter([number - 0.12] * len(last), last, s=4, color=look['color'], lw=0)
             right.annotate(f'{fmean(last):.1f}', (number, fmean(last)), (6, 0), textcoords='offset points',
-                           va='center', bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
+                           va='center', bbox=WHITE)
         draw_models(left, data)
         draw_models(right, data)
         left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105), title='over steps')
@@ -585,6 +605,8 @@ def curves_of_bridges(seeds):
     have, and where the mean is largest."""
     ranks_of = [set(next(iter(made['layers'].values()))['cos']) for made in seeds]
     ranks = sorted(int(rank) for rank in set.intersection(*ranks_of))
+    if not ranks:
+        raise UserError('bridge.json: the seeds of a bridge were judged at no common rank; rerun bridge.py')
     curves = {'ranks': ranks}
     for key, title in (('cos', 'after'), ('before', 'before')):
         curves[title] = []
@@ -599,18 +621,18 @@ def curves_of_bridges(seeds):
 
 def draw_figure12(data, file):
     """A panel for each kind of bridge."""
-    count = len(data['bridges'])
     with paper_style():
-        width = PAGE if count > 1 else COLUMN
-        figure, panels = new_figure(columns=count, width=width, height=2.5, sharey=True)
+        figure, panels = figure_of(len(data['bridges']))
         for axes, (name, curves) in zip(panels, data['bridges'].items(), strict=True):
             draw_seeds(axes, curves['ranks'], curves['after'], 'after stage 1', look_of('OPRD-Bridge'))
             draw_seeds(axes, curves['ranks'], curves['before'], 'before stage 1',
                        look_of('student') | {'marker': 'o'})
             axes.axvline(fmean(curves['rank of Theorem 3']), color='0.3', ls='-.', lw=0.8,
                          label="Theorem 3's rank")
-            best = f'best {curves["best"]:.3f} at r = {curves["best rank"]}'
-            axes.set(xscale='log', xlabel='rank r', title=f'{name}\n{best}')
+            best = (curves['best rank'], curves['best'])
+            label = f'{curves["best"]:.3f} at r = {curves["best rank"]}'
+            axes.annotate(label, best, (0, -9), textcoords='offset points', va='top', bbox=WHITE)
+            axes.set(xscale='log', xlabel='rank r', title=f'teacher: {name}')
             powers = [2**exponent for exponent in range(curves['ranks'][-1].bit_length())]
             ticks = powers[::1 + len(powers) // 8]
             axes.set_xticks(ticks, ticks)

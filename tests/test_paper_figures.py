@@ -136,7 +136,7 @@ def test_figure_4_has_a_panel_for_each_set_and_a_rolling_mean(tmp_path, drawn):
     assert data['sets']['$\\x$']['student'] == 100.0 and 'teacher' not in data['sets']['$\\x$']
     figures.draw_figure4(data, 'x')
     (figure, notes), = drawn
-    assert [axes.get_title() for axes in figure.axes] == ['aime24', '$\\x$'] and 'centred mean of 3 evaluations' in notes
+    assert [axes.get_title() for axes in figure.axes] == ['aime24', '$\\x$'] and notes.startswith('Thick lines: one seed, centred mean of 3 evaluations. Thin lines: the eval')
     assert [list(line.get_ydata()) for line in figure.axes[0].lines[:2]] == [first['by_seed'][0], first['mean']]
 
 
@@ -165,7 +165,7 @@ def test_a_curve_of_every_step_is_smoothed_over_a_tenth_of_the_steps(tmp_path, d
     assert data['window'] == 11 and smooth['entropy/student'][:3] == [3.5, 4.0, 4.5] and smooth['entropy/student'][49] == 50
     assert smooth['entropy/teacher'] == [0, 2, 4, 6, 8, 10] == data['entropy/teacher']['OPRD']['by_seed'][0]
     figures.draw_figure11(data, 'x')
-    assert list(drawn[0][0].axes[0].lines[0].get_ydata()) == smooth['entropy/student'] and drawn[0][1] == 'One seed, centred mean of 11 steps.'
+    assert list(drawn[0][0].axes[0].lines[0].get_ydata()) == smooth['entropy/student'] and drawn[0][1] == 'Lines: one seed, centred mean of 11 steps.'
 
 
 @pytest.mark.parametrize('number, name, at', [(5, 'len/mean', 0.1), (10, 'opd/overlap16', 0.7)])
@@ -272,7 +272,7 @@ def test_figure_12_is_the_mean_over_layers_of_every_bridge(tmp_path, drawn):
                             'best rank': 2, 'best': 0.71, 'at full width': 0.46, 'rank of Theorem 3': [2, 4]})
     figures.draw_figure12(data, 'x')
     panels = drawn[0][0].axes
-    assert [axes.get_title().split('\n')[1] for axes in panels] == ['best 0.710 at r = 2', 'best 0.700 at r = 2', 'best 0.700 at r = 2']
+    assert [text.get_text() for axes in panels for text in axes.texts] == ['0.710 at r = 2', '0.700 at r = 2', '0.700 at r = 2']
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[0].lines}
     assert lines['after stage 1'] == pytest.approx([0.61, 0.71, 0.61, 0.46]) and lines['before stage 1'] == pytest.approx([0.2] * 4)
     assert list(panels[0].get_xticks()) == [1, 2, 4, 8, 16, 32, 64]
@@ -283,6 +283,18 @@ def test_a_damaged_bridge_is_refused_in_one_line(tmp_path, changes):
     with pytest.raises(UserError, match='bridge.json: .*; rerun bridge.py') as error:
         figures.figure12_data([write_bridge(tmp_path / 'a', **changes)])
     assert '\n' not in str(error.value)
+
+
+def test_many_panels_are_three_side_by_side(tmp_path, drawn):
+    """Seven of them in one row would be narrower than their titles."""
+    figures.draw_figure12(figures.figure12_data([write_bridge(tmp_path / f'{number}', d=[96, 100 + number]) for number in range(7)]), 'x')
+    places = [axes.get_position() for axes in drawn[0][0].axes]
+    assert len(places) == 7 and len({round(place.x0, 3) for place in places}) == 3 and len({round(place.y0, 3) for place in places}) == 3
+
+
+def test_seeds_of_a_bridge_without_a_common_rank_are_one_line(tmp_path):
+    with pytest.raises(UserError, match='no common rank; rerun bridge.py'):
+        figures.figure12_data([write_bridge(tmp_path / 'a'), write_bridge(tmp_path / 'b', ranks=(3, 5))])
 
 
 def test_runs_without_a_curve_are_left_out_where_others_have_one(study, tmp_path):

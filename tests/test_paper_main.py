@@ -30,6 +30,7 @@ def test_every_command_is_a_function_of_the_file_that_is_named():
     (['--run'], '--run: no command'),
     (['figure5', 'out', 'window=3'], 'window=: figure5 does not read this; it reads to='),
     (['all', 'out', 'steps=3'], 'steps=: all does not read this; it reads to='),
+    (['figure5', 'out/lr=1'], 'out/lr=1: no such folder'),
     (['figure5', 'nowhere'], 'nowhere: no such folder; give folders of distill.py or bridge.py'),
     (['figure5', 'out'], 'out: no finished run and no bridge in it'),
     (['figure5'], 'no run of distill.py in the folders; python -m studies.compare toy_paper makes'),
@@ -73,7 +74,8 @@ def test_all_draws_what_it_can_and_names_the_rest(tmp_path, capsys, monkeypatch)
     refuse = False
     files = paper.draw_all([], 'x')
     assert capsys.readouterr().out == 'figure6: no cosines; make some\n'
-    wanted = {**paper.FIGURES, **paper.TABLES, 'theorem3': ''}
+    wanted = [*paper.FIGURES, *paper.TABLES, 'theorem2', 'theorem3']
+    assert len(wanted) == 17
     assert files == [f'x/{command}.png' for command in wanted if command != 'figure6']
     refuse = True
     with pytest.raises(UserError, match='not drawn: figure7; the lines above say why'):
