@@ -2,46 +2,60 @@
 Theorem 2 (7 and 8 in the appendix) as an experiment: which differences of hidden states does an output-space
 loss not see, and do student and teacher differ there?
 
-    python -m paper theorem2                                       the toy's pair, without training
-    python -m paper theorem2 out/toy_paper                         and the checkpoints that its runs have kept
-    python -m paper theorem2 student=A teacher=B data=problems.jsonl problems=4     another pair
+    python -m paper theorem2                              the toy's pair, before training
+    python -m paper theorem2 out/toy_paper/oprd-s0 out/toy_paper/opd_top-16-s0    and at their checkpoints
+    python -m paper theorem2 student=A teacher=B data=problems.jsonl problems=4   another pair
     python -m paper theorem2 head=HuggingFaceTB/SmolLM2-135M-Instruct    the spectrum of another head as well
 
-It writes theorem2.json, .png and .pdf. The toy takes about ten seconds, and a second for each checkpoint.
+It writes theorem2.json, .png and .pdf. The toy takes about ten seconds, and half a second for a checkpoint.
 
-What is claimed. The output is softmax(W h), so it does not change when h changes by a difference dh with W dh
-in span{1}: such a difference has no output loss, while Eq. (6) sees all of it. Along the right-singular
-directions of the head W, whose singular values are s_1 >= ... >= s_d, hidden distance over output loss grows
-like (s_1 / s_i)^2. Intermediate layers are seen by no output loss at all.
+The claim. The output is softmax(W h). It does not change when the state h changes by a difference dh with
+W dh in span{1}, so no output-space loss sees such a difference, while Eq. (6) sees all of it. Along the
+right-singular directions of the head W, with singular values sigma_1 >= ... >= sigma_d, hidden distance over
+output loss grows like (sigma_1 / sigma_i)^2. And output-space losses do not see intermediate layers.
 
-What is measured:
-    twin         a model with the student's embedding, final norm and head, its outputs at all positions, and
-                 other states in every layer. It exists where 2 V < d
-    directions   the curvature of the KL along each right-singular direction, against (s_1 / s_i)^2
-    heads        the singular values of the centred head, on any model folder
-    runs         Eq. (6) of each layer, split into the part in the null space and the rest, at the checkpoints
-    moved        how far the output moves when one of these two parts of the student's states becomes the
-                 teacher's, and the blocks above read the new states
+What is measured, and where it is in theorem2.json:
+    twin         a model with the student's embedding, final norm, head and outputs, and other states in every
+                 layer (`twin_of`; it exists for small vocabularies only)
+    heads        the singular values of the head with centred logits, of any model folder
+    directions   the KL along each right-singular direction, against (sigma_1 / sigma_i)^2
+    before, runs Eq. (6) of each layer in two parts, in the null space and the rest, at each checkpoint
+    moved        how far the output moves when one part of the student's states becomes the teacher's, and the
+                 blocks above read the new states
 
-Assumptions, and what the claim does not say:
-- Student and teacher have the same head. The output-space losses train the student's head; Eq. (6) does not.
-- (s_1 / s_i)^2 is the ratio for the squared difference of centred logits: there it is what a singular value
-  is. For the KL, s_i^2 / 4 times the squared step is a bound from above that always holds (`kl_bound`). There
-  is no bound from below: where the model is sure of its next token, the KL sees no direction well.
-- A head with V > d has no null space in general. Then the first claim is about no difference at all, and
-  what remains is the second, with the head's s_1 / s_d. The toy has V = 21 and d = 96, the other way round.
-- A difference of last-layer states in the null space changes no answer either: nothing else reads that state.
-  The theorem says that Eq. (6) asks for more than the output, and not that more is needed.
-- Intermediate layers: the null space is that of the head. The blocks above read all directions, and an output
-  loss has a gradient there. What is true is the weaker statement that equal outputs do not imply equal
-  states, and the twin shows it. The share in the head's null space of an intermediate difference is
-  what the head would see of it along the residual path alone (the logit lens).
+What holds, what was found, and what the claim does not say (numbers of the toy with seed 0):
+1. The first statement holds, up to rounding in float64: the twin has KL 0, and its Eq. (6) is as large as the
+   teacher's in the last layer and larger below. But it needs a head with a null space. The toy has V = 21 and
+   d = 96, so 76 of 96 directions are invisible. A real head has V > d: of SmolLM2-135M's 576 directions not
+   one is invisible, and there the statement is about no difference at all.
+2. It says what a loss can see, and not that the difference matters. Nothing reads the last layer's states but
+   the head, so what the head does not see there changes no answer. As a target it may still shape the layers
+   below; the theorem says nothing about that.
+3. It does not say that student and teacher differ there. 79% of all directions are invisible, but before
+   training only 28% of Eq. (6) of the last layer are in them. What it does predict is seen in training: OPD
+   top-16 leaves this part nearly as it was (0.066, then 0.059) and lowers the rest from 0.173 to 0.124, while
+   OPRD, at the step where its rest is 0.123, has halved it (0.030), and ends at 0.006.
+4. (sigma_1 / sigma_i)^2 is exact for the squared difference of centred logits, where it is what a singular
+   value is. For the KL there is a bound from above, sigma_i^2 step^2 / 4 (`kl_bound`), and none from below,
+   because the KL weighs tokens by their probability. At the median position the KL follows the prediction
+   within a factor of 2.5. The mean KL does not follow it: of the 19 other directions, 16 move it more than
+   direction 1 does, though all have smaller singular values.
+5. Student and teacher must have the same head. Eq. (6) leaves the student's head as it is. The losses that
+   the theorem is about train it: OPD top-16 moves it by 11% of its norm, so the null space is then not the
+   student's any more.
+6. Intermediate layers are not invisible to output-space losses: the blocks above read all directions of their
+   states, and pass a gradient to all. In the first layer, the part in the head's null space moves the output
+   more than the rest does (KL 0.031 and 0.025). What the twin shows is weaker and true: equal outputs do not
+   mean equal states. So the share of the null space in an intermediate layer is only what the head would not
+   see along the residual path, if there were no blocks above (the logit lens).
 
 Simpler than usual: everything is float64, on the CPU, on one rollout of the untrained student, whose answers
-all models read. Letters: K positions, V vocabulary, d width, L layers.
+all models read. Letters: K positions, V vocabulary, d width, L layers, n directions.
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -63,7 +77,7 @@ from support.runtime import UserError, print0, shown
 
 TOKENS = 64                     # of an answer, at most
 ROWS = 64                       # positions whose logits are held at once
-VOCABULARY_ROWS = 8192          # rows of a head that are factored at once
+ROWS_OF_A_MATRIX = 8192         # that are factored at once
 ROUNDING = 1e-12                # a KL below this is drawn as 0
 MOVED_LAYERS = 5                # in which states are moved, evenly spaced; of a shallow model all layers
 FEWEST_CHECKPOINTS = 3          # that a run must have kept, or there is no course to see
@@ -73,11 +87,11 @@ FEWEST_CHECKPOINTS = 3          # that a run must have kept, or there is no cour
 
 @dataclass
 class Basis:
-    """The right-singular directions of a head whose logits are centred: W h up to a constant, which is all
-    that a softmax sees."""
+    """The right-singular directions of a matrix. That of the centred head is what a softmax sees: the logits
+    W h up to a constant."""
     sigma: torch.Tensor         # (d,) singular values, largest first
     directions: torch.Tensor    # (d, d) its columns
-    seen: int                   # how many are not zero; the others span {dh: W dh in span{1}}
+    seen: int                   # how many are not zero; of a head the others span {dh: W dh in span{1}}
 
     def low(self, lowest=0):
         """How many directions count as low: the null space, or so many as asked for. Without a null space a
@@ -85,25 +99,33 @@ class Basis:
         d = len(self.sigma)
         return lowest or d - self.seen or max(1, d // 10)
 
+    def ratio(self):
+        """(sigma_1 / sigma_i)^2 of the last direction that is seen."""
+        return rounded((self.sigma[0] / self.sigma[self.seen - 1]) ** 2)
 
-def head_basis(W):
-    """A head (V, d) -> Basis of the centred head, in float64.
+
+def basis_of(matrix, mean=0.0):
+    """A matrix (N, d) less the mean of its rows (d,) -> Basis, in float64.
 
     The factor R of a QR decomposition has the singular values and the right-singular directions of the whole
-    matrix. It is built from a slice of the vocabulary at a time. A singular value counts as zero below
-    max(V, d) * eps * s_1, as in numpy.linalg.matrix_rank.
+    matrix. It is built from a slice of the rows at a time, so no second copy of a large head is made. A
+    singular value counts as zero below max(N, d) * eps * sigma_1, as in numpy.linalg.matrix_rank.
     """
-    V, d = W.shape
-    mean = W.double().mean(0)
+    N, d = matrix.shape
     R = torch.zeros(0, d, dtype=torch.float64)
-    for rows in W.split(VOCABULARY_ROWS):
+    for rows in matrix.split(ROWS_OF_A_MATRIX):
         R = torch.linalg.qr(torch.cat([R, rows.double() - mean]), mode='r').R
     _, sigma, V_t = torch.linalg.svd(R, full_matrices=True)                  # (<= d,), (d, d)
 
-    # With fewer tokens than numbers in a state, the other directions have the singular value 0.
+    # With fewer rows than columns, the other directions have the singular value 0.
     sigma = torch.cat([sigma, sigma.new_zeros(d - len(sigma))])
-    zero = max(V, d) * torch.finfo(torch.float64).eps * sigma[0]
+    zero = max(N, d) * torch.finfo(torch.float64).eps * sigma[0]
     return Basis(sigma, V_t.t(), int((sigma > zero).sum()))
+
+
+def head_basis(W):
+    """A head (V, d) -> Basis of the centred head: the mean over the vocabulary is taken off its logits."""
+    return basis_of(W, W.double().mean(0))
 
 
 def head_and_norm(folder):
@@ -112,11 +134,15 @@ def head_and_norm(folder):
     folder = snapshot(folder, weights=True)
     c = read_config(folder)
     files = tensor_files(folder)
+
+    # A tied head is the embedding. Neither it nor the norm is stacked with others in the files.
+    head = 'embed.weight' if c.tied else 'head.weight'
     tensors = []
-    for ours, shape in (('embed.weight' if c.tied else 'head.weight', [c.V, c.d]), ('norm.weight', [c.d])):
+    for ours, shape in ((head, [c.V, c.d]), ('norm.weight', [c.d])):
         name, = name_map(c)[ours]
         if name not in files:
             raise UserError(f'{folder}: tensor {name!r} is missing; fetch the model again')
+        # A copy: a memory-mapped tensor dies with its file.
         tensors.append(read_tensor(files[name], name, shape).clone())
     W, norm = tensors
     return W[:load_tokenizer(folder).size], norm
@@ -126,13 +152,12 @@ def spectrum(W, norm):
     """What the figure and the text need of a head. Two heads are looked at: W reads the states that Eq. (6)
     compares in the last layer, which are final-normed; W times the norm's weight reads them before that
     weight is applied, as the residual stream has them but for their length."""
+    V, d = W.shape
     basis = head_basis(W)
     with_norm = head_basis(W * norm)
-    last = basis.seen - 1
-    return {'vocabulary': W.shape[0], 'width': W.shape[1], 'null_space': W.shape[1] - basis.seen,
+    return {'vocabulary': V, 'width': d, 'null_space': d - basis.seen,
             'sigma': rounded(basis.sigma), 'sigma_with_norm': rounded(with_norm.sigma),
-            'ratio': rounded((basis.sigma[0] / basis.sigma[last]) ** 2),
-            'ratio_with_norm': rounded((with_norm.sigma[0] / with_norm.sigma[with_norm.seen - 1]) ** 2)}
+            'ratio': basis.ratio(), 'ratio_with_norm': with_norm.ratio()}
 
 
 # ---- the pair and its rollout -------------------------------------------------------------------
@@ -175,9 +200,15 @@ def read_pair(student_folder, teacher_folder, data, problems, seed=0):
     student = load_model(student_folder)
     teacher = load_model(teacher_folder)
     c_s, c_t = student.config, teacher.config
-    if (c_s.d, c_s.L) != (c_t.d, c_t.L) or not same_vocabulary(tokenizer, teacher_tokenizer):
-        raise Missing(f'{student_folder} and {teacher_folder}: no pair of one shape and vocabulary; give two '
-                      'models that differ in their weights alone')
+    same_shape = (c_s.family, c_s.d, c_s.L) == (c_t.family, c_t.d, c_t.L)
+    if not same_shape or not same_vocabulary(tokenizer, teacher_tokenizer):
+        raise Missing(f'{student_folder} and {teacher_folder}: no pair of one family, shape and vocabulary; '
+                      'give two models that differ in their weights alone')
+
+    weights = zip(student.parameters(), teacher.parameters(), strict=True)
+    if all(torch.equal(ours, theirs) for ours, theirs in weights):
+        raise UserError(f'{student_folder} and {teacher_folder}: the same weights; give two models that '
+                        'differ')
 
     # It is sampled as a run samples: by the float32 model, at temperature 1.
     vocab = shared_size(tokenizer, teacher_tokenizer)
@@ -196,9 +227,8 @@ def free_directions(model):
     """The directions (d, f) of the residual stream into which the embedding writes nothing and of which the
     head reads nothing, through the final norm's weight."""
     used = torch.cat([model.embed.weight, model.head.weight * model.norm.weight])    # (2 V, d)
-    _, sigma, V_t = torch.linalg.svd(used.detach().double(), full_matrices=True)
-    zero = max(used.shape) * torch.finfo(torch.float64).eps * sigma[0]
-    return V_t[int((sigma > zero).sum()):].t()
+    basis = basis_of(used.detach())
+    return basis.directions[:, basis.seen:]
 
 
 @torch.no_grad()
@@ -216,6 +246,8 @@ def twin_of(model):
     Q = torch.eye(len(B), dtype=torch.float64) - 2 * B @ B.t()               # (d, d), its own inverse
     twin = Model(model.config).double()
     twin.load_state_dict(model.state_dict())
+
+    # The embedding, the final norm and the head stay: Q leaves what they write and read as it is.
     for block in twin.blocks:
         for norm, reads, writes in ((block.norm1, block.attn.qkv, block.attn.out),
                                     (block.norm2, block.mlp.gate_up, block.mlp.down)):
@@ -269,6 +301,7 @@ def curvature(h, W, directions):
     error. So z is counted from z_a, and a drops out of the sums.
     """
     z = W @ directions                                                       # (V, n)
+    z_squared = z.square()
     parts = []
     for rows in h.split(ROWS):
         p = (rows @ W.t()).softmax(-1)                                       # (C, V)
@@ -278,7 +311,7 @@ def curvature(h, W, directions):
         z_a = z[top.squeeze(-1)]                                             # (C, n)
         first = rest @ z                                                     # (C, n)
         mean = first - z_a * mass
-        square = rest @ z.square() - 2 * z_a * first + z_a.square() * mass
+        square = rest @ z_squared - 2 * z_a * first + z_a.square() * mass
         parts.append((square - mean.square()).clamp(min=0))
     return torch.cat(parts)
 
@@ -293,30 +326,34 @@ def kl_rows(h, h_moved, W, W_moved=None):
 
 
 def kl_bound(sigma, step):
-    """KL(p || p moved) is at most s_i^2 step^2 / 4, for a step of any length along direction i.
+    """KL(p || p moved) is at most sigma_i^2 step^2 / 4, for a step of any length along direction i.
 
     KL = log E[exp(z - E z)] under p, at most (max z - min z)^2 / 8 by Hoeffding's lemma; and the range of
-    numbers that are centred is at most sqrt(2) times their norm, which is s_i step.
+    numbers that are centred is at most sqrt(2) times their norm, which is sigma_i step.
     """
     return sigma.square() * step ** 2 / 4
 
 
 def direction_data(pair):
-    """For each direction that the head sees: (s_1 / s_i)^2, and how much more the KL says about a step along
-    the first direction than about the same step along direction i."""
+    """For each direction that the head sees: (sigma_1 / sigma_i)^2, and how much more the KL says about a
+    step along the first direction than about the same step along direction i."""
     basis = head_basis(pair.W)
     h_s = pair.states(pair.student)[-1]
     h_t = pair.states(pair.teacher)[-1]
     W = pair.W
     seen = basis.directions[:, :basis.seen]                                  # (d, n)
     curve = curvature(h_s, W, seen)                                          # (K, n)
-    by_position = curve[:, :1] / curve
-    quantiles = by_position.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curve.dtype), dim=0)        # (3, n)
+
+    # Positions differ by orders of magnitude. Where the KL sees no step along some direction, there is no
+    # ratio.
+    measurable = curve[(curve > 0).all(-1)]
+    by_position = measurable[:, :1] / measurable
+    levels = {'10%': 0.1, '50%': 0.5, '90%': 0.9}
+    of_positions = {name: rounded(by_position.quantile(level, 0)) for name, level in levels.items()}
 
     # A step as long as the two models are apart is not a small one.
     length = (h_s - h_t).square().sum(-1).mean().sqrt()
     full_step = [float(kl_rows(h_s, h_s + length * seen[:, i], W).mean()) for i in (0, -1)]
-    of_positions = {name: rounded(row) for name, row in zip(('10%', '50%', '90%'), quantiles, strict=True)}
     return {'predicted': rounded((basis.sigma[0] / basis.sigma[:basis.seen]).square()),
             'of_mean_kl': rounded(curve[:, 0].mean() / curve.mean(0)),
             'of_positions': of_positions,
@@ -385,7 +422,9 @@ def kept_checkpoints(folder):
     """{step: model folder} of the checkpoints that a run has kept."""
     found = {}
     for path in sorted(Path(folder).glob('ckpt-*/model')):
-        found[int(path.parent.name.removeprefix('ckpt-'))] = path
+        name = re.fullmatch('ckpt-([0-9]{6})', path.parent.name)
+        if name:
+            found[int(name[1])] = path
     return found
 
 
@@ -520,8 +559,12 @@ def shares(points):
     """The low part's share of Eq. (6) in each layer, in per cent, averaged over the seeds' points."""
     result = []
     for layer in range(len(points[0]['low'])):
-        of_seeds = [point['low'][layer] / (point['low'][layer] + point['rest'][layer]) for point in points]
-        result.append(100 * sum(of_seeds) / len(of_seeds))
+        of_seeds = []
+        for point in points:
+            low = point['low'][layer]
+            total = low + point['rest'][layer]
+            of_seeds.append(100 * low / total if total else 0.0)
+        result.append(fmean(of_seeds))
     return result
 
 

@@ -67,7 +67,7 @@ def test_the_basis_is_the_svd_of_the_centred_head(V, d, monkeypatch):
     """Against numpy on the whole matrix. A slice of the vocabulary left out, a mean over the wrong axis, or rows
     instead of columns of V' would be seen; so would a null space that forgets the constant (V = d = 12 has one
     dimension, V = 13 has none)."""
-    monkeypatch.setattr(theorem2, 'VOCABULARY_ROWS', 7)
+    monkeypatch.setattr(theorem2, 'ROWS_OF_A_MATRIX', 7)
     W = randn(V, d) + 3
     basis = head_basis(W)
     centred = W.numpy() - W.numpy().mean(0)
@@ -184,8 +184,9 @@ def test_a_twin_has_the_same_outputs_and_other_states_in_each_layer(shape):
 
 
 def test_a_model_with_as_many_tokens_as_numbers_in_a_state_has_no_twin():
-    """A twin of such a model would be the model itself, and the figure would show an Eq. (6) of 0 as a result."""
-    assert twin_of(with_random_norms(V=20)) is None
+    """A twin of such a model would be the model itself, and the figure would show an Eq. (6) of 0 as a result. A full
+    SVD of the two matrices of a large vocabulary would need 13 GB here, and 77 GB of a real one."""
+    assert twin_of(with_random_norms(V=20)) is None and twin_of(with_random_norms(V=20_000)) is None
 
 
 # ---- Theorem 8 --------------------------------------------------------------------------------------
@@ -435,8 +436,10 @@ def test_bad_input_is_told_in_one_line(toy_run, toy_cfg, tmp_path, capsys):
                            ([*given, 'head=/nowhere/x'], '/nowhere/x')):
         with pytest.raises(UserError, match=message):
             main(['theorem2', *words])
+    with pytest.raises(UserError, match='the same weights'):
+        main(['theorem2', *given, f'teacher={student}'])
     save_model(tiny_model(V=21), tmp_path / 'other', source=student)
-    with pytest.raises(Missing, match='no pair of one shape'):
+    with pytest.raises(Missing, match='no pair of one family'):
         main(['theorem2', *given, f'teacher={tmp_path / "other"}'])
     assert not (tmp_path / 'out').exists()
 
