@@ -15,12 +15,15 @@ answers, and the cosine of their last-layer states is taken at every response po
     last k     the same over the last k positions, which the paper supervises (k = 2000)
 
 An answer of fewer than k tokens gives all its positions to both, so the curves meet at the longest answer.
-The number below each panel is a control: the cosine to the teacher's state half a micro-batch away, in
+The number below the panels is a control: the cosine to the teacher's state half a micro-batch away, in
 another answer. It is what any two answers have in common, for example the mean of all states.
 
 The figure is a measurement and no theorem, and the cosine is that of raw states: a few large coordinates can
-decide it. Simpler than usual: one process, and models that fit on one device. Writes first_last.json and
-figure8.png, figure8.pdf.
+decide it. The toy's answers have 40 tokens, and every sixth one is the result of an operation. There student
+and teacher differ most, which makes the teeth of the curves; how late a token comes hardly matters in them.
+
+Simpler than usual: one process, and models that fit on one device. Writes first_last.json, figure8.png and
+figure8.pdf.
 
 Letters: B answers, T tokens (columns), K positions, t response position, d width, r rank of a bridge.
 """
@@ -28,6 +31,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -80,7 +84,7 @@ class Pair:
         if self.bridge is None:
             return 'same architecture'
         kind = 'another width' if same_vocabulary(self.tok_s, self.tok_t) else 'another vocabulary'
-        return f'{kind}, bridge r = {self.bridge.rank}'
+        return f'{kind}, r = {self.bridge.rank}'
 
     def sample_step(self, step):
         """The answers that this student gives in a training step -> Rollout."""
@@ -136,12 +140,13 @@ class Pair:
 @contextlib.contextmanager
 def started_in(folder, cfg):
     """Inside, the current folder is the one in which a run was started, because the paths in its config begin
-    there: the folder from which `out_dir` leads to the run. If the run was moved, nothing changes."""
+    there: the folder from which `out_dir` leads to the run. Nothing changes if there is none, because the run
+    was moved, or because out_dir begins at the root."""
     root = Path.cwd()
-    if folder:
-        own = Path(folder).resolve()
-        for parent in own.parents:
-            if (parent / cfg['out_dir']).resolve() == own:
+    run_folder = Path(folder).resolve()
+    if not Path(cfg['out_dir']).is_absolute():
+        for parent in run_folder.parents:
+            if (parent / cfg['out_dir']).resolve() == run_folder:
                 root = parent
     with contextlib.chdir(root):
         yield
@@ -277,21 +282,30 @@ def draw_figure8(data, file):
     width = PAGE if len(panels) > 1 else COLUMN
     with paper_style():
         figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
+        controls = []
         for panel, (title, numbers) in zip(axes, panels.items(), strict=True):
             runs = numbers['runs'].values()
             for side in ('first', 'last'):
                 by_seed = [run[side] for run in runs]
                 draw_seeds(panel, numbers['k'], by_seed, f'{side} k tokens', look_of(f'{side} k tokens'))
-            control = sum(run['another answer'] for run in runs) / len(runs)
-            panel.set(xlabel=f'k\n(in another answer: {control:.2f})', title=title)
+            controls.append(f"{fmean(run['another answer'] for run in runs):.2f}")
+            panel.set(xlabel='k', title=title)
             if numbers['k'][-1] > POINTS:
                 panel.set_xscale('log')
         axes[0].set_ylabel('cosine of last-layer states')
-        counts = []
-        for numbers in panels.values():
-            counts.append(f'{numbers["answers"]} answers of {len(numbers["runs"])}')
-        notes = f'before training, thin: each seed; {", ".join(dict.fromkeys(counts))} seed(s)'
+        notes = (f'before training; {described(panels.values())}; cosine to the state in another answer: '
+                 f'{", ".join(controls)}')
         return save(figure, file, notes)
+
+
+def described(panels):
+    """What each panel is a mean of, once if it is the same."""
+    texts = []
+    for numbers in panels:
+        count = len(numbers['runs'])
+        seeds = f'{count} seeds (thin: each)' if count > 1 else 'one seed'
+        texts.append(f'{numbers["answers"]} answers of {seeds}')
+    return ', '.join(dict.fromkeys(texts))
 
 
 def figure8(folders, to='out/paper', config='', student='', teacher='', data='', bridge='',

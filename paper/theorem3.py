@@ -31,6 +31,7 @@ do: choose a rank for each layer, which distill.py cannot use. Writes theorem3.j
 
 Letters: K positions, d width (d_s student, d_t teacher), R full rank, r rank, i a component, w a direction.
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -89,10 +90,10 @@ def rank_runs(runs):
         return [], {}
     chosen = groups[max(groups, key=lambda common: len(asked_in[common]))]
 
-    # The bridges of these runs, one for each seed.
+    # The bridges of these runs, one for each seed. A run's config names the folder.
     found = []
     bridges = {}
-    for run in chosen:
+    for run in with_all_ranks(chosen):
         with started_in(run.folder, run.config):
             folder = str(Path(run.config['bridge']).resolve())
             made = bridges.get(folder) or read_components(folder)
@@ -100,6 +101,24 @@ def rank_runs(runs):
         asked = run.config['bridge_rank']
         found.append(RankRun(run, folder, asked, asked or made['rank']))
     return found, bridges
+
+
+def with_all_ranks(runs):
+    """The runs of those seeds that have the most ranks: a mean over seeds needs all of them at each rank. A
+    study that is not finished has seeds with fewer; a line says which are left out."""
+    asked = {}                               # {seed: its ranks}
+    for run in runs:
+        ranks = asked.setdefault(run.seed, set())
+        if run.config['bridge_rank'] in ranks:
+            raise UserError(f'{run.folder}: another run has seed {run.seed} and bridge_rank='
+                            f'{run.config["bridge_rank"]} too; give one of them')
+        ranks.add(run.config['bridge_rank'])
+    fullest = max(asked.values(), key=len)
+    for seed, ranks in asked.items():
+        if not fullest <= ranks:
+            missing = ', '.join(map(str, sorted(fullest - ranks)))
+            print0(f'theorem3: seed {seed} is left out, it has no run with bridge_rank={missing}')
+    return [run for run in runs if fullest <= asked[run.seed]]
 
 
 def read_components(folder):
@@ -114,6 +133,19 @@ def read_components(folder):
             counts = f'{len(values["lam"])} lam and {len(values["rho2"])} rho2'
             raise UserError(f'{file}: layer {layer}: {counts}; {advice}')
     return made
+
+
+def first_bridges(folders):
+    """The seeds of the first of some bridges, where no run says which belong together -> {folder: its
+    bridge.json}. Seeds are folders whose names differ in their ends alone: x-s0, x-s1, ..."""
+    bridges = {}
+    for folder in folders:
+        names = [re.sub(r'-s\d+$', '', Path(name).name) for name in (folder, folders[0])]
+        if names[0] == names[1]:
+            bridges[str(folder)] = read_components(folder)
+        else:
+            print0(f'theorem3: {folder} is left out, it is no seed of {folders[0]}')
+    return bridges
 
 
 # ---- Theorem 3, from bridge.json -------------------------------------------------------------------
@@ -152,6 +184,7 @@ def fitted_and_held_out(pair, made):
     if len(collection.answers) < len(collection.order):
         raise Missing(f'{collection.file}: {len(collection.answers)} of {len(collection.order)} answers; '
                       'bridge.py samples the others')
+    # The same answers are held out as by bridge.py, and the same positions are read.
     held_out = max(1, round(made['bridge_held_out'] * len(collection.answers)))
     which = made['positions']
     sizes = {'last_k': cfg['last_k'], 'first_k': cfg['first_k'], 'last_frac': cfg['last_frac'],
@@ -196,6 +229,7 @@ def total_and_predicted(fit, judged, penalty, bias):
     every_row = judged.central()
     residual = torch.zeros_like(identity)
     for c in (0, 1):
+        # E (y - guess)(y - guess)' from the class's covariances, and the difference of the means.
         rows = judged.central(c)
         gap = rows.y - mean - maps[c] @ rows.x - biases[c]                   # (d_t,)
         cross = rows.yx @ maps[c].t()                                        # (d_t, d_t)
@@ -222,6 +256,7 @@ def encoders(fit, penalty, bias, seed):
 def judge_encoder(basis, C, P, R):
     """A basis (d_t, d_t) -> of each rank r = 1..R: the share of the variance that its first r directions
     keep, and E(r) as a share of the variance. Two lists."""
+    # Of each direction w its variance w'Cw, and what is predicted of it, w'Pw.
     variance = C.diagonal().sum()
     lam = ((basis @ C) * basis).sum(1)                                       # (d_t,)
     predicted = ((basis @ P) * basis).sum(1)                                 # (d_t,)
@@ -272,8 +307,7 @@ def measure(data, ranked, bridges):
                 data['encoders'][folder] = measure_encoders(of_bridge[0], made)
         if data['distilled']:
             for one in ranked:
-                wanted = one.asked in (data['distilled']['best'], 0)
-                if wanted and one.run.seed in data['distilled']['seeds']:
+                if one.asked in (data['distilled']['best'], 0):
                     rho2 = measure_trained(one, bridges[one.bridge])
                     data['trained'].setdefault(str(one.asked), []).append(rho2)
     except Missing as error:
@@ -301,12 +335,10 @@ def distilled(ranked, found):
     for one in ranked:
         by_seed.setdefault(one.run.seed, {})[one.asked] = one
 
-    # A mean over seeds needs all seeds at each rank. Those that lack a rank are left out: a study that is not
-    # finished has some.
-    fullest = max(by_seed.values(), key=len)
-    seeds = sorted(seed for seed, runs in by_seed.items() if set(fullest) <= set(runs))
-    order = sorted(fullest, key=lambda asked: fullest[asked].rank)
-    rows = fullest[order[0]].run.rows
+    seeds = sorted(by_seed)
+    first = by_seed[seeds[0]]
+    order = sorted(first, key=lambda asked: first[asked].rank)
+    rows = first[order[0]].run.rows
     metric = accuracy(rows)[1]
     if metric is None:
         return None
@@ -406,7 +438,7 @@ def draw_components(axes, data):
     by_layer = []
     for layer in found[0]['layers']:
         by_layer.append(mean_of([one['layers'][layer]['rho2'] for one in found]))
-    draw_lines(axes, by_layer, 'mean of layers', 'mean of layers')
+    draw_lines(axes, by_layer, 'before stage 2', 'before stage 2')
     axes.axhline(0.5, color='0.25', ls='--', lw=0.8)
     axes.set(title='predictable, before stage 2', xlabel='component i', ylabel='ρ² of component i',
              ylim=(0, 1.02))
@@ -458,7 +490,7 @@ def draw_trained(axes, data):
     before = []
     for found in data['bridges'].values():
         before.append(mean_of([layer['rho2'] for layer in found['layers'].values()]))
-    draw_lines(axes, before, 'before', 'before')
+    draw_lines(axes, before, 'before stage 2', 'before stage 2')
     for asked, by_seed in data['trained'].items():
         label = "after, Theorem 3's rank" if asked == '0' else f'after, r = {asked}'
         draw_lines(axes, by_seed, label, label)
@@ -472,7 +504,7 @@ def theorem3(folders, to='out/paper'):
     that differ in bridge_rank, or bridges of one study alone."""
     ranked, bridges = rank_runs(read_runs(of_kind(folders, 'run')))
     if not bridges:
-        bridges = {str(folder): read_components(folder) for folder in of_kind(folders, 'bridge')}
+        bridges = first_bridges(of_kind(folders, 'bridge'))
     if not bridges:
         raise Missing('a bridge, or runs through one that differ in bridge_rank; python -m studies.compare '
                       'toy_paper makes them')

@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,10 +133,11 @@ def test_the_figure_draws_these_numbers_and_the_same_bytes_twice(tmp_path, kept)
     left, right = kept[0].axes
     lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert lines['first k tokens'] == pytest.approx([0.9, 0.8, 0.75]) and lines['last k tokens'] == pytest.approx([0.6, 0.7, 0.75])
-    assert right.get_title() == 'through a bridge' and '0.40' in right.get_xlabel()
-    again = draw_figure8(data, tmp_path / 'again')
-    assert [file.suffix for file in files] == ['.png', '.pdf']
-    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
+    assert right.get_title() == 'through a bridge'
+    notes = ' '.join(kept[0].texts[-1].get_text().split())
+    assert '4 answers of 2 seeds (thin: each), 2 answers of one seed; cosine to the state in another answer: 0.25, 0.40' in notes
+    again, = draw_figure8(data, tmp_path / 'again.png')
+    assert [file.suffix for file in files] == ['.png', '.pdf'] and files[0].read_bytes() == again.read_bytes()
 
 
 def test_one_command_measures_a_panel_for_each_kind_of_pair(runs, tmp_path, monkeypatch):
@@ -146,13 +148,25 @@ def test_one_command_measures_a_panel_for_each_kind_of_pair(runs, tmp_path, monk
     files = figure8(folders, 'to')
     assert [file.name for file in files] == ['first_last.json', 'figure8.png', 'figure8.pdf'] and (tmp_path / 'to/figure8.pdf').exists()
     panels = json.loads(files[0].read_text())['panels']
-    assert list(panels) == ['same architecture', 'another vocabulary, bridge r = 4']
+    assert list(panels) == ['same architecture', 'another vocabulary, r = 4']
     assert [list(numbers['runs']) for numbers in panels.values()] == [[str(folders[0])], [str(folders[1])]]
+
+
+def test_paths_begin_where_the_run_was_started(tmp_path, monkeypatch):
+    """The folder from which out_dir leads to the run; of an absolute out_dir every folder does, and the root was taken."""
+    (tmp_path / 'a/out/x').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for folder, out_dir, wanted in (('a/out/x', 'out/x', tmp_path / 'a'), ('a/out/x', 'out/y', tmp_path), ('a/out/x', 'a/out/x', tmp_path),
+                                    ('a/out/x', str(tmp_path / 'a/out/x'), tmp_path)):
+        with started_in(folder, {'out_dir': out_dir}):
+            assert Path.cwd() == wanted
+        assert Path.cwd() == tmp_path
 
 
 def test_a_pair_that_no_run_has_is_given_by_its_keys(runs, toy_cfg, tmp_path, monkeypatch):
     """The same two models, by path: the same numbers as of the run."""
     monkeypatch.setattr(first_last, 'ANSWERS', 6)
+    monkeypatch.setattr(first_last, 'draw_figure8', lambda data, file: [])
     monkeypatch.chdir(tmp_path)
     words = dict(student=toy_cfg['student'], teacher=toy_cfg['teacher'], data=toy_cfg['data'], max_new_tokens='20')
     (tmp_path / 'mine.py').write_text('from configs.default import config\nconfig = config | dict(prompts_per_step=3, n=2, dtype="float32")\n')
