@@ -1,28 +1,30 @@
 """
-A page that shows what a student learns: its answers token by token, coloured by how near it is to its teacher.
+A page that shows what a student learns: its answers token by token, coloured by how near the teacher is.
 
     python -m studies.view out/toy                        every checkpoint of a run: out/toy/view.html
     python -m studies.view out/toy prompts=5 to=page.html
-    python -m studies.view student=out/toy/last teacher=OTHER/MODEL data=problems.jsonl      two models, no run
+    python -m studies.view student=out/toy/last teacher=OTHER/MODEL data=problems.jsonl          two models
 
 Each checkpoint that the run has kept, and the untrained student before them, answers the same held-out
-problems with the random numbers of the run's evaluations, so the answers are those of out/toy/answers/. Both
-models then read each answer once. For every token the page holds the cosine of their states in each layer, the
-KL and both entropies, and the five likeliest next tokens of both. All of this is about the state that predicts
-the token, as in Eq. (6).
+problems with the random numbers of the run's evaluations, so the answers are those of out/toy/answers/.
+Both models then read each answer once. For every token the page holds the cosine of their states in each
+layer, the KL and both entropies, and the five likeliest next tokens of both. All of this is about the state
+that predicts the token, as in Eq. (6).
 
-Its own keys: prompts=3 problems, tokens=256 of each answer at most, checkpoints=12 at most (spread evenly), to=
-the file. Of the keys in configs/default.py it knows data, seed, eval_temperature, eval_top_p, device, dtype and
-toy_dir, and without a run also student, teacher, bridge, bridge_rank, layers and layer_map.
+Its own keys: prompts=3 problems, tokens=256 of each answer at most, checkpoints=12 at most (spread evenly),
+to= the file. Of the keys in configs/default.py it knows data, seed, eval_temperature, eval_top_p, device,
+dtype and toy_dir, and without a run also student, teacher, bridge, bridge_rank, layers and layer_map.
 
-The page is one file, which needs no network and may use none: its policy allows the script and the style that
-are in it, by their digests, and nothing else. What models write is untrusted. It stands in the page as JSON in
-which no character can end the script, and becomes text nodes, never markup. studies/view.html is the template.
+The page is one file, which needs no network and may use none: its policy allows the script and the style
+that are in it, by their digests, and nothing else. What models write is untrusted. It stands in the page as
+JSON in which no character can end the script, and is shown as text nodes, never as markup. The template is
+studies/view.html.
 
-Simpler than a viewer with a server: all numbers are computed before, on one device, and rounded. What it does
-not do: attention, gradients, answers of the teacher, more than MOST_TOKENS tokens.
+Simpler than a viewer with a server: all numbers are computed before, on one device, and rounded. What it
+does not do: attention, gradients, answers of the teacher, more than MOST_TOKENS tokens.
 
-Letters: n tokens of an answer, K of them at which the teacher has a state, L layers, d width, V vocabulary.
+Letters: n tokens of an answer, K of them at which the teacher has a state, C of these in a chunk, L layers,
+d width, V vocabulary, E outcomes of the next byte.
 """
 import base64
 import hashlib
@@ -55,15 +57,17 @@ from support.files import read_json, whole
 from support.preflight import match_layers
 from support.progress import Progress
 from support.run_folder import stored_config
-from support.runtime import ROOT, UserError, cut, print0, printable, run, shown, start
+from support.runtime import UserError, cut, print0, printable, run, shown, start
 
 # The keys of this command alone: default, smallest and largest value.
 SIZES = {'prompts': (3, 1, 50), 'tokens': (256, 1, 4096), 'checkpoints': (12, 1, 200)}
 # Keys of configs/default.py: for a run, and what is needed besides where there is none.
 OF_A_RUN = ('data', 'seed', 'eval_temperature', 'eval_top_p', 'device', 'dtype', 'toy_dir')
 OF_A_PAIR = ('student', 'teacher', 'bridge', 'bridge_rank', 'layers', 'layer_map')
+GIVE = 'give the folder of a run of distill.py, or student=, teacher= and data='
 MOST_TOKENS = 50_000            # in all answers of a page, which then has about 20 MB
 
+UNDERLINED = ' Underlined tokens: the likeliest next tokens of both models differ there.'
 LIKELIEST = 5                   # next tokens that are shown of each model
 UNIT = 10_000                   # numbers are whole numbers of this part in the page: 0.98765 is 9877
 LONGEST_PIECE = 60              # characters of a token's text
@@ -112,7 +116,7 @@ def settings(words=None):
         cfg['eval_data'] = ''                # the problems come from data= in its place
     for key in ('student', 'teacher', 'data'):
         if not cfg[key]:
-            raise UserError(f"{key}='': nothing given; give the folder of a run, or student=, teacher= and data=")
+            raise UserError(f"{key}='': nothing given; {GIVE}")
     return Request(cfg, folder, sizes, file)
 
 
@@ -128,8 +132,7 @@ def config_of_run(folder):
     """The config of a run, with every key there is; keys of other versions are left out."""
     stored = stored_config(folder)
     if not stored:
-        raise UserError(f'{folder}/config.json: no such file; give the folder of a run of distill.py, or student=, '
-                        'teacher= and data=')
+        raise UserError(f'{folder}/config.json: no such file; {GIVE}')
     known = {key: stored.get(key, value) for key, value in default.items()}
     return check(known, f'{folder}/config.json')
 
@@ -210,9 +213,9 @@ def load_pair(cfg, env, longest):
 def kept_checkpoints(request, untrained):
     """The models that a page shows -> ([(label, folder)], how many there are besides).
 
-    The first is the student as it was before training, the others are checkpoints of the run that lie in its
-    folder. Where there are more than asked for, the first and the last stay, with others spread evenly between
-    them. Without a run it is the student alone. untrained: the folder of the student.
+    The first is the student as it was before training, the others are checkpoints of the run that lie in
+    its folder. Where there are more than asked for, the first and the last stay, with others spread evenly
+    between them. Without a run it is the student alone. untrained: the folder of the student.
     """
     if request.folder is None:
         return [('the student', untrained)], 0
@@ -242,34 +245,32 @@ def spread(items, count):
 # ---- the problems --------------------------------------------------------------------------------
 
 def chosen_problems(cfg, tok, count):
-    """The problems of a page -> ({(name of a set, number in it): (number, Problem)}, how many there are).
+    """The problems of a page -> ({(name of a set, number): (number, Problem)}, which they are, in words).
 
     Of held-out sets they are spread evenly over all of them, as those that an evaluation prints. Of training
     problems they are the first.
     """
     if not cfg['eval_data']:
         problems = load_problems(cfg['data'], tok, count, longest=cfg['max_prompt_tokens'])
-        return number_problems({'problems': problems}), len(problems)
+        numbered = number_problems({Path(cfg['data']).stem: problems})
+        return numbered, f'the first {len(problems)} problems'
     sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
     numbered = number_problems(sets)
     keys = list(numbered)
     total = len(keys)
     count = min(count, total)
     keys = [keys[number * total // count] for number in range(count)]
-    return {key: numbered[key] for key in keys}, total
+    return {key: numbered[key] for key in keys}, f'{count} of {total} held-out problems'
 
 
-def answer_limit(pair, student, problems, tokens):
-    """How many tokens an answer may have here. A UserError if the models cannot read so many."""
-    cfg = pair.cfg
-    limit = min(tokens, cfg['eval_max_new_tokens'] or cfg['max_new_tokens'])
-    longest_prompt = max(len(problem.ids) for _, problem in problems.values())
-    context = student.context
-    if pair.same:                            # another teacher's context ends the comparison, not the answer
-        context = min(context, pair.teacher.config.context)
-    if longest_prompt + limit > context:
-        raise UserError(f'tokens={tokens}: the longest prompt has {longest_prompt} tokens, and a model reads '
-                        f'{context} in all; lower tokens=')
+def answer_limit(cfg, longest_prompt, tokens):
+    """How many tokens an answer has at most: those that are asked for, that the run allows, and that both
+    models can read after the longest prompt."""
+    context = min(read_config(cfg[side]).context for side in ('student', 'teacher'))
+    limit = min(tokens, cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], context - longest_prompt)
+    if limit < 1:
+        raise UserError(f'a prompt has {longest_prompt} tokens, and one of the models reads {context} in '
+                        'all; choose other data=')
     return limit
 
 
@@ -350,8 +351,8 @@ def rows_of_answer(pair, roll, problem):
                                pair.teacher.config.context, cfg['pair'], cfg['teacher_ids'])
         mask = mask & (reading.column >= 0)
     if not mask.any():
-        raise UserError(f'{pair.cfg["teacher"]}: its context of {pair.teacher.config.context} tokens ends within '
-                        'a prompt; give shorter problems in data=')
+        raise UserError(f'{pair.cfg["teacher"]}: its context of {pair.teacher.config.context} tokens ends '
+                        'within a prompt; give shorter problems in data=')
     rows, = cut_rollout(roll, mask.float(), budget=1, reading=reading)
     return rows
 
@@ -359,8 +360,8 @@ def rows_of_answer(pair, roll, problem):
 def heads(pair, student, h_s, h_t, rows, t, pieces):
     """What both models say comes next -> the lists of `measure` that are about distributions.
 
-    h_s (n, d): the student's last states. h_t: what the objective wants of the teacher, (K, d), or (2K, d) for
-    the next byte. t (K,): the positions of the teacher's rows.
+    h_s (n, d): the student's last states. h_t: what the objective wants of the teacher, (K, d), or (2K, d)
+    for the next byte. t (K,): the positions of the teacher's rows.
     """
     objective = pair.objective.output.objective
     batch = pair.objective.output.head_rows(h_t, pair.teacher.head.weight, rows)
@@ -388,7 +389,8 @@ def heads(pair, student, h_s, h_t, rows, t, pieces):
         KL, entropy, entropy_t, _ = objective.statistics(logp.clone(), batch, piece)
         known = known_rows(objective, logp, batch, piece)
         for name, values in (('kl', KL), ('entropy', entropy), ('entropy_t', entropy_t)):
-            made[name] += [value if sure else None for value, sure in zip(whole_units(values), known, strict=True)]
+            for value, is_known in zip(whole_units(values), known, strict=True):
+                made[name].append(value if is_known else None)
 
     # From the K rows to the n positions.
     for name in ('teacher', 'kl', 'entropy', 'entropy_t'):
@@ -400,8 +402,8 @@ def heads(pair, student, h_s, h_t, rows, t, pieces):
 
 
 def known_rows(objective, logp, batch, piece):
-    """At which rows can the two distributions be compared? -> list of bool. The next byte is not known where no
-    token of the teacher continues what is written."""
+    """At which rows can the two distributions be compared? -> list of bool. The next byte is not known where
+    no token of the teacher continues what is written."""
     if isinstance(objective, FullKL):
         return [True] * len(logp)
     _, _, Q, _ = objective.compare(logp, batch, piece)                       # it overwrites logp
@@ -409,8 +411,8 @@ def known_rows(objective, logp, batch, piece):
 
 
 def likeliest_lists(tok, logp, pieces):
-    """Log-probabilities (C, V) -> for each row [number of a piece, its probability, number, ...], the likeliest
-    token first."""
+    """Log-probabilities (C, V) -> for each row [number of a piece, its probability, number, ...], the
+    likeliest token first."""
     ids = likeliest(logp, LIKELIEST)                                         # (C, 5)
     probabilities = whole_units(logp.gather(-1, ids).exp())
     lists = []
@@ -432,11 +434,11 @@ def at_positions(t, values, n):
 
 # ---- the page ------------------------------------------------------------------------------------
 
-def collect(request, pair, problems, checkpoints):
-    """Every checkpoint answers every problem -> (problems with their answers, table of pieces)."""
+def collect(pair, problems, checkpoints, limit):
+    """Every checkpoint answers every problem -> (problems with their answers, table of pieces). limit: the
+    most tokens of an answer."""
     cfg = pair.cfg
     stop = stop_set(pair.tok, pair.tok_t)
-    limit = answer_limit(pair, read_config(cfg['student']), problems, request.sizes['tokens'])
     pieces = Pieces()
     pages = []
     for (name, number), (_, problem) in problems.items():
@@ -471,57 +473,67 @@ def as_text(text):
     return printable(cut(text, LONGEST_PROMPT))
 
 
-def facts(request, pair, problems, total, checkpoints, left_out):
-    """What is shown, where it comes from, and what was left out -> sentences."""
+def facts(request, pair, which, limit, checkpoints, left_out):
+    """What is shown, where it comes from, and what was left out -> sentences. The first is always seen.
+
+    which: the problems, in words. limit: the most tokens of an answer. left_out: how many checkpoints.
+    """
     cfg = pair.cfg
     names = {side: without_folders(str(request.cfg[side])) for side in ('student', 'teacher')}
-    lines = [f"Student: {names['student']}. Teacher: {names['teacher']}."]
-    many = 'held-out problems, spread evenly' if cfg['eval_data'] else 'problems'
-    lines.append(f'{len(problems)} of {total} {many}. Each model below answers them itself, at temperature '
-                 f"{cfg['eval_temperature']:g}, with the same random numbers (seed {cfg['seed']}); an answer is cut "
-                 f"at {request.sizes['tokens']} tokens.")
+    models = f'{len(checkpoints)} models' if len(checkpoints) > 1 else 'one model'
     if left_out:
-        lines.append(f'{len(checkpoints)} of {len(checkpoints) + left_out} models, spread evenly.')
-    lines.append('Everything said of a token is about the state that predicts it: the model has read the prompt and '
-                 'the tokens before it.')
-    return [*lines, *fact_of_cosine(pair), *fact_of_kl(pair)]
+        models = f'{len(checkpoints)} of {len(checkpoints) + left_out} models'
+    return [
+        f"Student {names['student']}, teacher {names['teacher']}; {models}, {which}, at most {limit} tokens "
+        'of each answer.',
+        f"Each model answers the problems itself, at temperature {cfg['eval_temperature']:g} and with the "
+        f"same random numbers (seed {cfg['seed']}). What was left out lies evenly between what is shown.",
+        'What is shown of a token belongs to the state that predicts it: the model has read the prompt and '
+        'the tokens before it. Point at a token, in an answer or in the map beside it.',
+        fact_of_cosine(pair),
+        fact_of_kl(pair),
+        'Scales are logarithmic (that of the cosine in 1 - cosine) and the same in every page. Beyond both '
+        'ends colours do not change. The line above the slider is the mean over all tokens of the page, on '
+        'the same scale: lower is nearer to the teacher. Numbers are rounded to four decimals.',
+        'Hatched tokens have no number.' + (UNDERLINED if pair.same else ''),
+    ]
 
 
 def fact_of_cosine(pair):
-    """How hidden states are compared -> a list of one sentence."""
+    """How hidden states are compared, in a sentence."""
     if not pair.layers:
-        return ['The two models have unlike widths or vocabularies and there is no bridge between them, so their '
-                'hidden states cannot be compared.']
+        return ('The two models have unlike widths or vocabularies and there is no bridge between them, so '
+                'their hidden states cannot be compared.')
     how = 'number by number'
     if pair.objective.bridge is not None:
         how = f'through the bridge, in its space of {pair.objective.bridge.rank} numbers'
     pairs = [f'{l} and {t}' for l, t in pair.objective.layer_map.items() if l != t]
     which = f'; layers of student and teacher: {", ".join(pairs)}' if pairs else ''
-    return [f'Cosine: hidden states of both models, {how}{which}.']
+    return f'Cosine: hidden states of both models, {how}{which}.'
 
 
 def fact_of_kl(pair):
-    """What KL and entropies are over -> a list of one sentence."""
-    if pair.same:
-        return ['KL(student || teacher) and entropies are over the next token, in nats, at temperature 1.']
-    reads = ('The teacher has another vocabulary. It reads the same text in its own tokens, and its likeliest tokens '
-             'are those that it would write where its own last whole token ends.')
+    """What KL and entropies are over, in a few sentences."""
+    if pair.kl == 'token':
+        return 'KL(student || teacher) and entropies are over the next token, in nats, at temperature 1.'
     if pair.kl == 'byte':
-        return [f'{reads} KL and entropies are over the next byte, in nats.']
-    return ['The teacher has another vocabulary and is handed the ids of the student, which mean something else to '
-            'it, as teacher_ids=student asks. There is no KL; entropies are over the next byte.']
+        return ('The teacher has another vocabulary and reads the same text in its own tokens. Its likeliest '
+                'tokens are those that it would write after the last of its tokens that is whole. KL and '
+                'entropies are over the next byte, in nats.')
+    return ('The teacher has another vocabulary and is handed the ids of the student, which mean something '
+            'else to it, as teacher_ids=student asks. There is no KL; entropies are over the next byte.')
 
 
 def page_of(data, title):
     """What the page holds -> its text. The policy names the digests of the script and of the style in the
     template, so a script in a model's answer could not run even if it were markup."""
-    template = (ROOT / 'studies/view.html').read_text(encoding='utf-8')
+    template = Path(__file__).with_name('view.html').read_text(encoding='utf-8')
     sources = {}
     for tag in ('script', 'style'):
         source, = re.findall(f'<{tag}>(.*?)</{tag}>', template, re.DOTALL)
         sources[tag] = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-    policy = (f"default-src 'none'; script-src 'sha256-{sources['script']}'; style-src 'sha256-{sources['style']}'; "
-              "base-uri 'none'; form-action 'none'")
+    policy = (f"default-src 'none'; script-src 'sha256-{sources['script']}'; "
+              f"style-src 'sha256-{sources['style']}'; base-uri 'none'; form-action 'none'")
     parts = {'POLICY': policy, 'TITLE': html.escape(title), 'DATA': safe_json(data)}
     return re.sub(r'\{\{(\w+)\}\}', lambda match: parts[match[1]], template)
 
@@ -537,8 +549,8 @@ def safe_json(data):
 def main(request):
     cfg = request.cfg
     if not toy.is_made(cfg):
-        raise UserError(f'{toy.folder_of(cfg)}: the toy of this run is not there; start this command where the run '
-                        'was started, or give its toy_dir=')
+        raise UserError(f'{toy.folder_of(cfg)}: the toy of this run is not there; start this command where '
+                        'the run was started, or give its toy_dir=')
     env = start(cfg['device'], cfg['dtype'])
     cfg = toy.prepare(cfg, env)
     checkpoints, left_out = kept_checkpoints(request, cfg['student'])
@@ -549,16 +561,19 @@ def main(request):
 
     # Text first, then the teacher, then one checkpoint after the other.
     tok = load_tokenizer(cfg['student'], cfg['date'], enable_thinking=cfg['enable_thinking'])
-    problems, total = chosen_problems(cfg, tok, request.sizes['prompts'])
-    longest = max(len(problem.ids) for _, problem in problems.values())
-    longest += cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
-    pair = load_pair(cfg, env, longest)
-    pages, pieces = collect(request, pair, problems, checkpoints)
+    problems, which = chosen_problems(cfg, tok, request.sizes['prompts'])
+    longest_prompt = max(len(problem.ids) for _, problem in problems.values())
+    limit = answer_limit(cfg, longest_prompt, request.sizes['tokens'])
+    run_limit = cfg['eval_max_new_tokens'] or cfg['max_new_tokens']
+    pair = load_pair(cfg, env, longest_prompt + (run_limit if request.folder else limit))
+    pages, pieces = collect(pair, problems, checkpoints, limit)
 
-    title = request.folder.resolve().name if request.folder else 'two models'
-    data = {'title': printable(title), 'facts': facts(request, pair, problems, total, checkpoints, left_out),
-            'layers': pair.layers, 'kl': pair.kl, 'unit': UNIT, 'pieces': pieces, 'problems': pages,
-            'checkpoints': [label for label, _ in checkpoints], 'same': pair.same}
+    title = 'Two models, token by token'
+    if request.folder:
+        title = f'What the student learns: {printable(request.folder.resolve().name)}'
+    data = {'title': title, 'facts': facts(request, pair, which, limit, checkpoints, left_out),
+            'layers': pair.layers, 'kl': pair.kl, 'same': pair.same, 'unit': UNIT, 'pieces': pieces,
+            'checkpoints': [label for label, _ in checkpoints], 'problems': pages}
     with whole(request.file) as temporary:
         temporary.write_text(page_of(data, title), encoding='ascii')
     print0(f'{request.file}: {len(pages)} problems, {len(checkpoints)} models, '
