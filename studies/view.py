@@ -9,7 +9,8 @@ Each checkpoint that the run has kept, and the untrained student before them, an
 problems with the random numbers of the run's evaluations, so the answers are those of out/toy/answers/.
 Both models then read each answer once. For every token the page holds the cosine of their states in each
 layer, the KL and both entropies, and the five likeliest next tokens of both. All of this is about the state
-that predicts the token, as in Eq. (6).
+that predicts the token, as in Eq. (6). Every checkpoint also reads what the untrained student has answered:
+there the text stays the same, and the numbers alone change.
 
 Its own keys: prompts=3 problems, tokens=256 of each answer at most, checkpoints=12 at most (spread evenly),
 to= the file. Of the keys in configs/default.py it knows data, seed, eval_temperature, eval_top_p, device,
@@ -65,7 +66,7 @@ SIZES = {'prompts': (3, 1, 50), 'tokens': (256, 1, 4096), 'checkpoints': (12, 1,
 OF_A_RUN = ('data', 'seed', 'eval_temperature', 'eval_top_p', 'device', 'dtype', 'toy_dir')
 OF_A_PAIR = ('student', 'teacher', 'bridge', 'bridge_rank', 'layers', 'layer_map')
 GIVE = 'give the folder of a run of distill.py, or student=, teacher= and data='
-MOST_TOKENS = 50_000            # in all answers of a page, which then has about 20 MB
+MOST_TOKENS = 50_000            # in all answers of a page, read twice: about 20 MB
 
 UNDERLINED = ' Underlined tokens: the likeliest next tokens of both models differ there.'
 LIKELIEST = 5                   # next tokens that are shown of each model
@@ -435,28 +436,44 @@ def at_positions(t, values, n):
 # ---- the page ------------------------------------------------------------------------------------
 
 def collect(pair, problems, checkpoints, limit):
-    """Every checkpoint answers every problem -> (problems with their answers, table of pieces). limit: the
-    most tokens of an answer."""
-    cfg = pair.cfg
-    stop = stop_set(pair.tok, pair.tok_t)
+    """Every checkpoint answers every problem -> (problems with their answers, table of pieces).
+
+    limit: the most tokens of an answer. Of a problem, 'answers' are those of the checkpoints, and 'first' is
+    the first of them as each checkpoint reads it.
+    """
     pieces = Pieces()
     pages = []
     for (name, number), (_, problem) in problems.items():
         pages.append({'set': name, 'number': number, 'known': as_text(problem.answer or ''),
-                      'prompt': as_text(pair.tok.decode(problem.ids)), 'answers': []})
+                      'prompt': as_text(pair.tok.decode(problem.ids)), 'answers': [], 'first': []})
+
+    first = None                             # what the first checkpoint has written
     with Progress('view', len(checkpoints), 'checkpoints') as progress:
         for count, (_, folder) in enumerate(checkpoints, 1):
             student = pair.load(folder)
-            sampled = answers(student, problems, 1, rows=len(problems), max_new_tokens=limit, stop=stop,
-                              vocab=shared_size(pair.tok, pair.tok_t), seed=cfg['seed'],
-                              temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
-            by_key = {key: (ids, stopped) for key, _, ids, stopped in sampled}
+            written = written_answers(pair, student, problems, limit)
+            first = first or written
             for page, (key, (_, problem)) in zip(pages, problems.items(), strict=True):
-                ids, stopped = by_key[key]
-                made = measure(pair, student, problem, ids, pieces)
-                page['answers'].append(made | grade_of(pair.tok, problem, ids) | {'stopped': stopped})
-            progress.update(count, 0)
+                page['answers'].append(measured_answer(pair, student, problem, written[key], pieces))
+                page['first'].append(measured_answer(pair, student, problem, first[key], pieces))
+            progress.update(count)
     return pages, pieces.table()
+
+
+def written_answers(pair, student, problems, limit):
+    """A student answers each problem once -> {key: (ids, ended by a stop token?)}."""
+    cfg = pair.cfg
+    sampled = answers(student, problems, 1, rows=len(problems), max_new_tokens=limit,
+                      stop=stop_set(pair.tok, pair.tok_t), vocab=shared_size(pair.tok, pair.tok_t),
+                      seed=cfg['seed'], temperature=cfg['eval_temperature'], top_p=cfg['eval_top_p'])
+    return {key: (ids, stopped) for key, _, ids, stopped in sampled}
+
+
+def measured_answer(pair, student, problem, answer, pieces):
+    """One answer for the page: what is measured of its tokens, and whether it is right."""
+    ids, stopped = answer
+    about = {'stopped': stopped, **grade_of(pair.tok, problem, ids)}
+    return measure(pair, student, problem, ids, pieces) | about
 
 
 def grade_of(tok, problem, ids):
@@ -487,7 +504,8 @@ def facts(request, pair, which, limit, checkpoints, left_out):
         f"Student {names['student']}, teacher {names['teacher']}; {models}, {which}, at most {limit} tokens "
         'of each answer.',
         f"Each model answers the problems itself, at temperature {cfg['eval_temperature']:g} and with the "
-        f"same random numbers (seed {cfg['seed']}). What was left out lies evenly between what is shown.",
+        f"same random numbers (seed {cfg['seed']}). What was left out lies evenly between what is shown. Or "
+        'all models read the answers of the first one: then the text stays, and the numbers alone change.',
         'What is shown of a token belongs to the state that predicts it: the model has read the prompt and '
         'the tokens before it. Point at a token, in an answer or in the map beside it.',
         fact_of_cosine(pair),
@@ -554,7 +572,7 @@ def main(request):
     env = start(cfg['device'], cfg['dtype'])
     cfg = toy.prepare(cfg, env)
     checkpoints, left_out = kept_checkpoints(request, cfg['student'])
-    size = request.sizes['prompts'] * request.sizes['tokens'] * len(checkpoints)
+    size = 2 * request.sizes['prompts'] * request.sizes['tokens'] * len(checkpoints)
     if size > MOST_TOKENS:
         raise UserError(f'up to {size} tokens, but a page holds {MOST_TOKENS}; lower prompts=, tokens= or '
                         'checkpoints=')
