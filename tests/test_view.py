@@ -158,7 +158,7 @@ def test_through_a_bridge_the_cosine_is_that_of_the_projections(toy_cfg, tmp_pat
     assert 'through the bridge, in its space of 3 numbers; layers of student and teacher: 3 and 2' in view.fact_of_cosine(pair)
 
 
-def test_a_teacher_of_another_vocabulary_reads_the_text(toy_cfg, tmp_path):
+def test_a_teacher_of_another_vocabulary_reads_the_text(toy_cfg, tmp_path, monkeypatch):
     """Its states, its tokens and the KL are those of the training loop: sums over the page's positions equal what `diagnose`
     logs. It has no state where its context ends."""
     cfg, problem, _ = an_answer(toy_cfg)
@@ -189,6 +189,20 @@ def test_a_teacher_of_another_vocabulary_reads_the_text(toy_cfg, tmp_path):
     names = {number: word.decode() for word, number in pair.tok_t.words.items()}
     assert [texts[row[0]] for row in made['teacher']] == [names[i] for i in logits[column].argmax(-1).tolist()]
     assert made['written'][1] is None and pair.kl == 'byte' and 'next byte' in view.fact_of_kl(pair)
+
+    # Where no token of the teacher begins with what is written, the next byte is not known. It is no KL of 0.
+    position = made['inside'].index(1)
+    rows_of_answer = view.rows_of_answer
+
+    def odd_rows(*arguments):
+        rows = rows_of_answer(*arguments)
+        rows.written[position] = b'~'
+        return rows
+    with monkeypatch.context() as patch:
+        patch.setattr(view, 'rows_of_answer', odd_rows)
+        odd, _ = exact_page(pair, problem, ids)
+    assert [t for t, value in enumerate(odd['kl']) if value is None] == [position] and made['kl'][position] is not None
+    assert odd['entropy'][position] is odd['entropy_t'][position] is None and odd['cos'] == made['cos']
 
     # A context that ends within the answer.
     pair.teacher.config = replace(pair.teacher.config, context=len(prompt_t) + 3)
