@@ -43,6 +43,7 @@ from configs import check, default, read_argument
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import answers, load_eval_sets, number_problems, verdict
+from formats.hub import stay_at
 from formats.huggingface import load_model, read_config
 from formats.problems import load_problems
 from formats.tokenizer import check_ids, load_tokenizer, same_vocabulary, shared_size, stop_set
@@ -57,6 +58,7 @@ from support.command_help import command_words
 from support.files import read_json, whole
 from support.preflight import match_layers
 from support.progress import Progress
+from support.provenance import started_commits
 from support.run_folder import stored_config
 from support.runtime import UserError, cut, print0, printable, run, shown, start
 
@@ -66,7 +68,7 @@ SIZES = {'prompts': (3, 1, 50), 'tokens': (256, 1, 4096), 'checkpoints': (12, 1,
 OF_A_RUN = ('data', 'seed', 'eval_temperature', 'eval_top_p', 'device', 'dtype', 'toy_dir')
 OF_A_PAIR = ('student', 'teacher', 'bridge', 'bridge_rank', 'layers', 'layer_map')
 GIVE = 'give the folder of a run of distill.py, or student=, teacher= and data='
-MOST_TOKENS = 50_000            # in all answers of a page, read twice: about 20 MB
+MOST_TOKENS = 50_000            # that a page holds; with 30 layers it then has about 20 MB
 
 UNDERLINED = ' Underlined tokens: the likeliest next tokens of both models differ there.'
 LIKELIEST = 5                   # next tokens that are shown of each model
@@ -439,23 +441,24 @@ def collect(pair, problems, checkpoints, limit):
     """Every checkpoint answers every problem -> (problems with their answers, table of pieces).
 
     limit: the most tokens of an answer. Of a problem, 'answers' are those of the checkpoints, and 'first' is
-    the first of them as each checkpoint reads it.
+    the first of them as each of the other checkpoints reads it.
     """
     pieces = Pieces()
     pages = []
     for (name, number), (_, problem) in problems.items():
         pages.append({'set': name, 'number': number, 'known': as_text(problem.answer or ''),
-                      'prompt': as_text(pair.tok.decode(problem.ids)), 'answers': [], 'first': []})
+                      'prompt': as_text(pair.tok.decode(problem.ids)), 'answers': [], 'first': [None]})
 
     first = None                             # what the first checkpoint has written
     with Progress('view', len(checkpoints), 'checkpoints') as progress:
         for count, (_, folder) in enumerate(checkpoints, 1):
             student = pair.load(folder)
             written = written_answers(pair, student, problems, limit)
-            first = first or written
             for page, (key, (_, problem)) in zip(pages, problems.items(), strict=True):
                 page['answers'].append(measured_answer(pair, student, problem, written[key], pieces))
-                page['first'].append(measured_answer(pair, student, problem, first[key], pieces))
+                if first is not None:
+                    page['first'].append(measured_answer(pair, student, problem, first[key], pieces))
+            first = first or written
             progress.update(count)
     return pages, pieces.table()
 
@@ -569,10 +572,13 @@ def main(request):
     if not toy.is_made(cfg):
         raise UserError(f'{toy.folder_of(cfg)}: the toy of this run is not there; start this command where '
                         'the run was started, or give its toy_dir=')
+    if request.folder:
+        stay_at(started_commits(request.folder))         # ids of the hub mean what they meant to the run
     env = start(cfg['device'], cfg['dtype'])
     cfg = toy.prepare(cfg, env)
     checkpoints, left_out = kept_checkpoints(request, cfg['student'])
-    size = 2 * request.sizes['prompts'] * request.sizes['tokens'] * len(checkpoints)
+    readings = 2 * len(checkpoints) - 1      # of each problem
+    size = request.sizes['prompts'] * request.sizes['tokens'] * readings
     if size > MOST_TOKENS:
         raise UserError(f'up to {size} tokens, but a page holds {MOST_TOKENS}; lower prompts=, tokens= or '
                         'checkpoints=')
