@@ -47,19 +47,26 @@ class Browser:
         its_in, self.into, self.out, its_out = high
         actions = [(os.POSIX_SPAWN_DUP2, its_in, 3), (os.POSIX_SPAWN_DUP2, its_out, 4),
                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
-        self.process = os.posix_spawn(FOUND, [FOUND, *SWITCHES, f'--user-data-dir={self.profile}'], os.environ,
-                                      file_actions=actions, setpgroup=0)
+        # A scale that the protocol sets would change while a picture is taken, and the mouse with it.
+        switches = [*SWITCHES, f'--force-device-scale-factor={self.scale}', f'--user-data-dir={self.profile}']
+        self.process = os.posix_spawn(FOUND, [FOUND, *switches], os.environ, file_actions=actions, setpgroup=0)
         os.close(its_in)
         os.close(its_out)
+        try:
+            self.begin()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-        # The page, and what it reports.
+    def begin(self):
+        """Make the page, and let it report."""
         self.session = None
         target = self.ask('Target.createTarget', url='about:blank')['targetId']
         self.session = self.ask('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
         for domain in ('Page', 'Runtime', 'Log', 'Network'):
             self.ask(f'{domain}.enable')
         self.resize(self.width, self.height)
-        return self
 
     def __exit__(self, *_):
         os.killpg(self.process, signal.SIGKILL)
@@ -114,10 +121,18 @@ class Browser:
         return result['result'].get('value')
 
     def point(self, selector, x=0.5, y=0.5):
-        """Move the mouse to a place of an element: x and y are shares of its width and height."""
-        left, top, width, height = self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView("
-                                            "{block: 'nearest'}); const b = e.getBoundingClientRect(); return [b.left, b.top, b.width, b.height]; })()")
-        self.ask('Input.dispatchMouseEvent', type='mouseMoved', x=left + x * width, y=top + y * height)
+        """Move the mouse to a place of an element: x and y are shares of its width and height. A browser drops what comes
+        before its first frame, so the mouse is moved until the element knows of it."""
+        element = f'document.querySelector({json.dumps(selector)})'
+        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
+        end = time.monotonic() + SECONDS
+        while True:
+            left, top, width, height = self.run(f'(b => [b.left, b.top, b.width, b.height])({element}.getBoundingClientRect())')
+            self.ask('Input.dispatchMouseEvent', type='mouseMoved', x=left + x * width, y=top + y * height)
+            if self.run(f"{element}.matches(':hover')"):
+                return
+            assert time.monotonic() < end, f'the mouse does not reach {selector}'
+            time.sleep(0.05)
 
     def press(self, key):
         """Press a key and let it go."""
@@ -125,7 +140,7 @@ class Browser:
             self.ask('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0))
 
     def resize(self, width, height):
-        self.ask('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=self.scale, mobile=False)
+        self.ask('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=0, mobile=False)
 
     def media(self, kind='', scheme='light'):
         """Show the page as on paper (kind='print'), or where the system is dark."""
@@ -142,7 +157,7 @@ KEYS = {'Escape': 27, 'ArrowLeft': 37, 'ArrowRight': 39, 'PageUp': 33, 'PageDown
 
 if __name__ == '__main__':
     page, to = sys.argv[1:]
-    with Browser(1180, 760) as shown:
+    with Browser(1180, 740, scale=1.5) as shown:
         shown.open(page)
         shown.point('section:first-child .token.other')
         shown.picture(to)
