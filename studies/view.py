@@ -92,7 +92,9 @@ class Request:
 def settings(words=None):
     """The command line -> Request. Nothing is loaded yet."""
     words = command_words('studies/view.py') if words is None else words
-    folders = [word for word in words if '=' not in word]
+    # The folder of a run in a study can have '=' in its name: out/toy_paper/bridge_r_=_16-s0.
+    folders = [word for word in words if '=' not in word or Path(word).is_dir()]
+    keys = [word for word in words if word not in folders]
     if len(folders) > 1 or any(word.startswith('-') for word in folders):
         raise UserError(f'{shown(folders[-1])}: wants one run folder, then key=value; see --help')
     folder = Path(folders[0]) if folders else None
@@ -102,7 +104,7 @@ def settings(words=None):
     file = Path('out/view.html') if folder is None else folder / 'view.html'
     known = OF_A_RUN if folder else OF_A_RUN + OF_A_PAIR
     given = {}
-    for word in words:
+    for word in keys:
         key, _, text = word.removeprefix('--').partition('=')
         if key in sizes:
             sizes[key] = size_of(key, text)
@@ -110,7 +112,7 @@ def settings(words=None):
             file = Path(text)
         elif key in known:
             _, given[key] = read_argument(word, '')
-        elif '=' in word:
+        else:
             raise UserError(f'{shown(key)}: no key of this command; it has '
                             f'{", ".join([*SIZES, "to", *known])}')
     cfg = config_of_run(folder) if folder else dict(default)

@@ -261,6 +261,14 @@ def test_two_models_without_a_run(toy_cfg, tmp_path):
     assert file.read_bytes() == before
 
 
+def test_a_folder_may_have_the_name_of_a_study_s_run(tmp_path):
+    """studies/compare.py names them after their methods. 'bridge_r_=_16-s0' was taken for a key."""
+    folder = tmp_path / 'bridge_r_=_16-s0'
+    write_json(folder / 'config.json', {'run': 'x', 'config': load_config(['configs/toy.py'])})
+    request = view.settings([str(folder), 'tokens=7'])
+    assert (request.folder, request.sizes['tokens'], request.file) == (folder, 7, folder / 'view.html')
+
+
 @pytest.mark.parametrize('words, says', [
     ([], "student='': nothing given; give the folder of a run"), (['nowhere'], 'nowhere/config.json: no such file; give the'),
     (['a', 'b'], "'b': wants one run folder"), (['--tokens'], "'--tokens': wants one run folder"),
