@@ -43,6 +43,7 @@ STYLE = {
     'axes.grid': True, 'grid.alpha': 0.25, 'axes.axisbelow': True,
     'axes.spines.top': False, 'axes.spines.right': False,
     'legend.frameon': False, 'legend.handlelength': 3, 'legend.labelspacing': 0.3,
+    'legend.columnspacing': 1.3, 'legend.handletextpad': 0.6,
     'pdf.fonttype': 42,                      # text stays text, which journals ask for
 }
 
@@ -156,10 +157,15 @@ def draw_seeds(axes, steps, by_seed, label, look):
     """
     mean = [fmean(values) for values in zip(*by_seed, strict=True)]
     if len(by_seed) > 1:
-        for values in by_seed:
-            axes.plot(steps, values, color=look['color'], lw=0.5, alpha=0.6)
+        draw_thin(axes, steps, by_seed, look)
     axes.plot(steps, mean, label=label, markevery=marked(steps), **look)
     whole_ticks(axes)
+
+
+def draw_thin(axes, steps, lines, look):
+    """The lines of which another line is the mean. They lie below the means of all methods."""
+    for values in lines:
+        axes.plot(steps, values, color=look['color'], lw=0.5, alpha=0.5, zorder=1.5)
 
 
 def marked(points):
@@ -265,15 +271,14 @@ def show_as_it_is(figure):
     reaches a terminal in a warning of matplotlib. Powers of ten at ticks are matplotlib's own formulas."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
-    numbers = set()                          # the texts at ticks that matplotlib makes out of numbers
+    texts = figure.findobj(Text)             # this makes the texts at the ticks
+    numbers = set()                          # those that matplotlib makes out of numbers
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_formatter(), (LogFormatter, NullFormatter, ScalarFormatter)):
                 for tick in (*axis.majorTicks, *axis.minorTicks):
                     numbers.update((tick.label1, tick.label2))
-            else:
-                axis.get_majorticklabels()   # makes them
-    for text in figure.findobj(Text):
+    for text in texts:
         if text not in numbers:
             text.set_text(printable(text.get_text()))
             text.set_parse_math(False)

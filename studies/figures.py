@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 
 from configs import default
-from studies.drawing import label_ends, look_of, marked, new_figure, paper_style, save, whole_ticks
+from studies.drawing import draw_thin, label_ends, look_of, marked, new_figure, paper_style, save, whole_ticks
 from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import read_json
@@ -217,8 +217,7 @@ def draw_runs(left, right, names, logs):
 
         # A run through another objective looks at the cosines now and then only, or never.
         if steps:
-            for values in by_layer.values():
-                right.plot(steps, values, color=look['color'], lw=0.5, alpha=0.4)
+            draw_thin(right, steps, by_layer.values(), look)
             right.plot(steps, mean, label=name, markevery=marked(steps), **look)
     draw_models_before(left, logs[0])
     right.set_title('representation match (thin: each layer)')
@@ -320,10 +319,9 @@ def draw_bridge(left, right, made, key, label, look):
 
 def draw_rank(left, right, made):
     """A single bridge: its single layers as thin lines, and the rank that Theorem 3 recommends."""
-    color = look_of('OPRD-Bridge')['color']
     for values in made['layers'].values():
         ranks = [int(rank) for rank in values['cos']]
-        left.plot(ranks, list(values['cos'].values()), color=color, lw=0.5, alpha=0.4)
+        draw_thin(left, ranks, [list(values['cos'].values())], look_of('OPRD-Bridge'))
     left.axvline(made['rank'], color='0.3', ls=':', lw=1, label=f"Theorem 3: rank {made['rank']}")
     right.set_title(f"each layer at rank {made['used']}, which is used")
 

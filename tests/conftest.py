@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from itertools import combinations
 from pathlib import Path
 
 # The tensors are small, and two test processes with two threads each get in each other's way on two cores. So
@@ -11,6 +12,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors.torch import load_file
 
 import eval_math
@@ -148,6 +150,28 @@ def kept(monkeypatch):
         save(figure, *a, **k)
     monkeypatch.setattr(Figure, 'savefig', recorded_save)
     return figures
+
+
+def badly_placed_texts(figure):
+    """A figure that was saved -> pairs of its texts of which one is drawn over the other, and texts that leave it. Measured
+    are the boxes as drawn; ticks beyond the limits of their axis are not drawn."""
+    figure.draw_without_rendering()          # a PDF was drawn last, in other units
+    hidden = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.majorTicks, *axis.minorTicks):
+                if not low <= tick.get_loc() <= high:
+                    hidden.update((tick.label1, tick.label2))
+    boxes = []
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and text not in hidden:
+            boxes.append((text.get_text(), text.get_window_extent().padded(-1)))
+    found = [(name, 'leaves the figure') for name, box in boxes if not all(figure.bbox.contains(*corner) for corner in (box.p0, box.p1))]
+    for (name, box), (other_name, other) in combinations(boxes, 2):
+        if box.overlaps(other):
+            found.append((name, other_name))
+    return found
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import argv, for_script, write_log
+from conftest import argv, badly_placed_texts, for_script, write_log
 
 from studies.children import log_text, run_logged, show_failure
 from studies.compare import comparison_figure, comparison_table, main, notes_under_table, read_finished_log
@@ -109,7 +109,7 @@ def test_seven_panels_stand_in_three_rows(tmp_path, kept):
     assert [panel.get_title() for panel in kept[0].axes] == [f'panel {i}' for i in range(7)]
     assert [bool(panel.get_ylabel()) for panel in kept[0].axes] == [i % 3 == 0 for i in range(7)]
     assert [bool(panel.get_xlabel()) for panel in kept[0].axes] == [i > 3 for i in range(7)]
-    assert kept[0].texts[0].get_text() == 'one seed'
+    assert kept[0].texts[0].get_text() == 'one seed' and badly_placed_texts(kept[0]) == []
 
 
 def test_seeds_evaluated_at_different_steps_are_one_line(tmp_path):

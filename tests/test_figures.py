@@ -5,6 +5,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+from conftest import badly_placed_texts
 from conftest import write_log as write_rows
 from matplotlib import pyplot
 
@@ -40,7 +41,7 @@ def test_lines_are_the_logged_numbers(tmp_path, kept):
     rows = sorted(round(float(line.get_ydata()[0]), 3) for line in rep.lines)
     assert rows == [0.4, 0.5, 0.5, 0.6, 0.6, 0.7] and len(rep.lines[0].get_xdata()) == 4
     looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (*acc.lines[:2], rep.lines[2], rep.lines[5])]
-    assert looks[0] == looks[2] != looks[1] == looks[3]
+    assert looks[0] == looks[2] != looks[1] == looks[3] and badly_placed_texts(kept[0]) == []
     assert (tmp_path / 'c.png').stat().st_size > 10_000
 
 
@@ -65,7 +66,7 @@ def test_layers_can_be_told_apart(tmp_path, kept, layers):
     _, panel, *rest = kept[0].axes
     lines = dict(zip(layers, panel.lines[:-1], strict=True))
     assert {l: line.get_ydata()[-1] for l, line in lines.items()} == ends and panel.lines[-1].get_label() == 'mean over layers'
-    assert len({line.get_color() for line in lines.values()}) == len(layers)
+    assert len({line.get_color() for line in lines.values()}) == len(layers) and badly_placed_texts(kept[0]) == []
     if len(layers) > 10:
         bar, = rest
         assert bar.get_ylabel() == 'student layer' and bar.get_ylim() == (1, 36) and not panel.texts
@@ -86,7 +87,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_line(tmp_path, capsys, monkeypatch):
     """During a run, whatever is wrong with it: hours of training must not end because of a picture."""
     folder = write_log(tmp_path / 'a')
     figures.redraw(folder)
-    assert (folder / 'curve.png').exists() and capsys.readouterr().out == ''
+    assert (folder / 'curve.png').exists() and not (folder / 'curve.pdf').exists() and capsys.readouterr().out == ''
     for error in (OSError(28, 'No space left on device', 'x'), ImportError('no matplotlib'), ZeroDivisionError('\x1b[2J' + 'y' * 1000), ValueError('a\nb')):
         def broken(*_, error=error):
             raise error
@@ -258,7 +259,7 @@ def test_of_several_sets_the_mean_is_drawn_and_alone_each_set(tmp_path, kept):
     assert lines['a: distilled'] == [20, 70] and lines['aime24'] == [12, 62] and lines['me/set'] == [28, 78]
     assert kept[0].axes[0].get_ylabel() == 'Avg@4, %, mean of 2 sets' and lines['teacher'] == [90, 90]
     labels = [line.get_label() for line in kept[1].axes[0].lines]
-    assert labels == ['a', 'b', 'teacher', 'student before']
+    assert labels == ['a', 'b', 'teacher', 'student before'] and badly_placed_texts(kept[0]) == badly_placed_texts(kept[1]) == []
 
 
 def write_bridge(folder, used, shift):
@@ -302,6 +303,7 @@ def test_a_bridge_judged_at_every_rank_up_to_3072_is_drawn(tmp_path, kept):
         assert list(rank.get_xticks()) == [2**i for i in range(12)]
         wide = rank.lines[0]
         assert list(wide.get_xdata()) == list(range(1, 3073)) and wide.get_markevery() == SPACING
+        assert badly_placed_texts(figure) == []
         assert [text.get_text() for text in rank.get_xticklabels()] == ['1', '', '4', '', '16', '', '64', '', '256', '', '1024', '']
     assert kept[0].axes[0].lines[1].get_markevery() is None and list(kept[0].axes[1].lines[0].get_ydata()) == [1.0] * 28
     assert kept[1].axes[1].lines[0].get_label() == 'bridge' and kept[1].axes[1].get_title() == 'each layer at rank 3072, which is used'
