@@ -246,12 +246,12 @@ def answers_of(data):
     return f'Small points: the seeds. {counts}' if several else counts
 
 
-def figure_of(count):
-    """-> (figure, so many panels, at most three side by side)."""
+def figure_of(count, sharey):
+    """-> (figure, so many panels, at most three side by side). sharey: they have one y axis."""
     columns = min(count, 3)
     rows = -(-count // columns)
     width = PAGE if count > 1 else COLUMN
-    figure, panels = new_figure(rows, columns, width, height=2.5 * rows, sharey=True)
+    figure, panels = new_figure(rows, columns, width, height=2.5 * rows, sharey=sharey)
     for axes in panels[count:]:
         axes.remove()
     return figure, panels[:count]
@@ -318,11 +318,12 @@ def draw_figure1(data, file):
             look = look_of(name)
             middle = (fmean(method['minutes']), fmean(method['accuracy']))
             area = 500 * fmean(method['gigabytes']) / max(peaks) if measured else 150
-            axes.scatter(*middle, s=area, color=look['color'], alpha=0.3, lw=0)
+            axes.scatter(*middle, s=area, color=look['color'], alpha=0.3, lw=0, clip_on=False)
             axes.scatter(method['minutes'], method['accuracy'], s=3, color=look['color'], lw=0)
             axes.plot(*middle, label=name, **look | {'linestyle': 'None'})
         draw_models(axes, data)
-        axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105))
+        axes.set(xlabel='time of all steps, minutes', ylabel=f'Avg@{data["answers"]}, %')
+        axes.margins(y=0.12)
         axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
         notes = [f'{answers_of(data)} Made on {data["machine"]}.']
         if measured:
@@ -370,7 +371,7 @@ def draw_figure4(data, file):
     smooth = any(len(curve['steps']) >= FEW for values in data['sets'].values()
                  for curve in values['methods'].values())
     with paper_style():
-        figure, panels = figure_of(len(data['sets']))
+        figure, panels = figure_of(len(data['sets']), sharey=False)
         for axes, (name, values) in zip(panels, data['sets'].items(), strict=True):
             for method, curve in values['methods'].items():
                 look = look_of(method)
@@ -379,7 +380,7 @@ def draw_figure4(data, file):
                 axes.plot(curve['steps'], curve['mean'], label=method, **look)
             draw_models(axes, values)
             count = f', {data["problems"][name]} problems' if name in data['problems'] else ''
-            axes.set(xlabel='step', title=f'{name}{count}', ylim=(0, 105))
+            axes.set(xlabel='step', title=f'{name}{count}')
         panels[0].set_ylabel(f'Avg@{data["answers"]}, %')
         lines = mean_of_seeds(data)
         if smooth:
@@ -552,7 +553,7 @@ def draw_figure7(data, file):
                            va='center', bbox=WHITE)
         draw_models(left, data)
         draw_models(right, data)
-        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', ylim=(0, 105), title='over steps')
+        left.set(xlabel='step', ylabel=f'Avg@{data["answers"]}, %', title='over steps')
         labels = [f'{values["mu"]:g}\nlr={values["lr"]:g}' for _, values in by_mu]
         right.set(xlabel='weight mu of Eq. (6)', xlim=(-0.5, len(by_mu) - 0.3), title='after the last step')
         right.set_xticks(range(len(by_mu)), labels)
@@ -624,7 +625,7 @@ def curves_of_bridges(seeds):
 def draw_figure12(data, file):
     """A panel for each kind of bridge."""
     with paper_style():
-        figure, panels = figure_of(len(data['bridges']))
+        figure, panels = figure_of(len(data['bridges']), sharey=True)
         for axes, (name, curves) in zip(panels, data['bridges'].items(), strict=True):
             draw_seeds(axes, curves['ranks'], curves['after'], 'after stage 1', look_of('OPRD-Bridge'))
             draw_seeds(axes, curves['ranks'], curves['before'], 'before stage 1',
