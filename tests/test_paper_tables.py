@@ -135,14 +135,14 @@ def test_tables_4_to_6_take_the_runs_of_their_pair(folders, tmp_path):
     tokens = evaluated_run(tmp_path / 'tokens', [*TOKENS, 'bridge_rank=4', 'teacher_ids=student'], graded(0, 0, 1), graded(0, 2, 1))
     runs = read_runs([folders[0], *wide, tokens])
     table4 = scores_data(4, runs)
-    assert [row['method'] for row in table4['rows']] == ['teacher', 'student', 'OPRD-Bridge r=8', 'OPD top-16']
-    assert {metric: numbers['mean'] for metric, numbers in table4['rows'][2]['scores']['eval'].items()} == {
+    assert [row['method'] for row in table4['rows']] == ['teacher', 'student', 'OPD top-16', 'OPRD-Bridge r=8']
+    assert {metric: numbers['mean'] for metric, numbers in table4['rows'][3]['scores']['eval'].items()} == {
         'avg': pytest.approx(50), 'best': pytest.approx(200 / 3)}
 
     # The answers 1 2 3 4 5 1 2 3 4 have six sequences of four words, five of them different; two such answers have 5 / 12.
     table5 = scores_data(5, runs)
-    assert table5['rows'][2]['scores']['eval']['dist']['mean'] == pytest.approx(500 / 12)
-    assert table5['rows'][2]['scores']['eval']['len']['mean'] == 9 and table5['rows'][3]['scores']['eval']['dist'] is None
+    assert table5['rows'][3]['scores']['eval']['dist']['mean'] == pytest.approx(500 / 12)
+    assert table5['rows'][3]['scores']['eval']['len']['mean'] == 9 and table5['rows'][2]['scores']['eval']['dist'] is None
     lines = scores_lines(table5)
     assert '| OPD top-16 | not measured | 7.0 [7.0-7.0] | 2 | 1 |' in lines
     assert lines[2].startswith('| method | Dist-4g, %, eval | length') and not any('characters' in line for line in lines)
