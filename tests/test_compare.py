@@ -204,7 +204,7 @@ def test_a_study_that_mixes_evaluations_is_refused_before_it_runs(tmp_path, monk
     assert says in str(error.value) and '\n' not in str(error.value) and not Path('out').exists()
 
 
-@pytest.mark.parametrize('name', ['toy_ablations', 'toy_comparison', 'toy_search', 'toy_search_opd', 'toy_bridge_study', 'toy_tokens_study'])
+@pytest.mark.parametrize('name', ['toy_ablations', 'toy_comparison', 'toy_paper', 'toy_search', 'toy_search_opd', 'toy_bridge_study', 'toy_tokens_study'])
 def test_the_studies_of_this_project_are_comparable(name, monkeypatch, tmp_path):
     """Up to the point where the first process would start."""
     monkeypatch.chdir(tmp_path)
