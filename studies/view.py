@@ -32,6 +32,7 @@ import hashlib
 import html
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,11 @@ UNDERLINED = ' Underlined tokens: the likeliest next tokens of both models diffe
 LIKELIEST = 5                   # next tokens that are shown of each model
 UNIT = 10_000                   # numbers are whole numbers of this part in the page: 0.98765 is 9877
 LONGEST_PIECE = 60              # characters of a token's text
-LONGEST_PROMPT = 4000           # characters of a prompt's text
+LONGEST_TEXT = 4000             # characters of a prompt, an answer of a problem, a name
+MOST_MARKS = 2                  # accents on one letter: a hundred would cover the lines above
+# Characters without ink or width that Unicode counts among letters, marks and symbols.
+BLANK = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0'
+                   '\U000e0100-\U000e01ef]')
 ROWS = 64                       # positions under the heads at once
 
 
@@ -300,12 +305,30 @@ def words_of(tok):
     return {number: word for word, number in tok.words.items()}
 
 
+@cache
 def piece_of(tok, number):
-    """(text of a token, is it special?). Bytes that are no text, control characters and marks that turn the
-    direction of writing become visible escapes."""
+    """(text of a token, is it special?). Bytes that are no text become escapes, as do hidden characters."""
     word = words_of(tok).get(number, f'[{number}]')
     text = word.decode(errors='backslashreplace') if isinstance(word, bytes) else word
-    return cut(printable(text), LONGEST_PIECE), number in tok.vocabulary.special
+    return cut(without_hidden(text), LONGEST_PIECE), number in tok.vocabulary.special
+
+
+def without_hidden(text):
+    """A text in which a reader sees every character: 'a', U+200B, 'b' -> 'a\\u200bb'.
+
+    Escapes stand for control characters, marks that change the direction of writing, characters without
+    width, blanks that look like a space, code points without a meaning, and accents heaped on one letter.
+    """
+    characters = []
+    marks = 0
+    for character in printable(text):
+        kind = unicodedata.category(character)
+        marks = marks + 1 if kind in ('Mn', 'Me') else 0
+        hidden = kind in ('Cf', 'Cn', 'Co') or kind == 'Zs' and character != ' ' or BLANK.match(character)
+        if hidden or marks > MOST_MARKS:
+            character = character.encode('unicode_escape').decode()
+        characters.append(character)
+    return ''.join(characters)
 
 
 def whole_units(values):
@@ -448,7 +471,7 @@ def collect(pair, problems, checkpoints, limit):
     pieces = Pieces()
     pages = []
     for (name, number), (_, problem) in problems.items():
-        pages.append({'set': name, 'number': number, 'known': as_text(problem.answer or ''),
+        pages.append({'set': as_text(name), 'number': number, 'known': as_text(problem.answer or ''),
                       'prompt': as_text(pair.tok.decode(problem.ids)), 'answers': [], 'first': [None]})
 
     first = None                             # what the first checkpoint has written
@@ -491,8 +514,8 @@ def grade_of(tok, problem, ids):
 
 
 def as_text(text):
-    """A text of somebody else for the page: cut, and without what a reader cannot see."""
-    return printable(cut(text, LONGEST_PROMPT))
+    """A text of somebody else for the page: cut, and with nothing hidden in it."""
+    return without_hidden(cut(text, LONGEST_TEXT))
 
 
 def facts(request, pair, which, limit, checkpoints, left_out):
@@ -501,7 +524,7 @@ def facts(request, pair, which, limit, checkpoints, left_out):
     which: the problems, in words. limit: the most tokens of an answer. left_out: how many checkpoints.
     """
     cfg = pair.cfg
-    names = {side: without_folders(str(request.cfg[side])) for side in ('student', 'teacher')}
+    names = {side: as_text(without_folders(str(request.cfg[side]))) for side in ('student', 'teacher')}
     models = f'{len(checkpoints)} models' if len(checkpoints) > 1 else 'one model'
     if left_out:
         models = f'{len(checkpoints)} of {len(checkpoints) + left_out} models'
@@ -596,7 +619,7 @@ def main(request):
 
     title = 'Two models, token by token'
     if request.folder:
-        title = f'What the student learns: {printable(request.folder.resolve().name)}'
+        title = f'What the student learns: {as_text(request.folder.resolve().name)}'
     data = {'title': title, 'facts': facts(request, pair, which, limit, checkpoints, left_out),
             'layers': pair.layers, 'kl': pair.kl, 'same': pair.same, 'unit': UNIT, 'pieces': pieces,
             'checkpoints': [label for label, _ in checkpoints], 'problems': pages}

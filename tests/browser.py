@@ -9,7 +9,8 @@ A page in a real browser: Chromium, driven through a pipe with the standard libr
     python tests/browser.py out/toy/view.html docs/view.png          a picture of the page, one token pointed at
 
 Commands go in through file descriptor 3 as JSON with a zero byte at the end; answers and events come out of
-descriptor 4 likewise. Nothing listens on a port. What it does not do: other browsers, several pages at once.
+descriptor 4 likewise. Nothing listens on a port. All files of the browser lie in one temporary folder, which
+is removed with it. What it does not do: other browsers, several pages at once.
 """
 import base64
 import fcntl
@@ -24,9 +25,13 @@ import time
 from pathlib import Path
 
 FOUND = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-SECONDS = 60                    # that an answer may take
+SECONDS = 120                   # that a command may take, on a machine with much else to do
 SWITCHES = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run', '--remote-debugging-pipe',
             '--disable-background-networking', '--disable-component-update', '--hide-scrollbars')
+
+
+class CannotStart(Exception):
+    """There is no browser on this machine, or it does not answer."""
 
 
 class Browser:
@@ -38,7 +43,10 @@ class Browser:
         self.buffer = b''
 
     def __enter__(self):
+        if FOUND is None:
+            raise CannotStart('no chromium is installed')
         self.profile = tempfile.mkdtemp()
+        self.process = None
         pipes = [*os.pipe(), *os.pipe()]
         # High numbers first: a pipe's end could be 3 or 4 itself, where another end belongs.
         high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 100) for end in pipes]
@@ -49,11 +57,16 @@ class Browser:
                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
         # A scale that the protocol sets would change while a picture is taken, and the mouse with it.
         switches = [*SWITCHES, f'--force-device-scale-factor={self.scale}', f'--user-data-dir={self.profile}']
-        self.process = os.posix_spawn(FOUND, [FOUND, *switches], os.environ, file_actions=actions, setpgroup=0)
-        os.close(its_in)
-        os.close(its_out)
+        folders = dict.fromkeys(('TMPDIR', 'XDG_CONFIG_HOME'), self.profile)
         try:
+            self.process = os.posix_spawn(FOUND, [FOUND, *switches], os.environ | folders, file_actions=actions,
+                                          setpgroup=0)
+            os.close(its_in)
+            os.close(its_out)
             self.begin()
+        except (OSError, AssertionError) as error:
+            self.__exit__()
+            raise CannotStart(f'{FOUND}: {error}') from error
         except BaseException:
             self.__exit__()
             raise
@@ -69,11 +82,16 @@ class Browser:
         self.resize(self.width, self.height)
 
     def __exit__(self, *_):
-        os.killpg(self.process, signal.SIGKILL)
-        os.waitpid(self.process, 0)
+        if self.process is not None:
+            os.killpg(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
         os.close(self.into)
         os.close(self.out)
-        shutil.rmtree(self.profile, ignore_errors=True)
+        # Its other processes end a moment later, and until then they may write into the folder.
+        end = time.monotonic() + SECONDS
+        while os.path.exists(self.profile) and time.monotonic() < end:
+            shutil.rmtree(self.profile, ignore_errors=True)
+            time.sleep(0.01)
 
     def ask(self, command, **parameters):
         """Send a command and wait for its result."""
@@ -82,18 +100,18 @@ class Browser:
         if self.session:
             message['sessionId'] = self.session
         os.write(self.into, json.dumps(message).encode() + b'\0')
+        end = time.monotonic() + SECONDS
         while True:
-            answer = self.message()
+            answer = self.message(end)
             if answer.get('id') == self.number:
                 assert 'error' not in answer, (command, answer)
                 return answer['result']
 
-    def message(self):
-        """The next message. An event is noted."""
-        end = time.monotonic() + SECONDS
+    def message(self, end):
+        """The next message, which must be here before the time `end`. An event is noted."""
         while b'\0' not in self.buffer:
             ready, _, _ = select.select([self.out], [], [], max(0, end - time.monotonic()))
-            assert ready, f'the browser has said nothing for {SECONDS} s'
+            assert ready, f'the browser has not answered within {SECONDS} s'
             part = os.read(self.out, 1 << 16)
             assert part, 'the browser has ended'
             self.buffer += part
@@ -107,8 +125,9 @@ class Browser:
         """Load a file, and wait until its script has run."""
         self.events.clear()
         self.ask('Page.navigate', url=Path(file).resolve().as_uri())
+        end = time.monotonic() + SECONDS
         while not self.seen('Page.loadEventFired'):
-            self.message()
+            self.message(end)
 
     def seen(self, name):
         """The parameters of every event of this name."""

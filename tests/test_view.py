@@ -1,11 +1,12 @@
 """The page of studies/view.py: its numbers against plain forwards, its texts against the run's answers, and the page itself
-in a browser. The browser's tests are skipped where there is no Chromium."""
+in a browser. The browser's tests are skipped where no Chromium starts."""
 import html.parser
 import json
 import re
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import browser as chromium
@@ -295,11 +296,11 @@ def hostile(page):
     data = data_of(page[1])
     data['pieces'] = [[text, special] for _, special in data['pieces'] for text in [HOSTILE]]
     data['title'] = data['checkpoints'][0] = HOSTILE
-    data['facts'] = [HOSTILE] * 3
+    data['facts'] = [HOSTILE + 'x' * 3000] * 3
     for problem in data['problems']:
         problem |= {'set': HOSTILE, 'prompt': f'{HOSTILE}\u2028<!--', 'known': HOSTILE}
         for answer in problem['answers'] + problem['first'][1:]:
-            answer['found'] = HOSTILE
+            answer['found'] = HOSTILE + 'x' * 3000
     return data
 
 
@@ -339,14 +340,33 @@ def test_what_cannot_be_seen_is_shown():
         ('\\u202e', False), ('\\xe2', False), ('\\x1b[2J', False), ('<eos>', True), (' \n', False), ('odd', False), ('[6]', False)]
 
 
+@pytest.mark.parametrize('hidden', ['\u200b', '\u200d', '\u2060', '\xad', '\u034f', '\ufe0f', '\U000e0041', '\U000e0100', '\u3164', '\u2800',
+                                    '\xa0', '\u2003', '\u3000', '\ue000', '\u0378', '\u202e', '\u2066'])
+def test_no_character_is_hidden(hidden):
+    """Zero-width characters, tags, fillers, other blanks and code points without a meaning stood in a prompt unseen."""
+    escape = hidden.encode('unicode_escape').decode()
+    assert view.without_hidden(f'a{hidden}b') == view.as_text(f'a{hidden}b') == f'a{escape}b'
+
+
+def test_ordinary_texts_stay_and_heaped_accents_do_not():
+    """A hundred accents on one letter covered the lines above. Two on a letter are writing."""
+    for text in ('x\u0301\u0323 caf\u00e9', '\u0e17\u0e35\u0e48', '\u05e9\u05dc\u05d5\u05dd \u4f60\u597d', '\\frac{1}{2}\t\n'):
+        assert view.without_hidden(text) == text
+    heaped = view.without_hidden('a' + '\u0301' * 100)
+    assert heaped == 'a\u0301\u0301' + '\\u0301' * 98
+    assert len(view.as_text('\u200b' * 10**6)) <= 10 * view.LONGEST_TEXT
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def browser():
-    if chromium.FOUND is None:
-        pytest.skip('no chromium here, so the page is not opened')
-    with chromium.Browser(1100, 700) as opened:
-        yield opened
+    try:
+        opened = chromium.Browser(1100, 700).__enter__()
+    except chromium.CannotStart as error:
+        pytest.skip(f'the page is not opened: {error}')
+    yield opened
+    opened.__exit__()
 
 
 def assert_quiet(browser, file):
@@ -384,7 +404,7 @@ def test_tokens_tooltip_and_slider_in_a_browser(page, browser):
     names = texts(browser, '#tip td code')
     assert names == [data['pieces'][piece][0] for side in ('student', 'teacher') for piece in first[side][2][::2]]
     cosine = sum(layer[2] for layer in first['cos']) / 3 / view.UNIT
-    assert f'token 3 of {len(first["tokens"])}' in tip and f'mean cosine {cosine:.3f}' in tip
+    assert f'token 3 of {len(first["tokens"])}' in tip and f'mean cosine {cosine:.4f}' in tip
 
     # Its colour is that of its number, and the slider shows the next model's answer.
     colour = "getComputedStyle(document.querySelector('section:first-child .token')).backgroundColor"
@@ -419,7 +439,7 @@ def test_map_keys_and_paper_in_a_browser(page, browser):
     n = len(answer['tokens'])
     browser.point('section:first-child canvas', x=(n - 0.5) / n, y=0.1)      # the last token, the last layer
     tip = browser.run("document.getElementById('tip').textContent")
-    assert f'token {n} of {n}' in tip and f"layer 3: {answer['cos'][2][-1] / view.UNIT:.3f}" in tip
+    assert f'token {n} of {n}' in tip and f"layer 3: {answer['cos'][2][-1] / view.UNIT:.4f}" in tip
     pixel = "[...document.querySelector('canvas').getContext('2d').getImageData(%d, %d, 1, 1).data].slice(0, 3).join(', ')"
     browser.run("(e => { e.value = 2; e.dispatchEvent(new Event('change')); })(document.getElementById('layer'))")
     assert browser.run(pixel.replace("'canvas'", "'section canvas'") % (n - 1, 0)) in browser.run(
@@ -448,6 +468,21 @@ def test_map_keys_and_paper_in_a_browser(page, browser):
     browser.media()
     assert_quiet(browser, file)
 
+    # Every colour of the scale has a text on it that can be read, in both modes: WCAG asks for a contrast of 4.5.
+    contrast = """(() => { const span = document.createElement('span'); let worst = 21;
+        const luminance = (text) => text.match(/\\d+/g).map((part) => part / 255).map(
+            (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0.05);
+        for (let k = 0; k <= 1000; k++) {
+            paint(span, 'kl', 10 ** (4 * k / 1000 - 3));
+            const [low, high] = [span.style.color, span.style.backgroundColor].map(luminance).sort((a, b) => a - b);
+            worst = Math.min(worst, high / low);
+        }
+        return worst; })()"""
+    for scheme in ('dark', 'light'):
+        browser.media('', scheme)
+        assert 4.5 <= browser.run(contrast) < 6
+
     # In a narrow window nothing is cut off.
     browser.resize(360, 700)
     assert browser.run('document.documentElement.scrollWidth') <= 360
@@ -464,6 +499,9 @@ def test_hostile_texts_and_the_policy_in_a_browser(page, browser, tmp_path):
     assert browser.run("document.querySelector('.token').textContent") == HOSTILE == browser.run('document.title')
     browser.point('section:first-child .token', x=0.1, y=0.1)
     assert HOSTILE.replace(' ', '\u2423') in browser.run("document.getElementById('tip').textContent")
+    browser.resize(360, 700)                 # a text without a space does not widen the page
+    assert browser.run('document.documentElement.scrollWidth') <= 360
+    browser.resize(1100, 700)
     assert_quiet(browser, file)
 
     # The policy: a script, an image, a style and a request that somebody has put there.
@@ -479,3 +517,36 @@ def test_hostile_texts_and_the_policy_in_a_browser(page, browser, tmp_path):
         time.sleep(0.05)
     assert sorted(browser.run('refused')) == ['connect-src', 'img-src', 'script-src-elem', 'style-src-attr']
     assert browser.run('window.hacked === undefined') is True
+
+
+def alive(status):
+    """Does the process of a file /proc/NUMBER/stat still run?"""
+    try:
+        return status.read_text().rpartition(') ')[2][0] != 'Z'
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize('program', ['exit 1', 'sleep 600 & echo $! > "$TMPDIR/../../child"; wait', None])
+def test_a_browser_that_does_not_start_leaves_nothing(tmp_path, monkeypatch, program):
+    """Its folder and its processes stayed, and the tests failed where they could only be skipped."""
+    file = tmp_path / 'chromium'
+    file.write_text(f'#!/bin/sh\n{program}\n')
+    file.chmod(0o700 if program else 0o600)
+    temporary = tmp_path / 'temporary'
+    temporary.mkdir()
+    monkeypatch.setattr(chromium.tempfile, 'tempdir', str(temporary))
+    monkeypatch.setattr(chromium, 'FOUND', str(file))
+    monkeypatch.setattr(chromium, 'SECONDS', 0.5)
+    with pytest.raises(chromium.CannotStart, match='chromium: '), chromium.Browser():
+        pass
+    assert list(temporary.iterdir()) == []
+    if (tmp_path / 'child').exists():        # it is killed; a zombie is what its new parent has not yet noticed
+        status = Path('/proc', (tmp_path / 'child').read_text().strip(), 'stat')
+        end = time.monotonic() + 60
+        while alive(status):
+            assert time.monotonic() < end, 'a process of the browser lives on'
+            time.sleep(0.05)
+    with pytest.raises(chromium.CannotStart, match='no chromium'):
+        monkeypatch.setattr(chromium, 'FOUND', None)
+        chromium.Browser().__enter__()
