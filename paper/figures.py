@@ -274,7 +274,7 @@ def draw_models(axes, scores):
 # ---- Figure 1 ------------------------------------------------------------------------------------
 
 def figure1_data(runs):
-    """Of every method and seed: accuracy after the last step, minutes of all steps, and GB of the update."""
+    """Of every method and seed: the last accuracy, minutes of the steps up to there, and GB of the update."""
     methods, data = common_data(runs)
     metric = metrics_of(methods)[0]
     data |= {'metric': metric, 'machine': one_machine(methods), 'methods': {}}
@@ -284,10 +284,11 @@ def figure1_data(runs):
         if curve is None:
             continue
         memory = curve_of(seeds, 'mem/update_dpeak')
+        steps = curve['steps'][-1]           # a run that is not finished may have made more
         data['methods'][method] = {
-            'steps': seeds[0].rows[-1]['step'],
+            'steps': steps,
             'accuracy': [values[-1] for values in curve['by_seed']],
-            'minutes': [seconds_of_steps(run.rows) / 60 for run in seeds],
+            'minutes': [seconds_of_steps(run.rows[:steps + 1]) / 60 for run in seeds],
             'gigabytes': memory and [max(values) for values in memory['by_seed']],
         }
     return data
@@ -568,8 +569,8 @@ def figure7(folders, to='out/paper'):
 
 # ---- Figure 12 -----------------------------------------------------------------------------------
 
-# What makes two bridges of one kind, beside the models that they join; they then differ in the seed.
-SETTINGS = ('positions', 'pair', 'layer_map', 'bridge_prompts', 'bridge_held_out', 'bridge_fit',
+# What makes two bridges of one kind; they then differ in the seed.
+SETTINGS = ('L', 'd', 'positions', 'pair', 'layer_map', 'bridge_prompts', 'bridge_held_out', 'bridge_fit',
             'bridge_ridge', 'bridge_bias')
 PAIR = Field(list, 2, 2, items=Field(int, 1, LARGEST))   # of the student, of the teacher
 JOINS = {'d': PAIR, 'L': PAIR, 'tokens': Field(list, 2, 2, items=Field(str)), 'teacher_ids': Field(str)}

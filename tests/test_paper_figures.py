@@ -273,9 +273,9 @@ def test_figure_12_is_the_mean_over_layers_of_every_bridge(tmp_path, drawn):
     folders = [write_bridge(tmp_path / 'a0'), write_bridge(tmp_path / 'a1', 0.02, ranks=(1, 2, 4, 31, 96), rank=4),
                write_bridge(tmp_path / 'b0', bridge_fit='random'), write_bridge(tmp_path / 'c0', tokens=['a', 'b'], teacher_ids='student')]
     data = figures.figure12_data(folders)
-    assert data['seeds'] == {'6 layers, width 160, bridge_fit=ridge': ['a0', 'a1'], '6 layers, width 160, bridge_fit=random': ['b0'],
+    assert data['seeds'] == {'6 layers, width 160': ['a0', 'a1'], '6 layers, width 160, bridge_fit=random': ['b0'],
                              "6 layers, width 160, other tokens, student's ids": ['c0']}
-    first = data['bridges']['6 layers, width 160, bridge_fit=ridge']
+    first = data['bridges']['6 layers, width 160']
     assert first == approx({'ranks': [1, 2, 4, 96], 'after': [[0.6, 0.7, 0.6, 0.5], [0.62, 0.72, 0.62, 0.42]], 'before': [[0.2] * 4] * 2,
                             'best rank': 2, 'best': 0.71, 'at full width': 0.46, 'rank of Theorem 3': [2, 4]})
     figures.draw_figure12(data, 'x')
