@@ -253,7 +253,7 @@ def told_apart(groups):
         for key, value in settings:
             values = {f'{other.get(key)}' for other in same_name}
             if len(values) > 1 and value != f'{default.get(key)}':
-                # A long list is cut, unless another one begins alike.
+                # A long list is cut in its middle, unless another one is alike but for that.
                 text = cut(value, LONGEST_VALUE)
                 alike = [other for other in values if cut(other, LONGEST_VALUE) == text]
                 differing.append(f'{key}={text if len(alike) == 1 else value}')

@@ -110,11 +110,11 @@ def test_methods_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_path):
     assert max(map(len, by_method(read_runs([runs[0].folder, long])))) < 50
 
 
-def test_long_values_that_begin_alike_are_two_methods(tmp_path):
-    """Cut to their first characters they were seeds of one method, and one mean stood for both."""
-    base = '[1,2,3,4,5,6,7,8,9,10,11,12,'
-    folders = [write_run(tmp_path / last, SCORES, seed=int(last) - 14, layers=f'{base}{last}]') for last in ('14', '15')]
-    names = [f'OPRD, layers=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, {last}]' for last in (14, 15)]
+def test_long_values_that_begin_and_end_alike_are_two_methods(tmp_path):
+    """Cut in their middle they were seeds of one method, and one mean stood for both."""
+    lists = [[*range(1, 10), middle, *range(20, 29)] for middle in (14, 15)]
+    folders = [write_run(tmp_path / str(seed), SCORES, seed=seed, layers=layers) for seed, layers in enumerate(lists)]
+    names = [f'OPRD, layers={layers}' for layers in lists]
     runs = read_runs(folders)
     with pytest.raises(UserError, match='has the seeds 0, .* has 1, and a toy'):
         by_method(runs)

@@ -238,6 +238,7 @@ def test_what_is_missing_is_told_with_a_command(folders, tmp_path):
     unevaluated = evaluated_run(tmp_path / 'none', [*SAME, 'eval_data='], None, None)
     with pytest.raises(Missing, match='no evaluation in its log'):
         table2([unevaluated], tmp_path)
+    assert table3_data(read_runs([unevaluated]))['rows'][0]['steps'] == 2    # memory and time need no scores
 
 
 def damage(change):
