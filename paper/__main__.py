@@ -17,9 +17,11 @@ Simpler than a parser of options: a command is the function of its name in one o
 """
 import inspect
 from importlib import import_module
+from pathlib import Path
 
 from paper.runs import Missing, folders_in, of_kind
 from support.command_help import command_words
+from support.files import existing_above
 from support.provenance import mixed_code
 from support.runtime import UserError, print0, run
 
@@ -45,7 +47,7 @@ def read_words(words):
     options = {}
     for word in words[1:]:
         key, equals, value = word.partition('=')
-        if equals and key.isidentifier():            # out/lr=0.001 is a folder
+        if equals and key.isidentifier() and not Path(word).is_dir():    # rank_=_8-s0 may be a folder
             options[key] = value
         else:
             folders.append(word)
@@ -61,13 +63,15 @@ def check_options(command, function, options):
 
 
 def found_in(words):
-    """The runs and bridges that the command line names; a line for those that are left out."""
-    folders = []
+    """The runs and bridges that the command line names, each once; a line for those that are left out."""
+    named = {}                               # {where it lies: folder as it was named}
     for word in words:
         finished, unfinished = folders_in(word)
-        folders += finished
+        for folder in finished:
+            named.setdefault(folder.resolve(), folder)
         for folder in unfinished:
             print0(f'{folder}: left out, the run is not finished')
+    folders = list(named.values())
     for note in mixed_code(of_kind(folders, 'run')):
         print0(f'note: {note}')
     return folders
@@ -95,6 +99,7 @@ def main(words):
     command, words, options = read_words(words)
     function = draw_all if command == 'all' else function_of(command)
     check_options(command, function, options)
+    existing_above(options.get('to') or 'out/paper')         # before the work of an hour
     for file in function(found_in(words), **options):
         print0(file)
 

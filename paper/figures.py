@@ -11,8 +11,9 @@ The paper's figures that are drawn from what runs and bridges have written: Figu
     7   accuracy with weights mu of Eq. (6) beside Eq. (3)      12  a bridge's cosine against its rank
 
 Each figure is three functions: figure4_data(runs) makes the numbers, draw_figure4(data, file) only draws
-them, and figure4(folders, to) reads the folders, and writes figure4.json, .png and .pdf. Runs with a teacher
-of another shape or vocabulary get a figure of their own: figure4_bridge.png, figure4_tokens.png.
+them, and figure4(folders, to) reads the folders, and writes figure4.json, .png and .pdf. Figures 5 and 9 to
+11 share two of them, and OVER_STEPS says what each shows. Runs with a teacher of another shape or vocabulary
+get a figure of their own: figure4_bridge.png, figure4_tokens.png.
 A figure shows the runs that are evaluated during training; runs that are evaluated only before and after it
 are drawn where all are such runs, and are otherwise named under 'left out' in the JSON file.
 
@@ -20,6 +21,7 @@ Simpler than usual: nothing is fitted and nothing is interpolated. A line is the
 lines beside it are the seeds. Figure 8 measures two models and is in first_last.py.
 """
 from bisect import bisect_left, bisect_right
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -187,17 +189,6 @@ def curves_data(runs, names, what):
     return data
 
 
-def smooth_curves_data(runs, names, what):
-    """What `curves_data` returns, with a rolling mean over a tenth of the steps beside each curve: a rollout
-    is a small sample, and methods that jump from step to step cannot be told apart."""
-    data = curves_data(runs, names, what)
-    curves = [curve for name in names for curve in data[name].values()]
-    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
-    for curve in curves:
-        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
-    return data
-
-
 def first_models(methods, metric):
     """Scores of the models before the first step, the same for all methods -> {'student', 'teacher'}, means
     over seeds; a teacher that was not evaluated is left out."""
@@ -274,7 +265,7 @@ def draw_models(axes, scores):
 # ---- Figure 1 ------------------------------------------------------------------------------------
 
 def figure1_data(runs):
-    """Of every method and seed: accuracy after the last step, minutes of all steps, and GB of the update."""
+    """Of every method and seed: the last accuracy, minutes of the steps up to there, and GB of the update."""
     methods, data = common_data(runs)
     metric = metrics_of(methods)[0]
     data |= {'metric': metric, 'machine': one_machine(methods), 'methods': {}}
@@ -284,10 +275,11 @@ def figure1_data(runs):
         if curve is None:
             continue
         memory = curve_of(seeds, 'mem/update_dpeak')
+        steps = curve['steps'][-1]           # a run that is not finished may have made more
         data['methods'][method] = {
-            'steps': seeds[0].rows[-1]['step'],
+            'steps': steps,
             'accuracy': [values[-1] for values in curve['by_seed']],
-            'minutes': [seconds_of_steps(run.rows) / 60 for run in seeds],
+            'minutes': [seconds_of_steps(run.rows[:steps + 1]) / 60 for run in seeds],
             'gigabytes': memory and [max(values) for values in memory['by_seed']],
         }
     return data
@@ -396,72 +388,64 @@ def figure4(folders, to='out/paper'):
 
 # ---- Figures 5, 9, 10 and 11: what the log says over steps -----------------------------------------
 
-def figure5_data(runs):
-    """Mean length of the answers of each training step."""
-    return smooth_curves_data(runs, ['len/mean'], 'the length of answers')
+# {figure: (what it shows, {name of the log: label of its y axis}, a panel for each)}
+OVER_STEPS = {
+    'figure5': ('the length of answers', {'len/mean': 'length of an answer, tokens'}),
+    'figure9': ('a term in the output space', {'loss/opd': 'output-space term, nats'}),
+    'figure10': ('the overlap of the 16 likeliest tokens',
+                 {'opd/overlap16': 'overlap of the 16 likeliest tokens'}),
+    'figure11': ('entropies', {'entropy/student': 'entropy of the student, nats',
+                               'entropy/teacher': 'entropy of the teacher, nats'}),
+}
 
 
-def draw_figure5(data, file):
-    return draw_over_steps(data, file, {'len/mean': 'length of an answer, tokens'})
+def over_steps_data(name, runs):
+    """The curves of a figure of OVER_STEPS, with a rolling mean over a tenth of the steps beside each: a
+    rollout is a small sample, and methods that jump from step to step cannot be told apart."""
+    what, panels = OVER_STEPS[name]
+    data = curves_data(runs, list(panels), what)
+    curves = [curve for panel in panels for curve in data[panel].values()]
+    data['window'] = 1 + 2 * (max(curve['steps'][-1] for curve in curves) // 20)
+    for curve in curves:
+        curve['smooth'] = [rolling(curve['steps'], values, data['window']) for values in curve['by_seed']]
+    return data
+
+
+def draw_over_steps(name, data, file):
+    """Its panels."""
+    _, panels = OVER_STEPS[name]
+    width = COLUMN if len(panels) == 1 else PAGE
+    with paper_style():
+        figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
+        for panel, (logged, label) in zip(axes, panels.items(), strict=True):
+            draw_curves(panel, data[logged], 'smooth')
+            panel.set(xlabel='step', ylabel=label)
+        return save(figure, file, mean_of_seeds(data, f'centred mean of {data["window"]} steps'))
+
+
+def over_steps(name, folders, to):
+    """Read the folders, and write a figure of OVER_STEPS -> list of files."""
+    return draw_pairs(name, folders, to, partial(over_steps_data, name), partial(draw_over_steps, name))
 
 
 def figure5(folders, to='out/paper'):
     """Length of the training answers over steps."""
-    return draw_pairs('figure5', folders, to, figure5_data, draw_figure5)
-
-
-def figure9_data(runs):
-    """The output-space term of every method that has one."""
-    return smooth_curves_data(runs, ['loss/opd'], 'a term in the output space')
-
-
-def draw_figure9(data, file):
-    return draw_over_steps(data, file, {'loss/opd': 'output-space term, nats'})
+    return over_steps('figure5', folders, to)
 
 
 def figure9(folders, to='out/paper'):
-    """The output-space term over steps."""
-    return draw_pairs('figure9', folders, to, figure9_data, draw_figure9)
-
-
-def figure10_data(runs):
-    """Share of the 16 likeliest tokens that both models have in common."""
-    return smooth_curves_data(runs, ['opd/overlap16'], 'the overlap of the 16 likeliest tokens')
-
-
-def draw_figure10(data, file):
-    return draw_over_steps(data, file, {'opd/overlap16': 'overlap of the 16 likeliest tokens'})
+    """The output-space term over steps, of the methods that have one."""
+    return over_steps('figure9', folders, to)
 
 
 def figure10(folders, to='out/paper'):
-    """Overlap of the 16 likeliest tokens over steps."""
-    return draw_pairs('figure10', folders, to, figure10_data, draw_figure10)
-
-
-def figure11_data(runs):
-    """Entropies of both models on the answers of the student."""
-    return smooth_curves_data(runs, ['entropy/student', 'entropy/teacher'], 'entropies')
-
-
-def draw_figure11(data, file):
-    return draw_over_steps(data, file, {'entropy/student': 'entropy of the student, nats',
-                                        'entropy/teacher': 'entropy of the teacher, nats'})
+    """Share of the 16 likeliest tokens that both models have in common, over steps."""
+    return over_steps('figure10', folders, to)
 
 
 def figure11(folders, to='out/paper'):
-    """Entropies of student and teacher over steps."""
-    return draw_pairs('figure11', folders, to, figure11_data, draw_figure11)
-
-
-def draw_over_steps(data, file, panels):
-    """A panel for each {name of the log: label of the y axis}."""
-    width = COLUMN if len(panels) == 1 else PAGE
-    with paper_style():
-        figure, axes = new_figure(columns=len(panels), width=width, height=2.5)
-        for panel, (name, label) in zip(axes, panels.items(), strict=True):
-            draw_curves(panel, data[name], 'smooth')
-            panel.set(xlabel='step', ylabel=label)
-        return save(figure, file, mean_of_seeds(data, f'centred mean of {data["window"]} steps'))
+    """Entropies of student and teacher on the answers of the student, over steps."""
+    return over_steps('figure11', folders, to)
 
 
 # ---- Figure 6 ------------------------------------------------------------------------------------
@@ -568,8 +552,8 @@ def figure7(folders, to='out/paper'):
 
 # ---- Figure 12 -----------------------------------------------------------------------------------
 
-# What makes two bridges of one kind, beside the models that they join; they then differ in the seed.
-SETTINGS = ('positions', 'pair', 'layer_map', 'bridge_prompts', 'bridge_held_out', 'bridge_fit',
+# What makes two bridges of one kind; they then differ in the seed.
+SETTINGS = ('L', 'd', 'positions', 'pair', 'layer_map', 'bridge_prompts', 'bridge_held_out', 'bridge_fit',
             'bridge_ridge', 'bridge_bias')
 PAIR = Field(list, 2, 2, items=Field(int, 1, LARGEST))   # of the student, of the teacher
 JOINS = {'d': PAIR, 'L': PAIR, 'tokens': Field(list, 2, 2, items=Field(str)), 'teacher_ids': Field(str)}

@@ -16,7 +16,8 @@ changes from one term to the other.
 from dataclasses import dataclass
 from functools import cache
 
-from configs import default, free, load_config, reads
+from configs import default, free, load_config
+from paper.runs import is_read
 from support.runtime import shown
 
 SETS = ('aime24', 'aime25', 'aimo')
@@ -80,12 +81,6 @@ HARMLESS = ('seed', 'date', 'save_every', 'keep', 'log_every', 'diagnose_every',
             'eval_every', 'eval_rows', 'eval_show', 'eval_teacher', 'bridge')
 NAMES = ('student', 'teacher', 'data', 'eval_data')      # keys of which the last part is compared
 
-# Keys that a run reads only with an output-space term, or only with a bridge; and those that no run reads.
-OUTPUT_KEYS = ('opd', 'opd_k', 'opd_support', 'opd_tail', 'kl_direction', 'student_temperature',
-               'teacher_temperature', 'opd_future', 'opd_baseline')
-BRIDGE_KEYS = ('layer_map', 'bridge_rank', 'bridge_normalise', 'pair', 'teacher_ids')
-NOT_TRAINING = tuple(key for key in default if key not in reads['distill.py'])
-
 
 def paper_row(number, config):
     """Which row of the paper's table has this config at its size? -> (the row's name, []), or (None, how the
@@ -123,17 +118,6 @@ def differences_from(config, wanted):
     if bool(config.get('bridge')) != bool(wanted['bridge']):
         differences.append('a bridge' if config.get('bridge') else 'no bridge')
     return differences
-
-
-def is_read(key, config):
-    """Does a run with this config read the key? A key that it does not read cannot change its result."""
-    if key.startswith('toy_') or key in NOT_TRAINING:
-        return False
-    if key in OUTPUT_KEYS:
-        return config['opd_weight'] != 0
-    if key in BRIDGE_KEYS:
-        return config['bridge'] != ''
-    return True
 
 
 def last_part(names):

@@ -7,7 +7,8 @@ runs may not stand in one figure or table.
 
 A method is named by its objective: 'OPRD', 'OPD top-16', 'OPD full KL', 'next byte', 'OPD top-1 + 10 OPRD',
 'OPRD-Bridge r=8', 'OPRD-Bridge r=16, then OPD top-1'. Where two methods would share a name, the keys that
-differ are added: 'OPRD, lr=0.001' and 'OPRD, lr=0.002'.
+differ are added, except where they have their default: 'OPRD' and 'OPRD, rep_loss=nmse, lr=0.002'. A key that
+a run does not read makes no difference.
 
 Simpler than a table of experiments: everything is read from config.json, starts.jsonl and log.jsonl, and the
 names of folders mean nothing. Runs from different students, on different problems, or evaluated differently
@@ -17,7 +18,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import default, free
+from configs import default, free, reads
 from studies.drawing import LOOKS
 from studies.figures import read_configs, read_log, require_comparable
 from support.fields import Field, check_fields
@@ -40,6 +41,17 @@ NAMED_BY = {'oprd_weight': WEIGHT, 'opd_weight': WEIGHT, 'opd': Field(str), 'opd
             'bridge': Field(str), 'bridge_rank': Field(int), 'seed': Field(int, 0), 'teacher': Field(str),
             'student': Field(str), 'teacher_ids': Field(str), 'lr': Field(float), 'eval_n': Field(int, 1)}
 LONGEST_VALUE = 30              # characters of a key's value in the name of a method
+
+# Keys that a run reads only with a weight of Eq. (6), an output-space term, or a bridge; and only with one
+# value of another key: {key: (the other key, its value)}.
+HIDDEN_KEYS = ('rep_loss', 'layers', 'position_offset')
+OUTPUT_KEYS = ('opd', 'opd_k', 'opd_support', 'opd_tail', 'kl_direction', 'student_temperature',
+               'teacher_temperature', 'opd_future', 'opd_baseline')
+BRIDGE_KEYS = ('layer_map', 'bridge_rank', 'bridge_normalise', 'pair', 'teacher_ids')
+READ_WITH = {'opd_k': ('opd', 'topk'), 'opd_support': ('opd', 'topk'), 'opd_tail': ('opd', 'topk'),
+             'opd_future': ('opd', 'sampled'), 'opd_baseline': ('opd', 'sampled')}
+for key in ('last_k', 'first_k', 'last_frac', 'first_frac'):
+    READ_WITH[key] = ('positions', key)
 
 
 class Missing(UserError):
@@ -96,7 +108,6 @@ def folders_in(folder):
 def read_runs(folders):
     """Folders of distill.py -> [Run], in the same order. A UserError if they cannot be compared."""
     runs = []
-    folders = list(dict.fromkeys(str(folder) for folder in folders))         # one that is given twice is one
     for folder, config in read_configs(folders).items():
         # A run of an earlier version lacks a key that has come since; it had the default's effect.
         config = default | config
@@ -233,25 +244,46 @@ def place_of(run):
 
 
 def told_apart(groups):
-    """[(name, ((key, value), ...)), ...] -> names. Where two would be equal, the keys that differ between
-    them are added: 'OPRD, lr=0.001'."""
+    """[(name, ((key, value as text), ...)), ...] -> names. Where two would be equal, the keys that differ
+    between them are added: 'OPRD, lr=0.001'. A key with its default is not: the others tell it apart."""
     names = []
     for name, settings in groups:
         same_name = [dict(other) for other_name, other in groups if other_name == name]
         differing = []
         for key, value in settings:
-            if any(other[key] != value for other in same_name):
-                differing.append(f'{key}={value}')
+            values = {f'{other.get(key)}' for other in same_name}
+            if len(values) > 1 and value != f'{default.get(key)}':
+                # A long list is cut in its middle, unless another one is alike but for that.
+                text = cut(value, LONGEST_VALUE)
+                alike = [other for other in values if cut(other, LONGEST_VALUE) == text]
+                differing.append(f'{key}={text if len(alike) == 1 else value}')
         names.append(', '.join([name, *differing]))
     return names
 
 
 def method_key(config):
-    """What makes a method, apart from its name -> ((key, value as text), ...). A bridge counts by the name of
-    its folder without the run's seed: 'out/toy_paper/wide-stage1-s0' -> 'wide-stage1'."""
-    values = [(key, cut(f'{config[key]}', LONGEST_VALUE)) for key in default if key not in HARMLESS]
+    """What makes a method, apart from its name -> ((key, value as text), ...), of the keys that it reads. A
+    bridge counts by the name of its folder without the run's seed: 'out/toy_paper/wide-stage1-s0' ->
+    'wide-stage1'."""
+    values = [(key, f'{config[key]}') for key in default if key not in HARMLESS and is_read(key, config)]
     bridge = re.sub(f'-s{config["seed"]}$', '', Path(config['bridge']).name)
     return (*values, ('bridge', bridge))
+
+
+def is_read(key, config):
+    """Does a run with this config read the key? A key that it does not read cannot change its result."""
+    if key.startswith('toy_'):
+        return 'toy' in (config['student'], config['teacher'], config['data'], config['eval_data'])
+    if key in HIDDEN_KEYS and not ever_positive(config['oprd_weight']):
+        return False
+    if key in OUTPUT_KEYS and not ever_positive(config['opd_weight']):
+        return False
+    if key in BRIDGE_KEYS and not config['bridge']:
+        return False
+    if key in READ_WITH:
+        other, value = READ_WITH[key]
+        return config[other] == value
+    return key in reads['distill.py']
 
 
 def refuse_uneven_seeds(methods):

@@ -37,8 +37,9 @@ from support.runtime import UserError, printable, shown
 
 # ---- scores of a run -----------------------------------------------------------------------------
 
-# What a table can show of answers -> its title; n is the number of answers to a problem.
 MOST_DIFFERENCES = 3            # in a line under a table
+
+# What a table can show of answers -> its title; n is the number of answers to a problem.
 METRICS = {'avg': 'Avg@{n}, %', 'best': 'Best@{n}, %', 'dist': 'Dist-4g, %',
            'characters': 'Dist-4g of characters, %', 'len': 'length, tokens'}
 ADVICE = 'restore the file, or run distill.py again in another out_dir='
@@ -173,22 +174,21 @@ def scores_data(number, runs):
         metrics = (*metrics, 'characters')
 
     # The models before the first step are the same for all methods: of each seed the first run tells.
-    first_of_seed = {}
-    for run in chosen:
-        first_of_seed.setdefault(run.seed, run)
-    firsts = list(first_of_seed.values())
+    firsts = list({run.seed: run for run in reversed(chosen)}.values())[::-1]
+    problems = problems_of(read_scores(firsts[0], 'student'))
     rows = []
     for side in ('teacher', 'student'):
         scores = [read_scores(run, side) for run in firsts]
         if all(scores):                      # a teacher need not be evaluated
-            rows.append(table_row(side, firsts, scores, metrics) | {'steps': None, 'paper': None})
+            row = table_row(side, firsts, scores, metrics, problems)
+            rows.append(row | {'steps': None, 'paper': None})
 
     # Then each method, after its last step.
     differences = {}
     for method, group in by_method(chosen).items():
         scores = [read_scores(run, 'method') for run in group]
-        row = table_row(method, group, scores, metrics)
-        row['steps'] = last_step(method, group)
+        row = table_row(method, group, scores, metrics, problems)
+        row['steps'] = one_end(group, [evaluation_of(run, 'method')[0]['step'] for run in group])
         row['paper'], found = row_of_paper(number, group)
         if found:
             differences[method] = found
@@ -199,8 +199,8 @@ def scores_data(number, runs):
         for row in rows:
             if row['method'] in ('teacher', 'student') and row['method'] in printed.numbers:
                 row['paper'] = row['method']
-    sets = {label: len(values['avg']) for label, values in read_scores(firsts[0], 'student').items()}
-    return {'table': number, 'n': chosen[0].config['eval_n'], 'problems': sets, 'rows': rows,
+    counts = {label: len(numbers) for label, numbers in problems.items()}
+    return {'table': number, 'n': chosen[0].config['eval_n'], 'problems': counts, 'rows': rows,
             'not at paper size': differences}
 
 
@@ -214,23 +214,27 @@ def row_of_paper(number, group):
     return name, []
 
 
-def last_step(method, group):
-    """The step after which the runs of one method were evaluated last; a UserError if it is not one step."""
-    steps = [evaluation_of(run, 'method')[0]['step'] for run in group]
+def one_end(group, steps):
+    """The step after which each run of one method ends; a UserError if it is not one step."""
     for run, step in zip(group, steps, strict=True):
         if step != steps[0]:
-            raise UserError(f'{group[0].folder} and {run.folder} are seeds of {method!r} and end after '
+            raise UserError(f'{group[0].folder} and {run.folder} are seeds of {run.method} and end after '
                             f'{steps[0]} and {step} steps; finish both, or give one of them')
     return steps[0]
 
 
-def table_row(method, group, scores, metrics):
-    """One row: {'method', 'seeds', 'scores': {set: {metric: numbers of `over_seeds`}}}."""
-    # Problems are drawn by their numbers, so each seed must have the same numbers.
-    problems = [{label: list(values['avg']) for label, values in of_seed.items()} for of_seed in scores]
-    if any(of_seed != problems[0] for of_seed in problems):
-        raise UserError(f'{group[0].folder} and other seeds of {method!r} were evaluated on other numbers of '
-                        'problems; make a table of each')
+def problems_of(scores):
+    """Scores of an evaluation -> {set: numbers of its problems}."""
+    return {label: list(metrics['avg']) for label, metrics in scores.items()}
+
+
+def table_row(method, group, scores, metrics, problems):
+    """One row: {'method', 'seeds', 'scores': {set: {metric: numbers of `over_seeds`}}}. problems: of the
+    whole table. They are drawn by their numbers, so each run must have the same numbers."""
+    for run, of_seed in zip(group, scores, strict=True):
+        if problems_of(of_seed) != problems:
+            raise UserError(f'{run.folder}: evaluated on other numbers of problems than other runs of the '
+                            'table; make a table of each')
     by_set = {}
     for label in scores[0]:
         by_set[label] = {}
@@ -379,7 +383,7 @@ def table3_data(runs):
             differences[method] = found
         peaks = [largest(run.rows, 'mem/update_dpeak') for run in group]
         rows.append({'method': method, 'seeds': [run.seed for run in group],
-                     'steps': last_step(method, group), 'paper': paper,
+                     'steps': one_end(group, [run.rows[-1]['step'] for run in group]), 'paper': paper,
                      'gigabytes': None if None in peaks else peaks,
                      'minutes': [seconds_of_steps(run.rows) / 60 for run in group]})
         for run in group:

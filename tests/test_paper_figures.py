@@ -75,6 +75,17 @@ def drawn(monkeypatch):
     return kept
 
 
+def data_of(number, runs):
+    """The numbers of a figure."""
+    name = f'figure{number}'
+    return figures.over_steps_data(name, runs) if name in figures.OVER_STEPS else getattr(figures, f'{name}_data')(runs)
+
+
+def draw(number, data):
+    name = f'figure{number}'
+    return figures.draw_over_steps(name, data, 'x') if name in figures.OVER_STEPS else getattr(figures, f'draw_{name}')(data, 'x')
+
+
 COMMON = {
     'pair': 'teacher of the same architecture',
     'runs': {'OPRD': ['oprd-s0', 'oprd-s1'], 'OPD top-1': ['mu0-s0', 'mu0-s1'], 'OPD top-1 + 1 OPRD': ['mu1-s0', 'mu1-s1'],
@@ -90,6 +101,13 @@ def test_figure_1_is_accuracy_minutes_and_memory(study):
     methods = {name: {'steps': 4, 'accuracy': [last, last + 1], 'minutes': approx([12 / 60, 12.04 / 60]), 'gigabytes': None}
                for name, last in zip(COMMON['runs'], (80.0, 50.0, 60.0, 70.0), strict=True)}
     assert data == COMMON | {'metric': 'avg@16', 'machine': 'cpu, ranks 1, threads 1', 'student': 20.0, 'teacher': 90.0, 'methods': methods}
+
+
+def test_figure_1_counts_the_steps_up_to_the_last_accuracy(tmp_path):
+    """A run that goes on has steps behind its last evaluation, whose time is not that of its accuracy."""
+    log = {name: values[:4] for name, values in columns(50.0).items()}
+    method = figures.figure1_data(read_runs([write_run(tmp_path / 'a', log)]))['methods']['OPRD']
+    assert method['steps'] == 2 and method['accuracy'] == [40.0] and method['minutes'] == [pytest.approx(4 / 60)]
 
 
 def test_figure_1_with_memory(tmp_path, drawn):
@@ -160,11 +178,11 @@ def test_a_rolling_mean_is_centred(window):
 def test_a_curve_of_every_step_is_smoothed_over_a_tenth_of_the_steps(tmp_path, drawn):
     """A hundred steps: eleven of them. What is measured every ten steps stays as it is, and both say the same."""
     log = {'eval/avg@16': [20.0] * 101, 'entropy/student': [None, *range(1, 101)], 'entropy/teacher': [None if step % 20 else step / 10 for step in range(101)]}
-    data = figures.figure11_data(read_runs([write_run(tmp_path / 'a', log)]))
+    data = data_of(11, read_runs([write_run(tmp_path / 'a', log)]))
     smooth = {name: data[name]['OPRD']['smooth'][0] for name in ('entropy/student', 'entropy/teacher')}
     assert data['window'] == 11 and smooth['entropy/student'][:3] == [3.5, 4.0, 4.5] and smooth['entropy/student'][49] == 50
     assert smooth['entropy/teacher'] == [0, 2, 4, 6, 8, 10] == data['entropy/teacher']['OPRD']['by_seed'][0]
-    figures.draw_figure11(data, 'x')
+    draw(11, data)
     assert list(drawn[0][0].axes[0].lines[0].get_ydata()) == smooth['entropy/student'] and drawn[0][1] == 'Lines: one seed, centred mean of 11 steps.'
 
 
@@ -174,16 +192,16 @@ def test_figures_5_and_10_are_the_logged_numbers(study, number, name, at):
     if number == 10:
         steps['OPRD'] = [1, 4]
     curves = {method: with_smooth(found, [[at + step / 100 + shift for step in found] for shift in (0, 0.01)]) for method, found in steps.items()}
-    assert getattr(figures, f'figure{number}_data')(study) == COMMON | {name: approx(curves), 'window': 1}
+    assert data_of(number, study) == COMMON | {name: approx(curves), 'window': 1}
 
 
 def test_figure_9_has_the_methods_with_an_output_term(study):
     curves = {method: with_smooth([1, 2, 3, 4], [[0.4, -0.3, 0.2, 0.1], [0.41, -0.3, 0.2, 0.11]]) for method in OUTPUT}
-    assert figures.figure9_data(study) == COMMON | {'loss/opd': approx(curves), 'window': 1}
+    assert data_of(9, study) == COMMON | {'loss/opd': approx(curves), 'window': 1}
 
 
 def test_figure_11_has_both_entropies(study):
-    data = figures.figure11_data(study)
+    data = data_of(11, study)
     assert data['entropy/student']['OPD top-1'] == approx(with_smooth([1, 2, 3, 4], [[0.51, 0.52, 0.53, 0.54], [0.52, 0.53, 0.54, 0.55]]))
     assert data['entropy/teacher']['OPRD'] == approx(with_smooth([1, 4], [[0.61, 0.64], [0.62, 0.65]]))
     assert list(data) == [*COMMON, 'entropy/student', 'entropy/teacher', 'window'] and list(data['entropy/teacher']) == list(COMMON['runs'])
@@ -226,9 +244,9 @@ def test_figure_7_has_a_curve_for_each_mu(study, drawn):
 @pytest.mark.parametrize('number', NUMBERS)
 def test_what_is_drawn_is_in_the_data(study, drawn, number):
     """Every number of a line is one of the data, or a mean of them over seeds; and the data is JSON that a reader can plot again."""
-    data = getattr(figures, f'figure{number}_data')(study)
+    data = data_of(number, study)
     assert json.loads(json.dumps(data)) == data
-    getattr(figures, f'draw_figure{number}')(data, 'x')
+    draw(number, data)
     known = set()
 
     def collect(value):
@@ -273,9 +291,9 @@ def test_figure_12_is_the_mean_over_layers_of_every_bridge(tmp_path, drawn):
     folders = [write_bridge(tmp_path / 'a0'), write_bridge(tmp_path / 'a1', 0.02, ranks=(1, 2, 4, 31, 96), rank=4),
                write_bridge(tmp_path / 'b0', bridge_fit='random'), write_bridge(tmp_path / 'c0', tokens=['a', 'b'], teacher_ids='student')]
     data = figures.figure12_data(folders)
-    assert data['seeds'] == {'6 layers, width 160, bridge_fit=ridge': ['a0', 'a1'], '6 layers, width 160, bridge_fit=random': ['b0'],
+    assert data['seeds'] == {'6 layers, width 160': ['a0', 'a1'], '6 layers, width 160, bridge_fit=random': ['b0'],
                              "6 layers, width 160, other tokens, student's ids": ['c0']}
-    first = data['bridges']['6 layers, width 160, bridge_fit=ridge']
+    first = data['bridges']['6 layers, width 160']
     assert first == approx({'ranks': [1, 2, 4, 96], 'after': [[0.6, 0.7, 0.6, 0.5], [0.62, 0.72, 0.62, 0.42]], 'before': [[0.2] * 4] * 2,
                             'best rank': 2, 'best': 0.71, 'at full width': 0.46, 'rank of Theorem 3': [2, 4]})
     figures.draw_figure12(data, 'x')
@@ -291,6 +309,12 @@ def test_a_damaged_bridge_is_refused_in_one_line(tmp_path, changes):
     with pytest.raises(UserError, match='bridge.json: .*; rerun bridge.py') as error:
         figures.figure12_data([write_bridge(tmp_path / 'a', **changes)])
     assert '\n' not in str(error.value)
+
+
+def test_bridges_of_other_students_are_two_kinds(tmp_path):
+    """Their name tells of the teacher alone: they were seeds of one bridge."""
+    folders = [write_bridge(tmp_path / 'a'), write_bridge(tmp_path / 'b', d=[48, 160])]
+    assert figures.figure12_data(folders)['seeds'] == {'6 layers, width 160, d=[96, 160]': ['a'], '6 layers, width 160, d=[48, 160]': ['b']}
 
 
 def test_many_panels_are_three_side_by_side(tmp_path, drawn):
@@ -309,9 +333,9 @@ def test_runs_without_a_curve_are_left_out_where_others_have_one(study, tmp_path
     """The runs of Theorem 3, one for each rank, would fill every figure with lines between two points."""
     log = {'eval/avg@16': [20.0, None, None, None, 50.0], 'len/mean': [None, 1.0, 1.0, 1.0, 1.0]}
     two = read_runs([write_run(tmp_path / 'two', log, lr=5e-3)])
-    data = figures.figure5_data(study + two)
-    assert data == figures.figure5_data(study) | {'left out': ['two']}
-    assert list(figures.figure5_data(two)['len/mean']) == ['OPRD']
+    data = data_of(5, study + two)
+    assert data == data_of(5, study) | {'left out': ['two']}
+    assert list(data_of(5, two)['len/mean']) == ['OPRD']
 
 
 def test_each_pair_of_models_has_its_figure(tmp_path, drawn):

@@ -33,28 +33,39 @@ def test_every_command_is_a_function_of_the_file_that_is_named():
     (['figure5', 'out/lr=1'], 'out/lr=1: no such folder'),
     (['figure5', 'nowhere'], 'nowhere: no such folder; give folders of distill.py or bridge.py'),
     (['figure5', 'out'], 'out: no finished run and no bridge in it'),
+    (['figure5', 'to=file/x'], 'file/x: cannot be made, '),
+    (['figure5', 'rank_=_8'], 'rank_=: figure5 does not read this'),
     (['figure5'], 'no run of distill.py in the folders; python -m studies.compare toy_paper makes'),
 ])
 def test_a_wrong_command_line_is_one_line(tmp_path, monkeypatch, capsys, words, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'out').mkdir()
+    (tmp_path / 'file').touch()
     with pytest.raises(SystemExit) as end:
         run(paper.main, lambda: words)
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count('\n') == 1 and says in printed
-    assert [path.name for path in tmp_path.rglob('*')] == ['out']
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['file', 'out']
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path, monkeypatch):
+    """Studies name folders like this one. Given from the folder above, it was read as a key."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'bridge_r_=_16-s0').mkdir()
+    assert paper.read_words(['figure4', 'bridge_r_=_16-s0', 'to=x']) == ('figure4', ['bridge_r_=_16-s0'], {'to': 'x'})
 
 
 def test_a_folder_of_runs_is_opened_and_what_is_left_out_is_told(tmp_path, capsys, monkeypatch):
-    """Unfinished runs, and that other code has made some of the runs."""
+    """Unfinished runs, and that other code has made some of the runs. A folder that is named twice is one: a bridge would be
+    two seeds."""
     given = []
     monkeypatch.setattr(paper, 'function_of', lambda command: lambda folders, to='': given.append((command, folders, to)) or ['file'])
     runs = [write_run(tmp_path / name, LOG) for name in 'abc']
     (runs[1] / 'results.json').unlink()
     for folder, losses in zip(runs, '112', strict=True):
         append_start(folder, {'versions': {}, 'sources': {'losses.py': losses}, 'eval_data': {}}, 0)
-    paper.main(['figure4', str(tmp_path), str(runs[0]), 'to=x=y'])
-    assert given == [('figure4', [runs[0], runs[2], runs[0]], 'x=y')]
+    paper.main(['figure4', str(tmp_path), str(runs[0]), f'{tmp_path}/b/../a', 'to=x=y'])
+    assert given == [('figure4', [runs[0], runs[2]], 'x=y')]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f'{runs[1]}: left out, the run is not finished' and lines[2:] == ['file']
     assert lines[1] == 'note: the runs were not all made by the same code: it differs in losses.py'

@@ -48,11 +48,14 @@ def test_every_key_that_decides_the_result_is_compared(words):
             assert differences, key
     untold = set(default) - told
     unread = {key for key in untold if key in reads['distill.py'] and key not in (*free, *HARMLESS) and not key.startswith('toy_')}
+    hidden = {'rep_loss', 'layers', 'position_offset'}
     output = {'opd', 'opd_k', 'opd_support', 'opd_tail', 'kl_direction', 'student_temperature', 'teacher_temperature',
               'opd_future', 'opd_baseline'}
     bridge = {'layer_map', 'bridge_rank', 'bridge_normalise', 'pair', 'teacher_ids'}
-    expected = set() if paper['opd_weight'] else output
+    # The paper's output-space run here is the top-16 one, and it has no weight of Eq. (6).
+    expected = hidden | {'opd_future', 'opd_baseline'} if paper['opd_weight'] else output
     expected |= set() if paper['bridge'] else bridge
+    expected |= {'last_k', 'first_k', 'last_frac', 'first_frac'} - {paper['positions']}
     assert unread == expected
 
 

@@ -9,13 +9,16 @@ from paper.runs import (
     Missing,
     by_method,
     folders_in,
+    is_read,
     kind_of_folder,
     machines_of,
+    method_key,
     method_of,
     of_kind,
     pair_of,
     read_runs,
     seconds_of_steps,
+    told_apart,
 )
 from support.provenance import append_start
 from support.runtime import UserError
@@ -101,10 +104,46 @@ def test_methods_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_path):
     """Only by these, and only where the name is not enough."""
     keys = {'a': dict(lr=1e-3), 'b': dict(lr=2e-3), 'c': dict(lr=2e-3, rep_loss='nmse'), 'd': dict(lr=5e-3, oprd_weight=0, opd_weight=1)}
     runs = read_runs([write_run(tmp_path / name, SCORES, **changed) for name, changed in keys.items()])
-    assert list(by_method(runs)) == ['OPRD, rep_loss=mse, lr=0.001', 'OPRD, rep_loss=mse, lr=0.002', 'OPRD, rep_loss=nmse, lr=0.002', 'OPD top-16']
+    assert list(by_method(runs)) == ['OPRD, lr=0.001', 'OPRD, lr=0.002', 'OPRD, rep_loss=nmse, lr=0.002', 'OPD top-16']
     assert list(by_method(runs[1:2] + runs[3:])) == ['OPRD', 'OPD top-16']
     long = write_run(tmp_path / 'long', SCORES, lr=1e-3, layers='[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]')
     assert max(map(len, by_method(read_runs([runs[0].folder, long])))) < 50
+
+
+def test_long_values_that_begin_and_end_alike_are_two_methods(tmp_path):
+    """Cut in their middle they were seeds of one method, and one mean stood for both."""
+    lists = [[*range(1, 10), middle, *range(20, 29)] for middle in (14, 15)]
+    folders = [write_run(tmp_path / str(seed), SCORES, seed=seed, layers=layers) for seed, layers in enumerate(lists)]
+    names = [f'OPRD, layers={layers}' for layers in lists]
+    runs = read_runs(folders)
+    with pytest.raises(UserError, match='has the seeds 0, .* has 1, and a toy'):
+        by_method(runs)
+    assert told_apart([(run.method, method_key(run.config)) for run in runs]) == names
+
+
+def test_a_key_that_a_run_does_not_read_makes_no_difference(tmp_path):
+    """Names were like 'OPRD, layers=all, positions=all, last_k=2000, first_k=2000'."""
+    keys = {'a': {}, 'b': dict(positions='last_k', last_k=20), 'c': dict(positions='first_k', first_k=20), 'd': dict(layers='last')}
+    for number, output in enumerate((dict(opd='full'), dict(opd='full', opd_k=4), dict(opd='sampled', opd_baseline=True))):
+        keys[f'x{number}'] = dict(oprd_weight=0, opd_weight=1) | output
+    keys['x3'] = keys['x2'] | dict(opd_baseline=False, layers='last')
+    keys['x1']['seed'] = 1
+    runs = read_runs([write_run(tmp_path / name, SCORES, **changed) for name, changed in keys.items()])
+    names = told_apart([(run.method, method_key(run.config)) for run in runs])
+    assert names == ['OPRD, positions=all', 'OPRD, last_k=20', 'OPRD, positions=first_k, first_k=20', 'OPRD, layers=last, positions=all',
+                     'OPD full KL', 'OPD full KL', 'OPD top-1, opd_baseline=True', 'OPD top-1']
+    assert method_key(runs[4].config) == method_key(runs[5].config)
+
+
+@pytest.mark.parametrize('key, unread', [('lr', {}), ('opd', dict(opd_weight=0)), ('layers', dict(oprd_weight=0)),
+                                         ('opd_tail', dict(opd='full')), ('bridge_rank', dict(bridge='')), ('last_frac', dict(positions='all')),
+                                         ('toy_ops', dict.fromkeys(['student', 'teacher', 'data', 'eval_data'], 'x'))])
+def test_keys_are_read_where_they_matter(key, unread):
+    """A key that counts as unread, and is read, would make seeds of two methods."""
+    config = config_of('bridge=b', 'opd_weight=1', 'positions=last_frac')
+    assert is_read(key, config)
+    assert is_read(key, config | unread) == (not unread)
+    assert not is_read('bridge_fit', config)
 
 
 def test_methods_have_one_order(tmp_path):

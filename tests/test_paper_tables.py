@@ -238,6 +238,7 @@ def test_what_is_missing_is_told_with_a_command(folders, tmp_path):
     unevaluated = evaluated_run(tmp_path / 'none', [*SAME, 'eval_data='], None, None)
     with pytest.raises(Missing, match='no evaluation in its log'):
         table2([unevaluated], tmp_path)
+    assert table3_data(read_runs([unevaluated]))['rows'][0]['steps'] == 2    # memory and time need no scores
 
 
 def damage(change):
@@ -273,7 +274,7 @@ def test_seeds_with_other_numbers_of_problems_are_refused(folders, tmp_path):
     """Problem 2 of one seed would stand for a problem that the other seed was not asked."""
     rows = graded(1, 0)
     evaluated_run(tmp_path / 'c1', [*SAME, 'seed=1'], rows, rows, rows)
-    with pytest.raises(UserError, match='evaluated on other numbers of problems'):
+    with pytest.raises(UserError, match='c1: evaluated on other numbers of problems'):
         table2([folders[0], tmp_path / 'c1'], tmp_path / 'x')
 
 
@@ -284,7 +285,7 @@ def test_seeds_that_end_after_different_steps_are_refused(folders, tmp_path):
     write_log(folders[2], rows[:2])
     (folders[2] / 'answers/000002.jsonl').rename(folders[2] / 'answers/000001.jsonl')
     for table in (table2, table3):
-        with pytest.raises(UserError, match="a0 and .*a1 are seeds of 'OPRD' and end after 2 and 1 steps; finish both"):
+        with pytest.raises(UserError, match="a0 and .*a1 are seeds of OPRD and end after 2 and 1 steps; finish both"):
             table(folders, tmp_path / 'x')
 
 
