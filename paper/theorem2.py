@@ -69,7 +69,9 @@ from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size, stop
 from losses import squared_error
 from model import Model
 from output_losses import opd_rows
+from paper.first_last import started_in
 from paper.runs import Missing, by_method, of_kind, read_runs
+from paper.theorem1 import rounded
 from rollout import sample
 from step import position_mask
 from studies import toy
@@ -446,16 +448,6 @@ def run_data(pair, run, lowest=0):
 
 # ---- everything ---------------------------------------------------------------------------------
 
-def rounded(numbers):
-    """A number, a list or a tensor with six digits, for a JSON file: what lies beyond depends on the order
-    of summation."""
-    if isinstance(numbers, torch.Tensor):
-        numbers = numbers.tolist()
-    if isinstance(numbers, list):
-        return [rounded(number) for number in numbers]
-    return float(f'{numbers:.6g}')
-
-
 def theorem2_data(pair, runs, heads, lowest=0):
     """pair: Pair; runs: [(Run, its Pair)]; heads: {name: (W, norm)} -> everything that is written and
     drawn."""
@@ -490,7 +482,10 @@ def draw_theorem2(data, file):
             draw_panel(panel, data)
         for panel in axes[len(draw):]:
             panel.remove()
-        notes = f"{data['answers']} answers of the untrained student, {data['positions']:,} positions"
+        notes = (f"{data['answers']} answers of the untrained student, {data['positions']:,} positions; "
+                 f'{low_name(data)}: {data["low"]["directions"]} of {data["width"]} directions of the '
+                 "teacher's head; below the last layer: what the head would not see if it read the state "
+                 'there')
         seeds = {run['seed'] for run in data['runs']}
         if len(seeds) > 1:
             notes += f'; after training: mean of {len(seeds)} seeds'
@@ -539,7 +534,7 @@ def draw_moved(axes, data):
     moved = data['moved']
     for key, label, marker in (('rest', 'the rest', 'o'), ('low', low_name(data), 's')):
         axes.plot(moved['layers'], moved[key], label=label, color='0.2', marker=marker, **PARTS[key])
-    axes.set(ylabel='KL between outputs (nats)', title="when one part becomes the teacher's")
+    axes.set(ylabel='KL to the output before (nats)', title="a part of the state becomes the teacher's")
     layer_axis(axes, moved['layers'])
 
 
@@ -705,8 +700,10 @@ def with_pairs(runs, problems):
     pairs = {}
     result = []
     for run in runs:
-        paths = paths_of(run.config)
-        if paths not in pairs:
-            pairs[paths] = read_pair(*paths, problems, run.seed)
-        result.append((run, pairs[paths]))
+        # The paths in a config begin in the folder in which the run was started.
+        with started_in(run.folder, run.config):
+            key = (Path.cwd(), *paths_of(run.config), run.seed)
+            if key not in pairs:
+                pairs[key] = read_pair(*paths_of(run.config), problems, run.seed)
+        result.append((run, pairs[key]))
     return result

@@ -397,7 +397,9 @@ def test_the_figure_draws_the_data(monkeypatch):
     figure, notes = theorem2.draw_theorem2(with_runs, 'x')
     panels = figure.axes
     assert len(panels) == 6
-    assert notes == '2 answers of the untrained student, 10 positions; after training: mean of 2 seeds'
+    assert notes == ("2 answers of the untrained student, 10 positions; null space: 2 of 8 directions of the teacher's "
+                     'head; below the last layer: what the head would not see if it read the state there; after '
+                     'training: mean of 2 seeds')
     lines = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in panels]
     assert lines[0]['to the teacher: KL 0.3'] == pytest.approx([4, 2]) and lines[0]['to the twin: KL 0'] == [0.5, 0.25]
     assert lines[1] == {'the rest': [0.1, 0.3], 'null space': [0.2, 0.0]}
