@@ -19,9 +19,11 @@ The number below the panels is a control: the cosine to the teacher's state at t
 answer, the next one in the micro-batch. It is what any two answers have in common, for example the mean of
 all states. Where a micro-batch has one answer alone, its positions have no control.
 
-The figure is a measurement and no theorem, and the cosine is that of raw states: a few large coordinates can
-decide it. The toy's answers have 40 tokens, and every sixth one is the result of an operation. There student
-and teacher differ most, which makes the teeth of the curves; how late a token comes hardly matters in them.
+The figure is a measurement and no theorem, and the cosine is that of raw states: a few large coordinates
+can decide it. The toy's answers have 40 tokens, and every sixth one is the result of an operation. Where it
+is predicted, student and teacher differ most, which makes the teeth of the curves: the cosine is 0.62 there
+and 0.94 or more elsewhere (seed 1: 0.75 and 0.95; 64 answers of each seed of configs/toy.py). How late a
+token comes hardly matters in them. The control is as high as 0.57, because all answers have the same form.
 
 Simpler than usual: one process, and models that fit on one device. Writes first_last.json, figure8.png and
 figure8.pdf.
