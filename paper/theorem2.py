@@ -491,7 +491,8 @@ def draw_theorem2(data, file):
                  'there')
         seeds = {run['seed'] for run in data['runs']}
         if len(seeds) > 1:
-            notes += f'; after training: mean of {len(seeds)} seeds'
+            notes += (f'; shares and training: mean of {len(seeds)} seeds; all else: seed '
+                      f"{data['runs'][0]['seed']}")
         return save(figure, file, notes)
 
 
@@ -546,8 +547,12 @@ def draw_shares(axes, data):
     layers = data['layers']
     random_share = data['low']['directions'] / data['width']
     axes.axhline(100 * random_share, color='0.4', linestyle=(0, (1, 2)), lw=0.8, label='random direction')
-    axes.plot(layers, shares([data['before']]), label='before', color='0.4', linestyle='--', marker='x')
-    for method, runs in methods_of(data).items():
+    methods = methods_of(data)
+    before = [data['before']]
+    if methods:                              # of the same seeds as after training
+        before = [{key: run[key][0] for key in PARTS} for run in next(iter(methods.values()))]
+    axes.plot(layers, shares(before), label='before', color='0.4', linestyle='--', marker='x')
+    for method, runs in methods.items():
         last = [{key: run[key][-1] for key in PARTS} for run in runs]
         axes.plot(layers, shares(last), label=f'after {method}', **look_of(method))
     axes.set(ylabel='share of Eq. (6) (%)', ylim=(0, 100), title=f'share of the {low_name(data)}')
