@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,23 @@ def test_the_first_answers_are_those_of_the_run_and_the_cosine_is_the_one_in_its
     assert elsewhere.nanmean() < cosines.nanmean() - 0.05
 
 
+def test_the_control_is_the_same_position_of_another_answer(runs, tmp_path, monkeypatch, kept):
+    """A shift by half of the micro-batch stayed in the same answer where one was longer than the others, or alone."""
+    rows = torch.tensor([4, 4, 4, 6, 6, 9, 9, 9, 9])
+    assert first_last.in_next_answer(rows).tolist() == [3, 4, 4, 5, 6, 0, 1, 2, 2]
+    assert first_last.in_next_answer(rows[:3]).tolist() == [0, 1, 2]         # alone: itself
+
+    # A budget of one token: each answer is a micro-batch of its own, so nothing has a control.
+    monkeypatch.setattr(first_last, 'ANSWERS', 6)
+    run, = read_runs([runs / 'out/same'])
+    cosines, elsewhere, lengths = measured(replace(run, config=run.config | {'token_budget': 1}))
+    assert cosines.isfinite().any() and not elsewhere.isfinite().any()
+    data = figure8_data({'a': {'b': (cosines, elsewhere, lengths)}})
+    assert data['panels']['a']['runs']['b']['another answer'] is None
+    draw_figure8(data, tmp_path / 'figure8')
+    assert 'another answer: not measured' in ' '.join(kept[0].texts[-1].get_text().split())
+
+
 def test_first_k_and_last_k_are_the_masks_of_a_step():
     """Against step.position_mask and the weights of Eq. (6), for every k and answers of unequal length. A mean over all
     tokens in place of one over answers, or a last k counted from the longest answer, would differ."""
@@ -135,7 +153,7 @@ def test_the_figure_draws_these_numbers_and_the_same_bytes_twice(tmp_path, kept)
     assert lines['first k tokens'] == pytest.approx([0.9, 0.8, 0.75]) and lines['last k tokens'] == pytest.approx([0.6, 0.7, 0.75])
     assert right.get_title() == 'through a bridge'
     notes = ' '.join(kept[0].texts[-1].get_text().split())
-    assert '4 answers of 2 seeds (thin: each), 2 answers of one seed; cosine to the state in another answer: 0.25, 0.40' in notes
+    assert '4 answers of 2 seeds (thin: each), 2 answers of one seed; cosine to the state at the same position of another answer: 0.25, 0.40' in notes
     again, = draw_figure8(data, tmp_path / 'again.png')
     assert [file.suffix for file in files] == ['.png', '.pdf'] and files[0].read_bytes() == again.read_bytes()
 

@@ -391,21 +391,23 @@ def test_the_figure_draws_the_data(monkeypatch):
                        'of_positions': {'10%': [1.0, 0.5], '50%': [1.0, 3.0], '90%': [1.0, 9.0]}},
         'before': {'kl': 0.3, 'head': 0.0, 'low': [3.0, 1.0], 'rest': [1.0, 1.0]},
         'moved': {'layers': [1, 2], 'low': [0.2, 0.0], 'rest': [0.1, 0.3]},
-        'runs': [{'method': 'OPRD', 'seed': seed, 'steps': [0, 10], 'low': [[3.0, 1.0], [0.1, 0.1 + 0.2 * seed]],
+        'runs': [{'method': 'OPRD', 'seed': seed, 'steps': [0, 10], 'low': [[3.0, 1.0 + 2 * seed], [0.1, 0.1 + 0.2 * seed]],
                   'rest': [[1.0, 1.0], [0.1, 0.3]]} for seed in (0, 1)]}
     monkeypatch.setattr(theorem2, 'save', lambda figure, file, notes: (figure, notes))
     figure, notes = theorem2.draw_theorem2(with_runs, 'x')
     panels = figure.axes
     assert len(panels) == 6
-    assert notes == '2 answers of the untrained student, 10 positions; after training: mean of 2 seeds'
+    assert notes == ("2 answers of the untrained student, 10 positions; null space: 2 of 8 directions of the teacher's "
+                     'head; below the last layer: what the head would not see if it read the state there; '
+                     'shares and training: mean of 2 seeds; all else: seed 0')
     lines = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in panels]
     assert lines[0]['to the teacher: KL 0.3'] == pytest.approx([4, 2]) and lines[0]['to the twin: KL 0'] == [0.5, 0.25]
     assert lines[1] == {'the rest': [0.1, 0.3], 'null space': [0.2, 0.0]}
     assert lines[2]['the toy: 2 of 8 are 0'] == [1, 0.75, 0.75, 0.5, 0.5, 0.25]
     assert lines[3]['mean KL'] == [1.0, 2.0] and lines[3]['median position'] == [1.0, 3.0]
-    assert lines[4]['before'] == pytest.approx([75, 50]) and lines[4]['random direction'] == [25, 25]
+    assert lines[4]['before'] == pytest.approx([75, (50 + 75) / 2]) and lines[4]['random direction'] == [25, 25]
     assert lines[4]['after OPRD'] == pytest.approx([50, (25 + 50) / 2])
-    assert lines[5]['OPRD, null space'] == pytest.approx([1, 0.2]) and lines[5]['OPRD, the rest'] == pytest.approx([1, 0.3])
+    assert lines[5]['OPRD, null space'] == pytest.approx([2, 0.2]) and lines[5]['OPRD, the rest'] == pytest.approx([1, 0.3])
 
     # Without a twin and without runs there are four, and none is empty.
     figure, _ = theorem2.draw_theorem2(
