@@ -16,14 +16,15 @@ Simpler than a parser of options: a command is the function of its name in one o
 `figure4(folders, to)`, and what stands as key=value on the command line is handed to it.
 """
 import inspect
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from paper.runs import Missing, folders_in, of_kind
+from paper.runs import Missing, folders_in, kind_of_folder, of_kind
 from support.command_help import command_words
 from support.files import existing_above
 from support.provenance import mixed_code
-from support.runtime import UserError, print0, run
+from support.runtime import UserError, print0, run, shown
 
 # {command: the file of paper/ that holds its function}
 FIGURES = {f'figure{number}': 'figures' for number in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12)}
@@ -40,12 +41,18 @@ def function_of(command):
 
 def read_words(words):
     """The words of a command line -> (command, folders, {key: text})."""
-    if not words or words[0] not in {*COMMANDS, 'all'}:
-        given = f'{words[0]}: no command' if words else 'no command given'
-        raise UserError(f'{given}; give one of {", ".join(COMMANDS)}, all; see --help')
+    known = [*COMMANDS, 'all']
+    if not words:
+        raise UserError(f'no command given; give one of {", ".join(known)}; see --help')
+    if words[0] not in known:
+        near = get_close_matches(words[0], known, 1)
+        advice = f'did you mean {near[0]}?' if near else f'give one of {", ".join(known)}; see --help'
+        raise UserError(f'{shown(words[0])}: no command; {advice}')
     folders = []
     options = {}
     for word in words[1:]:
+        if word.startswith('-'):
+            raise UserError(f'{shown(word)}: there are no such options; keys are given as to=FOLDER')
         key, equals, value = word.partition('=')
         if equals and key.isidentifier() and not Path(word).is_dir():    # rank_=_8-s0 may be a folder
             options[key] = value
@@ -69,6 +76,8 @@ def found_in(words):
         finished, unfinished = folders_in(word)
         for folder in finished:
             named.setdefault(folder.resolve(), folder)
+            if kind_of_folder(folder) == 'run' and not (folder / 'results.json').exists():
+                print0(f'note: {folder} is not finished')
         for folder in unfinished:
             print0(f'{folder}: left out, the run is not finished')
     folders = list(named.values())
@@ -78,13 +87,14 @@ def found_in(words):
 
 
 def draw_all(folders, to='out/paper'):
-    """Everything that the folders can feed -> list of files. What is missing is told, a line each. A
-    UserError at the end if runs were refused."""
-    files = []
+    """Everything that the folders can feed. Yields each file when it is written; what is missing is told, a
+    line each. A UserError at the end if runs were refused."""
+    if not folders:
+        raise UserError('all: no folder given; give run folders, or a folder of them such as out/toy_paper')
     refused = []
     for command in [*FIGURES, *TABLES, 'theorem2', 'theorem3']:              # theorem1 reads no run
         try:
-            files += function_of(command)(folders, to)
+            yield from function_of(command)(folders, to)
         except Missing as error:
             print0(f'{command}: {error}')
         except UserError as error:
@@ -92,7 +102,6 @@ def draw_all(folders, to='out/paper'):
             print0(f'{command}: {error}')
     if refused:
         raise UserError(f'not drawn: {", ".join(refused)}; the lines above say why')
-    return files
 
 
 def main(words):

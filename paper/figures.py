@@ -201,14 +201,12 @@ def first_models(methods, metric):
     return scores
 
 
-def rolling(steps, values, window, narrow=False):
-    """Centred rolling mean over so many steps, an odd number. At both ends it takes the steps that are there.
-    narrow: there it takes as few on one side as on the other, so that the first value stays as it is."""
+def rolling(steps, values, window):
+    """Centred rolling mean over so many steps, an odd number. Near both ends it takes as few on one side as
+    there are on the other, so that the first value stays as it is: all methods begin with one student."""
     means = []
     for step in steps:
-        half = window // 2
-        if narrow:
-            half = min(half, step - steps[0], steps[-1] - step)
+        half = min(window // 2, step - steps[0], steps[-1] - step)
         first = bisect_left(steps, step - half)
         behind = bisect_right(steps, step + half)
         means.append(fmean(values[first:behind]))
@@ -349,8 +347,7 @@ def figure4_data(runs):
                 continue
             mean = [fmean(values) for values in zip(*curve['by_seed'], strict=True)]
             if len(mean) >= FEW:
-                # Narrow, because the first value is the untrained student, from which all methods start.
-                mean = rolling(range(len(mean)), mean, WINDOW, narrow=True)
+                mean = rolling(range(len(mean)), mean, WINDOW)
             curve['mean'] = mean
             curves[method] = curve
         name = metric.partition('/')[2] or next(iter(data['problems']), 'held-out problems')

@@ -647,22 +647,23 @@ def paths_of(config):
 
 
 def usable_runs(folders):
-    """The runs whose teacher has the student's shape and that have kept three checkpoints or more. A line for
-    each of the others."""
-    chosen = []
+    """The runs whose teacher has the student's shape, of the methods all of whose runs have kept three
+    checkpoints or more. A line for each of the others."""
+    same = []
     for run in read_runs(of_kind(folders, 'run')):
-        kept = len(kept_checkpoints(run.folder))
-        if run.pair != 'same':
-            print0(f'{run.folder}: left out, the teacher has another shape than the student')
-        elif kept < FEWEST_CHECKPOINTS:
-            print0(f'{run.folder}: left out, it has kept {kept} checkpoints; save_every=10 keep=100 '
-                   'keeps all of a run of 100 steps')
+        if run.pair == 'same':
+            same.append(run)
         else:
-            chosen.append(run)
-    ordered = []
-    for runs in by_method(chosen).values():
-        ordered += runs
-    return ordered
+            print0(f'{run.folder}: left out, the teacher has another shape than the student')
+    chosen = []
+    for method, runs in by_method(same).items():
+        fewest = min(len(kept_checkpoints(run.folder)) for run in runs)
+        if fewest < FEWEST_CHECKPOINTS:
+            print0(f'{method}: left out, a run has kept {fewest} checkpoint(s); save_every=10 keep=100 keeps '
+                   'all of a run of 100 steps')
+        else:
+            chosen += runs
+    return chosen
 
 
 def theorem2(folders, to='out/paper', student='', teacher='', data='', head='', problems='64', lowest='0'):

@@ -26,8 +26,11 @@ def test_every_command_is_a_function_of_the_file_that_is_named():
 
 @pytest.mark.parametrize('words, says', [
     ([], 'no command given; give one of figure1, figure4,'),
-    (['figure3'], 'figure3: no command; give one of figure1,'),
-    (['--run'], '--run: no command'),
+    (['figur4'], "'figur4': no command; did you mean figure4?"),
+    (['draw'], "'draw': no command; give one of figure1,"),
+    (['--run'], "'--run': no command"),
+    (['figure4', '--to', 'x'], "'--to': there are no such options; keys are given as to=FOLDER"),
+    (['all'], 'all: no folder given'),
     (['figure5', 'out', 'window=3'], 'window=: figure5 does not read this; it reads to='),
     (['all', 'out', 'steps=3'], 'steps=: all does not read this; it reads to='),
     (['figure5', 'out/lr=1'], 'out/lr=1: no such folder'),
@@ -83,14 +86,14 @@ def test_all_draws_what_it_can_and_names_the_rest(tmp_path, capsys, monkeypatch)
         return function
     monkeypatch.setattr(paper, 'function_of', function_of)
     refuse = False
-    files = paper.draw_all([], 'x')
+    files = list(paper.draw_all(['out'], 'x'))
     assert capsys.readouterr().out == 'figure6: no cosines; make some\n'
     wanted = [*paper.FIGURES, *paper.TABLES, 'theorem2', 'theorem3']
     assert len(wanted) == 17
     assert files == [f'x/{command}.png' for command in wanted if command != 'figure6']
     refuse = True
     with pytest.raises(UserError, match='not drawn: figure7; the lines above say why'):
-        paper.draw_all([], 'x')
+        list(paper.draw_all(['out'], 'x'))
     assert capsys.readouterr().out == 'figure6: no cosines; make some\nfigure7: a and b cannot be compared\n'
 
 

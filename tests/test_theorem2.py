@@ -450,7 +450,7 @@ def test_runs_that_show_no_course_are_left_out_with_a_line(toy_run, monkeypatch,
     """A run that has kept its last two checkpoints would be a straight line from step 0, and look measured."""
     monkeypatch.setattr(theorem2, 'FEWEST_CHECKPOINTS', 5)
     assert theorem2.usable_runs([toy_run]) == []
-    assert 'left out, it has kept 4 checkpoints' in capsys.readouterr().out
+    assert 'left out, a run has kept 4 checkpoint(s)' in capsys.readouterr().out
     monkeypatch.setattr(theorem2, 'FEWEST_CHECKPOINTS', 4)
     monkeypatch.setattr(theorem2, 'read_runs', lambda folders: [replace(run, pair='bridge') for run in READ(folders)])
     assert theorem2.usable_runs([toy_run]) == [] and 'another shape' in capsys.readouterr().out
