@@ -93,7 +93,9 @@ config = dict(
     # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
     bridge='',                  # folder that bridge.py writes (stage 1) and distill.py reads; '' = Eq. (6)
     layer_map='depth',          # teacher layer of each student layer: 'depth' (11), 'cka' (bridge.py looks
-                                # for the most alike states), or a list, one for each of `layers`
+                                # for the most alike states), 'kept' (those that a pruned student has kept,
+                                # as its config.json says: studies/damage.py), or a list, one for each of
+                                # `layers`
     bridge_rank=0,              # rank r of the interface; 0 = the one Theorem 3 recommends
     bridge_normalise=True,      # L2-normalise both projections (3.3.3); False = Eq. (14) to the letter
     pair='floor',               # teacher with another vocabulary: a position takes the teacher's last state
@@ -180,7 +182,7 @@ checks = dict(
     opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=natural, diagnose_rows=positive,
-    layer_map=('depth', 'cka', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
+    layer_map=('depth', 'cka', 'kept', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
     bridge_rank=natural, bridge_prompts=(2, 10**7), bridge_held_out=(1e-6, 0.9), bridge_ridge=(0, 1e3),
     bridge_fit=('ridge', 'adamw', 'random', 'shuffled'), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     'eval_math.py': {'configs', 'formats', 'grading', 'rollout', 'studies', 'support'},
     'bridge.py': {*LIBRARIES, 'bridge_parts', 'configs', 'formats', 'cross_tokenizer', 'studies', 'support'},
     'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'studies', 'support'},
-    'studies': {*LIBRARIES, 'configs', 'cross_tokenizer', 'formats', 'kernels', 'studies', 'support'},
+    'studies': {*LIBRARIES, 'configs', 'cross_tokenizer', 'formats', 'grading', 'kernels', 'studies', 'support'},
 }
 # What is written for people, and endings of files that look like names of a module: `bridge.json`.
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', *sorted(f'docs/{p.name}' for p in (ROOT / 'docs').glob('*.md'))]
