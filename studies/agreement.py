@@ -2,7 +2,7 @@
 How near is a student to its teacher? Measured on held-out prompts without a grader, and on questions with
 exact answers.
 
-    python -m studies.agreement TEACHER STUDENT                     two Hugging Face folders, or ids of the hub
+    python -m studies.agreement TEACHER STUDENT                     two Hugging Face folders, or hub ids
     python -m studies.agreement TEACHER DAMAGED HEALED              several students: a line for each
     python -m studies.agreement TEACHER STUDENT --prompts FILE --exact FILE --tokens 64 --show 3
 
@@ -245,10 +245,10 @@ def table(measured):
     for found in measured:
         text = found['scores']['teacher_text']
         own = found['scores']['own_samples']
+        perplexity = f'{math.exp(text["surprise"][0]):.3f}'
         cosine = f'{own["cosine"][0]:.4f}' if 'cosine' in own else ''
         right = f'{found["right"]}/{found["asked"]}' if found['asked'] else ''
-        rows.append([found['model'],
-                     with_error(*text['kl']), percentage(text['same']), f'{math.exp(text["surprise"][0]):.3f}',
+        rows.append([found['model'], with_error(*text['kl']), percentage(text['same']), perplexity,
                      with_error(*own['kl']), percentage(own['same']), cosine, right])
 
     # Names to the left, numbers to the right, a column as wide as its longest cell.
