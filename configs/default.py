@@ -43,6 +43,7 @@ config = dict(
                                 # which the run was started
 
     # rollout: the student's own answers (section 4.1.1)
+    answers_by='student',       # who writes them; 'teacher': a control, without what the student would say
     prompts_per_step=8,         # prompts of a step, over all ranks
     n=2,                        # answers per prompt
     max_new_tokens=16384,       # longest answer, tokens; one that is cut here is supervised and graded like
@@ -76,7 +77,7 @@ config = dict(
 
     # Eqs. (3)-(5), output space
     opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5), or 'byte': KL over the next byte, for
-                                # any two tokenizers
+                                # any two tokenizers; 'supervised': -log p of the teacher's answers, a control
     opd_k=16,                   # tokens in the support S of 'topk'
     opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
     opd_tail='reward',          # 'reward': a token of S earns p (renormalised on S) * (log p - log q)
@@ -178,7 +179,8 @@ checks = dict(
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, 1e6, list),
     opd_weight=(0, 1e6, list),
-    opd=('sampled', 'full', 'topk', 'byte'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
+    opd=('sampled', 'full', 'topk', 'byte', 'supervised'), answers_by=('student', 'teacher'),
+    opd_k=positive, opd_support=('student', 'teacher', 'union'),
     opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=natural, diagnose_rows=positive,

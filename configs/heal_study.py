@@ -22,6 +22,8 @@ methods = {  # name: what it changes in configs/heal.py
     'OPRD, then full KL': ['opd=full', 'oprd_weight=[[0,1],[0.5,1],[0.5,0]]',
                            'opd_weight=[[0,0],[0.5,0],[0.5,1]]', 'lr=3e-4'],
     'OPRD + full KL': ['opd=full', 'opd_weight=1', 'lr=3e-4'],
+    # A control: supervised learning on the greedy answers of the teacher.
+    'supervised': [*output_only, 'opd=supervised', 'answers_by=teacher', 'temperature=0', 'lr=1e-4'],
 }
 
 

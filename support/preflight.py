@@ -179,6 +179,9 @@ def check_objective(cfg, same=True):
     if cfg['position_offset'] and (cfg['bridge'] or not same or cfg['positions'] == 'drift'):
         raise UserError('position_offset=1 belongs to Eq. (6) of two models with one vocabulary, without '
                         'drift weights; set it to 0')
+    if cfg['answers_by'] == 'teacher' and not same:
+        raise UserError("answers_by='teacher': the student cannot read its tokens, the tokenizers differ; set "
+                        'answers_by=student')
     for key in ('opd_future', 'opd_baseline'):
         if cfg[key] and opd != 'sampled':
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={opd!r}; drop one of them")
@@ -188,6 +191,9 @@ def check_objective(cfg, same=True):
         return []
 
     # What follows concerns the output-space term alone.
+    if opd == 'supervised' and (cfg['answers_by'] == 'student' or cfg['kl_direction'] == 'forward'):
+        raise UserError("opd='supervised' learns the answers of the teacher as they are; set answers_by=teacher "
+                        'and kl_direction=reverse')
     if opd == 'sampled' and cfg['kl_direction'] == 'forward':
         raise UserError("opd='sampled' with kl_direction='forward': the student's own tokens do not estimate "
                         "KL(q || p); use opd='full' or 'topk'")
@@ -199,8 +205,10 @@ def check_objective(cfg, same=True):
         raise UserError("opd='topk' with opd_k=1 and opd_tail='renorm' is 0 whatever the models say; "
                         "use opd='sampled' (the paper's top-1), opd_tail='bucket' or a larger opd_k")
     drawn_from = (cfg['temperature'], cfg['top_k'], cfg['top_p'])
-    if opd == 'sampled' and drawn_from != (cfg['student_temperature'], 0, 1.0):
-        return ['note: answers are not drawn from p itself (temperature, top_k, top_p), so Eq. (3) is biased']
+    from_p = cfg['answers_by'] == 'student' and drawn_from == (cfg['student_temperature'], 0, 1.0)
+    if opd == 'sampled' and not from_p:
+        return ['note: answers are not drawn from p itself (temperature, top_k, top_p, answers_by), so Eq. (3) '
+                'is biased']
     return []
 
 
