@@ -14,7 +14,7 @@ vocabulary. Tests hold the two equal.
     HeadLoss    the loop over chunks, for any of them and for cross_tokenizer/next_byte.py
     OutputTerm  an objective as the training loop uses it
 
-With student = teacher the objectives of Eqs. (3)-(5) have gradient 0 (a reward's is 0 because every reward is).
+With student = teacher Eqs. (3)-(5) have gradient 0 (a reward's is 0 because every reward is).
 
 Letters: K supervised positions, C of them in a chunk, d width, V vocabulary, S a set of k tokens;
          p student, q teacher; D the divergence of a row.

@@ -180,20 +180,22 @@ def check_objective(cfg, same=True):
         raise UserError('position_offset=1 belongs to Eq. (6) of two models with one vocabulary, without '
                         'drift weights; set it to 0')
     if cfg['answers_by'] == 'teacher' and not same:
-        raise UserError("answers_by='teacher': the student cannot read its tokens, the tokenizers differ; set "
-                        'answers_by=student')
+        raise UserError("answers_by='teacher': the student cannot read its tokens, the tokenizers differ; "
+                        'set answers_by=student')
     for key in ('opd_future', 'opd_baseline'):
         if cfg[key] and opd != 'sampled':
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={opd!r}; drop one of them")
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
-    if not ever_positive(cfg['opd_weight']):
-        return []
+    return check_output_space(cfg) if ever_positive(cfg['opd_weight']) else []
 
-    # What follows concerns the output-space term alone.
+
+def check_output_space(cfg):
+    """Do the keys of the output-space term make sense together? -> notes, or a UserError."""
+    opd = cfg['opd']
     if opd == 'supervised' and (cfg['answers_by'] == 'student' or cfg['kl_direction'] == 'forward'):
-        raise UserError("opd='supervised' learns the answers of the teacher as they are; set answers_by=teacher "
-                        'and kl_direction=reverse')
+        raise UserError("opd='supervised' learns the answers of the teacher as they are; set "
+                        'answers_by=teacher and kl_direction=reverse')
     if opd == 'sampled' and cfg['kl_direction'] == 'forward':
         raise UserError("opd='sampled' with kl_direction='forward': the student's own tokens do not estimate "
                         "KL(q || p); use opd='full' or 'topk'")
@@ -207,8 +209,8 @@ def check_objective(cfg, same=True):
     drawn_from = (cfg['temperature'], cfg['top_k'], cfg['top_p'])
     from_p = cfg['answers_by'] == 'student' and drawn_from == (cfg['student_temperature'], 0, 1.0)
     if opd == 'sampled' and not from_p:
-        return ['note: answers are not drawn from p itself (temperature, top_k, top_p, answers_by), so Eq. (3) '
-                'is biased']
+        return ['note: answers are not drawn from p itself (temperature, top_k, top_p, answers_by), so '
+                'Eq. (3) is biased']
     return []
 
 
