@@ -8,7 +8,7 @@ Each method has the best of the three rates that configs/heal_search.py tries.
 
 The table of the first command has the right answers, that of the second the distances to the teacher.
 """
-size = ['configs/heal.py', 'dtype=bfloat16', 'eval_problems=16']
+size = ['configs/heal.py', 'dtype=bfloat16']
 output_only = ['oprd_weight=0', 'opd_weight=1']
 methods = {  # name: what it changes in configs/heal.py
     'OPRD, mse': ['rep_loss=mse', 'lr=1e-4'],
