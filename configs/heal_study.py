@@ -1,7 +1,7 @@
 """
 Which objective heals a damaged model best? Here SmolLM2-135M with noise on its weights (docs/real_model.md);
-configs/heal_study_drop.py and heal_study_bits.py have the same methods for the two other kinds of damage.
-Each method has the best of the three rates that configs/heal_search.py tries.
+configs/heal_study_drop.py and heal_study_bits.py have the same methods for the two other kinds of damage, and
+configs/heal_search.py tries three learning rates for each method.
 
     python -m studies.compare heal_study          runs what is missing (resumes), then table and figure
     python -m studies.agreement out/smollm2 out/smollm2-noise out/heal_study/*-s0/last
