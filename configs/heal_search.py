@@ -1,7 +1,7 @@
 r"""
-The learning rates of configs/heal_study.py: three for each of its methods, a factor of three apart, in a third
-of the steps, on a seed that it does not use. They are judged by the distance to the teacher on questions of
-the training set, so that the held-out ones stay unseen.
+The learning rates of configs/heal_study.py: three for each of its methods, a factor of three apart, in a
+third of the steps, on a seed that it does not use. They are judged by the distance to the teacher on
+questions of the training set, so that the held-out ones stay unseen.
 
     python -m studies.compare heal_search
     head -12 studies/heal/train.jsonl > out/heal_search/some.jsonl
