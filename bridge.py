@@ -57,7 +57,7 @@ from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from formats.huggingface import load_model, read_config
 from formats.problems import load_problems
-from formats.tokenizer import check_ids, load_tokenizer, shared_size
+from formats.tokenizer import check_ids, load_tokenizer, same_vocabulary, shared_size
 from rollout import Rollout, sample
 from step import micro_batches, position_mask
 from studies import toy
@@ -182,11 +182,13 @@ class Pair:
             yield by_layer_s, by_layer_t, inside
 
     def as_teacher_reads(self, roll):
-        """The teacher's own rendering of the prompts, and the answers' text in its tokens ->
-        Reading."""
+        """What the teacher will read in distill.py -> Reading: with the student's vocabulary the same
+        ids; with another one its own rendering of the prompts, and the answers' text in its tokens."""
+        same_ids = same_vocabulary(self.tok_s, self.tok_t)
         prompts_t = {}
         for number in set(roll.prompt.tolist()):
-            prompts_t[number] = self.tok_t.chat(self.problems[number].question)
+            problem = self.problems[number]
+            prompts_t[number] = problem.ids if same_ids else self.tok_t.chat(problem.question)
         context = self.teacher.config.context
         return read_rollout(roll, prompts_t, self.tok_s, self.tok_t, context,
                             self.cfg['pair'], self.cfg['teacher_ids'])
@@ -386,7 +388,7 @@ def load_text(cfg, env):
 
     # The problems: do their answers fit into the student's context, and the work into the memory? Of what is
     # longer than the teacher's context `Pair.read` takes care.
-    layer_map = match_layers(cfg, *(shape.L for shape in shapes))
+    layer_map = match_layers(cfg, *(shape.L for shape in shapes), shapes[0].hf.get('kept_layers'))
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
     check_lengths(cfg, shapes[0], shapes[0], problems, [])
     preflight_bridge(cfg, env, shapes, layer_map, problems, shared_size(*toks))

@@ -327,12 +327,14 @@ def is_diagnosed(step, steps, every):
 
 
 def sample_answers(cfg, setup, env, problems, mine, step):
-    """Step 2: the student's answers with the numbers `mine`, one to each of these problems -> Rollout."""
+    """Step 2: answers with the numbers `mine`, one to each of these problems -> Rollout. The student writes
+    them, or in a control (answers_by) the teacher."""
+    writer = {'student': setup.student, 'teacher': setup.teacher}[cfg['answers_by']]
     slots = [i // cfg['n'] for i in mine]
     samples = [i % cfg['n'] for i in mine]
     progress = Progress('rollout', len(mine), 'answers', rank=env.rank, world=env.world,
                         longest=cfg['max_new_tokens'])
-    with gathered(setup.student) as sampler, progress:
+    with gathered(writer) as sampler, progress:
         roll = sample(sampler, [problem.ids for problem in problems], which=slots, samples=samples, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                       max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,

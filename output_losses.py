@@ -9,11 +9,12 @@ vocabulary. Tests hold the two equal.
     Eq. (3)   Sampled   the log-ratio at the sampled token, as a reward
     Eq. (4)   FullKL    the exact KL over the vocabulary
     Eq. (5)   TopK      over a set S of k tokens; the tail decides what is done about the tokens left out
+    control   Supervised   -log p of the next token, for answers that the teacher has written
 
     HeadLoss    the loop over chunks, for any of them and for cross_tokenizer/next_byte.py
     OutputTerm  an objective as the training loop uses it
 
-With student = teacher every objective has gradient 0 (a reward's is 0 because every reward is).
+With student = teacher Eqs. (3)-(5) have gradient 0 (a reward's is 0 because every reward is).
 
 Letters: K supervised positions, C of them in a chunk, d width, V vocabulary, S a set of k tokens;
          p student, q teacher; D the divergence of a row.
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 
 from support.runtime import whole_head
 
-KINDS = ('sampled', 'full', 'topk')
+KINDS = ('sampled', 'full', 'topk', 'supervised')
 SUPPORTS = ('student', 'teacher', 'union')
 TAILS = ('reward', 'renorm', 'bucket')
 DIRECTIONS = ('reverse', 'forward')
@@ -97,7 +98,8 @@ def opd_rows(z_s, z_t, next_token, kind='full', k=16, support='student', tail='r
 
     kind: 'full' is Eq. (4), 'topk' Eq. (5), 'sampled' Eq. (3) at next_token (K,). The last is a
     reward: its gradient is (log p - log q), a constant, times grad log p. (Differentiating log p -
-    log q itself would give the gradient of log p alone, with nothing of the teacher in it.)
+    log q itself would give the gradient of log p alone, with nothing of the teacher in it.) 'supervised'
+    is -log p at next_token: the teacher is in the answers, which it has written.
     """
     assert kind in KINDS, kind
     # The teacher is a constant.
@@ -110,8 +112,10 @@ def opd_rows(z_s, z_t, next_token, kind='full', k=16, support='student', tail='r
         top_t = likeliest(logq, k)
         _, logp_S, logq_S = on_support(logp, logq, top_s, top_t, support, tail)
         return divergence(logp_S, logq_S, tail, direction)
-    assert direction == 'reverse', 'the sampled token estimates the reverse KL'
+    assert direction == 'reverse', f'{kind} has no direction; the sampled token estimates the reverse KL'
     logp_y = logp.gather(-1, next_token[:, None]).squeeze(-1)                # (K,)
+    if kind == 'supervised':
+        return -logp_y
     logq_y = logq.gather(-1, next_token[:, None]).squeeze(-1)
     reward = (logp_y - logq_y).detach()
     score = logp_y - logp_y.detach()         # 0, with the gradient of log p
@@ -454,12 +458,29 @@ class Sampled(Vocabulary):
         return D, G, both.statistics
 
 
+@dataclass
+class Supervised(Vocabulary):
+    """A control: supervised learning of the tokens that the answers have. It is meant for answers that the
+    teacher has written; the student's own would teach it nothing."""
+    def loss_and_gradient(self, logp, batch, piece):
+        """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
+        (4, C)."""
+        both = compare(logp, self.teacher_log_probs(batch, piece))
+        next_token = batch.next_token[piece, None]                           # (C, 1)
+        logp_y = logp.gather(-1, next_token)                                 # (C, 1)
+        # p - 1 at the token that comes next, p elsewhere
+        G = both.p.scatter_add_(-1, next_token, -torch.ones_like(logp_y))
+        return -logp_y.squeeze(-1), G.mul_(batch.weights[piece, None]), both.statistics
+
+
 def make_objective(kind, *, k=16, support='student', tail='reward', direction='reverse', future=False,
                    baseline=False, **heads):
-    """Sampled, FullKL or TopK by name. heads: the fields of Vocabulary."""
+    """Sampled, FullKL, TopK or Supervised by name. heads: the fields of Vocabulary."""
     assert kind in KINDS, kind
     if kind == 'full':
         return FullKL(direction=direction, **heads)
     if kind == 'topk':
         return TopK(k=k, support=support, tail=tail, direction=direction, **heads)
+    if kind == 'supervised':
+        return Supervised(**heads)
     return Sampled(future=future, baseline=baseline, **heads)

@@ -43,6 +43,7 @@ config = dict(
                                 # which the run was started
 
     # rollout: the student's own answers (section 4.1.1)
+    answers_by='student',       # who writes them; 'teacher': a control, without what the student would say
     prompts_per_step=8,         # prompts of a step, over all ranks
     n=2,                        # answers per prompt
     max_new_tokens=16384,       # longest answer, tokens; one that is cut here is supervised and graded like
@@ -76,7 +77,7 @@ config = dict(
 
     # Eqs. (3)-(5), output space
     opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5), or 'byte': KL over the next byte, for
-                                # any two tokenizers
+                                # any two tokenizers; 'supervised': -log p of the teacher's answers, a control
     opd_k=16,                   # tokens in the support S of 'topk'
     opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
     opd_tail='reward',          # 'reward': a token of S earns p (renormalised on S) * (log p - log q)
@@ -93,7 +94,9 @@ config = dict(
     # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
     bridge='',                  # folder that bridge.py writes (stage 1) and distill.py reads; '' = Eq. (6)
     layer_map='depth',          # teacher layer of each student layer: 'depth' (11), 'cka' (bridge.py looks
-                                # for the most alike states), or a list, one for each of `layers`
+                                # for the most alike states), 'kept' (those that a pruned student has kept,
+                                # as its config.json says: studies/damage.py), or a list, one for each of
+                                # `layers`
     bridge_rank=0,              # rank r of the interface; 0 = the one Theorem 3 recommends
     bridge_normalise=True,      # L2-normalise both projections (3.3.3); False = Eq. (14) to the letter
     pair='floor',               # teacher with another vocabulary: a position takes the teacher's last state
@@ -176,11 +179,12 @@ checks = dict(
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, 1e6, list),
     opd_weight=(0, 1e6, list),
-    opd=('sampled', 'full', 'topk', 'byte'), opd_k=positive, opd_support=('student', 'teacher', 'union'),
+    opd=('sampled', 'full', 'topk', 'byte', 'supervised'), answers_by=('student', 'teacher'),
+    opd_k=positive, opd_support=('student', 'teacher', 'union'),
     opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
     diagnose_every=natural, diagnose_rows=positive,
-    layer_map=('depth', 'cka', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
+    layer_map=('depth', 'cka', 'kept', list), pair=('floor', 'exact'), teacher_ids=('text', 'student'),
     bridge_rank=natural, bridge_prompts=(2, 10**7), bridge_held_out=(1e-6, 0.9), bridge_ridge=(0, 1e3),
     bridge_fit=('ridge', 'adamw', 'random', 'shuffled'), bridge_lr=(0, 10),
     steps=positive, lr=(0, 10), schedule=('cosine', 'linear', 'constant'), warmup=share, min_lr=share,

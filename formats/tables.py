@@ -36,6 +36,7 @@ CONFIG = {
     'max_window_layers':       Field(int, 0, 1000, null=True, default=None),
     'layer_types':             Field(list, high=1000, items=Field(str, high=60), null=True, default=None),
     'quantization_config':     Field(dict, null=True, default=None),
+    'kept_layers':             Field(list, 1, 1000, items=Field(int, 1, 1000), null=True, default=None),
     'rope_scaling':            Field(dict, null=True, default=None),
     'rope_parameters':         Field(dict, null=True, default=None),
 }

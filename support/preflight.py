@@ -50,11 +50,11 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
     # The layers that are compared, or that are only looked at from time to time.
     layer_map = {}
     if cfg['bridge'] or (same and student.d == teacher.d):
-        layer_map = match_layers(cfg, student.L, teacher.L)
+        layer_map = match_layers(cfg, student.L, teacher.L, student.hf.get('kept_layers'))
     if hidden and not layer_map:
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     if layer_map and not cfg['bridge']:                  # a bridge has its own pairs, which distill.py prints
-        lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'])
+        lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'], student.hf.get('kept_layers'))
 
     lines += check_objective(cfg, same)
     if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
@@ -79,8 +79,9 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
 
 # ---- layers -----------------------------------------------------------------------------------
 
-def match_layers(cfg, L_s, L_t):
-    """{student layer: teacher layer} of this config, for models of depths L_s and L_t, or a UserError."""
+def match_layers(cfg, L_s, L_t, kept=None):
+    """{student layer: teacher layer} of this config, for models of depths L_s and L_t, or a UserError. kept:
+    the list `kept_layers` of the student's config.json, if it has one."""
     layers = cfg['layers']
     teacher_layers = cfg['layer_map']
     if isinstance(layers, list) and max(layers) > L_s:
@@ -93,18 +94,42 @@ def match_layers(cfg, L_s, L_t):
                             f'layers {layers}')
     if teacher_layers == 'cka' and not cfg['bridge']:
         raise UserError("layer_map='cka' is found by bridge.py; make a bridge, or give a list")
+    if teacher_layers == 'kept':
+        teacher_layers = kept_by_student(layers, L_s, L_t, kept)
     return layer_pairs(layers, L_s, L_t, teacher_layers)
 
 
-def layer_lines(layer_map, L_s, L_t, how):
-    """{student layer: teacher layer} -> the lines that show it. how: the key layer_map."""
-    if all(l == t for l, t in layer_map.items()):
-        return [f'layers {as_ranges(layer_map)}, each with the teacher layer of the same number']
-    pairs = [f'{l} -> {t}' for l, t in layer_map.items()]
-    lines = [f'layers, student -> teacher: {", ".join(pairs)}']
+def kept_by_student(layers, L_s, L_t, kept):
+    """layer_map='kept': for each of `layers` the teacher layer that it was before the student was pruned ->
+    list, or a UserError. kept: as in `match_layers`."""
+    if not kept:
+        raise UserError("layer_map='kept', but config.json of the student has no kept_layers; give a list, "
+                        'or prune with python -m studies.damage')
+    if len(kept) != L_s:
+        raise UserError(f"layer_map='kept', but kept_layers in config.json of the student names {len(kept)} "
+                        f'layers and the student has {L_s}; give a list')
+    if max(kept) > L_t:
+        raise UserError(f"layer_map='kept': the student has kept layer {max(kept)}, but the teacher has "
+                        f'{L_t}; choose the model that was pruned as the teacher, or give a list')
 
-    # A pruned student's layer 3 may have been the teacher's layer 9: only its maker knows.
-    if how == 'depth' and L_s < L_t:
+    # The last state of either model is the final-normed one, whichever block comes before the norm.
+    return [L_t if layer == L_s else kept[layer - 1] for layer in layers]
+
+
+def layer_lines(layer_map, L_s, L_t, how, kept=None):
+    """{student layer: teacher layer} -> the lines that show it. how: the key layer_map. kept: as in
+    `match_layers`."""
+    pairs = [f'{l} -> {t}' for l, t in layer_map.items()]
+    same_numbers = all(l == t for l, t in layer_map.items())
+    lines = [f'layers, student -> teacher: {", ".join(pairs)}']
+    if same_numbers:
+        lines = [f'layers {as_ranges(layer_map)}, each with the teacher layer of the same number']
+
+    # A pruned student's layer 3 may have been the teacher's layer 9. Some students say so themselves.
+    if how == 'depth' and kept and kept != list(range(1, L_s + 1)):
+        lines.append(f'note: config.json of the student says that it was pruned and has kept layers '
+                     f"{as_ranges(kept)}; layer_map=kept pairs it with those")
+    elif how == 'depth' and L_s < L_t and not same_numbers:
         first = next(pair for pair, (l, t) in zip(pairs, layer_map.items(), strict=True) if l != t)
         lines.append(f'note: {L_s} student layers are paired with {L_t} teacher layers by depth '
                      f'({first}, ...); a pruned student may want layer_map=')
@@ -154,15 +179,23 @@ def check_objective(cfg, same=True):
     if cfg['position_offset'] and (cfg['bridge'] or not same or cfg['positions'] == 'drift'):
         raise UserError('position_offset=1 belongs to Eq. (6) of two models with one vocabulary, without '
                         'drift weights; set it to 0')
+    if cfg['answers_by'] == 'teacher' and not same:
+        raise UserError("answers_by='teacher': the student cannot read its tokens, the tokenizers differ; "
+                        'set answers_by=student')
     for key in ('opd_future', 'opd_baseline'):
         if cfg[key] and opd != 'sampled':
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={opd!r}; drop one of them")
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
-    if not ever_positive(cfg['opd_weight']):
-        return []
+    return check_output_space(cfg) if ever_positive(cfg['opd_weight']) else []
 
-    # What follows concerns the output-space term alone.
+
+def check_output_space(cfg):
+    """Do the keys of the output-space term make sense together? -> notes, or a UserError."""
+    opd = cfg['opd']
+    if opd == 'supervised' and (cfg['answers_by'] == 'student' or cfg['kl_direction'] == 'forward'):
+        raise UserError("opd='supervised' learns the answers of the teacher as they are; set "
+                        'answers_by=teacher and kl_direction=reverse')
     if opd == 'sampled' and cfg['kl_direction'] == 'forward':
         raise UserError("opd='sampled' with kl_direction='forward': the student's own tokens do not estimate "
                         "KL(q || p); use opd='full' or 'topk'")
@@ -174,8 +207,10 @@ def check_objective(cfg, same=True):
         raise UserError("opd='topk' with opd_k=1 and opd_tail='renorm' is 0 whatever the models say; "
                         "use opd='sampled' (the paper's top-1), opd_tail='bucket' or a larger opd_k")
     drawn_from = (cfg['temperature'], cfg['top_k'], cfg['top_p'])
-    if opd == 'sampled' and drawn_from != (cfg['student_temperature'], 0, 1.0):
-        return ['note: answers are not drawn from p itself (temperature, top_k, top_p), so Eq. (3) is biased']
+    from_p = cfg['answers_by'] == 'student' and drawn_from == (cfg['student_temperature'], 0, 1.0)
+    if opd == 'sampled' and not from_p:
+        return ['note: answers are not drawn from p itself (temperature, top_k, top_p, answers_by), so '
+                'Eq. (3) is biased']
     return []
 
 

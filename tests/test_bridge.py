@@ -424,6 +424,21 @@ def test_what_was_collected_survives_a_full_disk(made, toy_dir, tmp_path, monkey
     assert file.read_text() == text[:-9]
 
 
+def test_a_teacher_of_the_same_vocabulary_reads_the_students_ids(toy_cfg, tmp_path):
+    """As it does in distill.py, whatever its own chat template says. A bridge was fitted to states that had read the
+    teacher's rendering of the prompt, and then used on states that had read the student's."""
+    shutil.copytree(toy_cfg['student'], tmp_path / 'teacher')
+    (tmp_path / 'teacher/chat_template.jinja').write_text("{% for m in messages %}9+9={{ m['content'] }}{% endfor %}=")
+    tok_s, tok_t = load_tokenizer(toy_cfg['student']), load_tokenizer(tmp_path / 'teacher')
+    problems = load_problems(toy_cfg['data'], tok_s)[:2]
+    assert tok_t.chat(problems[0].question) != problems[0].ids
+    pair = bridge.Pair(None, SimpleNamespace(config=SimpleNamespace(context=512)), tok_s, tok_t, problems, {}, toy_cfg, None)
+    roll = bridge.as_rollout([collection.Answer(0, tok_s.encode('1+2=3;'), False), collection.Answer(1, tok_s.encode('4'), False)],
+                             problems, 'cpu')
+    reading = pair.as_teacher_reads(roll)
+    assert torch.equal(reading.ids, roll.ids) and reading.align == 1 and not reading.inside.any()
+
+
 def test_two_ranks_make_the_same_bridge(made, toy_dir, tmp_path):
     """To 1e-10, where each answer is a forward of its own: a float32 forward is not the same to the bit in
     another batch."""

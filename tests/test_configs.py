@@ -97,6 +97,7 @@ WITHOUT_EFFECT = {
         'max_new_tokens': 'what eval_max_new_tokens=0 means; on its command line the latter says it'},
     'minimal.py': {
         'timeout': 'a parameter of start()', 'eval_data': "toy.prepare fills in every 'toy'", 'dry_run': 'refused: it has none', 'dtype': 'a key of config.json',
+        'answers_by': 'refused: the student answers',
         **dict.fromkeys(('last_k', 'first_k', 'last_frac', 'first_frac'), 'rules of step.POSITIONS; it has one'),
         **dict.fromkeys(('opd', 'opd_future', 'opd_baseline', 'position_offset', 'bridge', 'temperature', 'top_k', 'top_p',
                          'teacher_ids', 'kl_direction', 'opd_tail', 'opd_k', 'opd_support', 'student_temperature'),

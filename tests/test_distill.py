@@ -26,14 +26,16 @@ from formats.huggingface import hf_config, load_model
 from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from model import PRESETS
+from rollout import naive
 from studies import toy
 from studies.compare import PHASES
 from studies.toy import folder_of, write_tokenizer
 from support import provenance, runtime
 from support.files import digest, read_json, write_json
 from support.optimizer import learning_rate
+from support.preflight import check_objective
 from support.report import first_step_notes, step_line
-from support.runtime import ROOT, Clock, run, start
+from support.runtime import ROOT, Clock, UserError, run, start
 
 
 def timeless(rows):
@@ -390,6 +392,40 @@ def test_an_opd_run(toy_dir, tmp_path, opd):
     after = load_model(tmp_path / 'r/last')
     assert not torch.equal(before.head.weight, after.head.weight)
     assert read_json(tmp_path / 'r/results.json')['rep_cos'] == [rows[0]['rep/cos'], rows[-1]['rep/cos']]
+
+
+def test_supervised_learning_on_the_answers_of_the_teacher(toy_dir, toy_cfg, tmp_path):
+    """The control without the student's own answers: at the first step the loss is the cross-entropy of the naive sampler's
+    greedy text of the teacher. Answers of the student, or the teacher's at another temperature, have another one."""
+    keys = OPD | dict(opd='supervised', answers_by='teacher', temperature=0, positions='all', eval_data='', steps=2)
+    main(load_config(argv(toy_dir, tmp_path / 'r', **keys)))
+    row = log_of(tmp_path / 'r')[1]
+    tok, teacher, student = load_tokenizer(toy_cfg['student']), load_model(toy_cfg['teacher']), load_model(toy_cfg['student'])
+    train = load_problems(toy_cfg['data'], tok, show=False)
+    prompts = [train[number].ids for number in prompt_order(len(train), 3, 1, 0)]
+    text = naive(teacher, prompts, max_new_tokens=20, stop=tok.stop_ids, temperature=0.0, vocab=tok.size).answers()
+    losses = []
+    for prompt, answer in zip(prompts, text, strict=True):
+        logits = student(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+    assert row['loss'] == pytest.approx(sum(losses) / 3, rel=1e-4) and row['len/mean'] == pytest.approx(sum(map(len, text)) / 3)
+    own = naive(student, prompts, max_new_tokens=20, stop=tok.stop_ids, temperature=0.0, vocab=tok.size).answers()
+    assert own != text                       # or the test could not tell them apart
+
+
+def test_what_the_teacher_may_not_write_is_refused():
+    """Text in another vocabulary; the student's own answers as their own model; a direction that nothing reads. Rewards
+    for the teacher's tokens do not estimate KL(p || q), which is told."""
+    cfg = load_config(['answers_by=teacher'])
+    with pytest.raises(UserError, match="answers_by='teacher': the student cannot read"):
+        check_objective(cfg, same=False)
+    assert check_objective(cfg) == []
+    for keys in (dict(answers_by='student'), dict(kl_direction='forward')):
+        with pytest.raises(UserError, match='learns the answers of the teacher as they are'):
+            check_objective(cfg | OPD | {'opd': 'supervised'} | keys)
+    assert check_objective(cfg | OPD | {'opd': 'supervised'}) == []
+    note, = check_objective(cfg | OPD | {'opd': 'sampled'})
+    assert 'answers_by' in note and check_objective(cfg | OPD | {'opd': 'sampled', 'answers_by': 'student'}) == []
 
 
 def test_an_oprd_run_looks_at_the_vocabulary_now_and_then(finished, toy_dir):

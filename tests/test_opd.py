@@ -89,6 +89,25 @@ def test_nothing_is_learned_from_oneself(how):
         assert torch.autograd.grad(loss, b)[0].abs().max() > 1e-4
 
 
+def test_supervised_is_the_cross_entropy_of_torch():
+    """Value and gradients, with a temperature, padding ids, chunks and an upstream gradient of 1.7; the readable form too.
+    Its statistics are those of the full KL: the teacher is looked at, though not learnt from."""
+    h, W, h_t, W_t, y, w, answer = problem()
+    want_h, want_W = h.clone().requires_grad_(), W.clone().requires_grad_()
+    logits = want_h @ want_W[:V].t() / 0.7
+    want = (w * torch.nn.functional.cross_entropy(logits, y, reduction='none')).sum()
+    want_grads = torch.autograd.grad(1.7 * want, (want_h, want_W), retain_graph=True)
+    assert torch.allclose((w * opd_rows(logits, h_t @ W_t[:V].t(), y, 'supervised')).sum(), want, rtol=0, atol=1e-12)
+    for chunk in (4, 100):
+        a, b = h.clone().requires_grad_(), W.clone().requires_grad_()
+        loss, stats = opd_loss(a, b, h_t, W_t, y, w, answer, kind='supervised', temperature=0.7, vocab=V, chunk=chunk)
+        assert torch.allclose(loss, want, rtol=0, atol=1e-12)
+        for got, grad in zip(torch.autograd.grad(1.7 * loss, (a, b)), want_grads, strict=True):
+            assert torch.allclose(got, grad, rtol=0, atol=1e-12)
+        full = opd_loss(h, W, h_t, W_t, y, w, answer, kind='full', temperature=0.7, vocab=V)[1]
+        assert torch.allclose(stats, full, rtol=0, atol=1e-12)
+
+
 def test_a_reward_has_the_gradient_of_the_score_function():
     """Top-k as a reward, written down: sum over S of w_S (log p - log q), constants, times grad log p."""
     g = torch.Generator().manual_seed(3)
@@ -257,7 +276,7 @@ def test_sums_to_the_end_of_each_answer():
 
 
 @DTYPES
-@pytest.mark.parametrize('kind', ['full', 'topk', 'sampled'])
+@pytest.mark.parametrize('kind', ['full', 'topk', 'sampled', 'supervised'])
 def test_chunks_do_not_change_anything(kind, dtype):
     """Any chunk size, ragged last chunk; and no rows at all."""
     h, W, h_t, W_t, y, w, answer = problem(dtype=dtype)
@@ -282,7 +301,8 @@ def test_logits_of_more_rows_than_a_chunk_are_never_made():
     there is its gradient and nothing else, forward and backward."""
     K, d, vocab, chunk = 40, 8, 301, 7
     h, W = torch.randn(K, d, requires_grad=True), torch.randn(vocab, d, requires_grad=True)
-    for how in (dict(kind='full'), dict(kind='full', direction='forward'), dict(kind='topk', tail='bucket'), dict(kind='sampled')):
+    for how in (dict(kind='full'), dict(kind='full', direction='forward'), dict(kind='topk', tail='bucket'), dict(kind='sampled'),
+                dict(kind='supervised')):
         with Shapes() as watch:
             loss, _ = opd_loss(h, W, torch.randn(K, d), torch.randn(vocab, d), torch.zeros(K, dtype=torch.long),
                                torch.ones(K), **how, chunk=chunk)
