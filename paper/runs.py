@@ -192,7 +192,7 @@ def method_of(config):
     if config['teacher_ids'] == 'student':
         hidden += ", student's ids"
     names = {'sampled': 'OPD top-1', 'topk': f'OPD top-{config["opd_k"]}', 'full': 'OPD full KL',
-             'byte': 'next byte'}
+             'byte': 'next byte', 'supervised': 'supervised'}
     if config['opd'] not in names:
         raise UserError(f'opd={shown(config["opd"])}: no objective of this version; run distill.py again')
     output = names[config['opd']]

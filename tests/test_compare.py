@@ -161,7 +161,7 @@ def test_a_comparison_runs_resumes_and_reports(toy_dir, tmp_path):
     p = figures()
     assert p.returncode == 2 and p.stderr.startswith('error: out/tiny_study/a-s0: ') and 'n=0' in p.stderr
     assert p.stderr.count('\n') == 1 and not (out / 'b-s0').exists()
-    study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'max_new_tokens=9999']}, 'b': {args}}}\n")
+    study.write_text(f"seeds = [0]\nruns = {{'a': {[*args, 'max_new_tokens=9999', 'eval_max_new_tokens=20']}, 'b': {args}}}\n")
     p = figures()
     assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith('error: out/tiny_study/a-s0: error: ') and '9999' in p.stderr
     assert p.stderr.endswith('; its log is out/tiny_study/a-s0.log\n') and (out / 'b-s0/results.json').exists()
