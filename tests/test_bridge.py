@@ -600,6 +600,7 @@ def test_only_positions_with_a_teacher_state_are_read(monkeypatch):
         given.append(roll)
         return Reading(ids_t, torch.tensor([7, 7, 7]), column, inside, {}, 0.5)
     monkeypatch.setattr(bridge, 'read_rollout', read_rollout)
+    monkeypatch.setattr(bridge, 'same_vocabulary', lambda *toks: False)
     (states_s, states_t, classes), = pair.read(answers)
 
     # Supervised: the last three positions of an answer, in columns prompt_len - 1 + t; then those with a state.
