@@ -175,7 +175,10 @@ def card(made, repo, licence):
     from huggingface_hub import ModelCardData
     cfg = made.config
     commits = made.commits
-    metadata = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'tags': TAGS} | licence
+    on_policy = cfg['answers_by'] == 'student'
+    writer = 'student' if on_policy else 'teacher'
+    tags = TAGS if on_policy else [tag for tag in TAGS if tag != 'on-policy-distillation']
+    metadata = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'tags': tags} | licence
     if cfg['student'] in commits:
         metadata |= {'base_model': cfg['student'].split('@')[0], 'base_model_relation': 'finetune'}
     if f'datasets/{cfg["data"]}' in commits:
@@ -186,10 +189,10 @@ def card(made, repo, licence):
     parts = [
         f'---\n{ModelCardData(**metadata).to_yaml()}\n---',
         f'# {escape(repo.split("/")[-1])}',
-        f'A student ({student}) after {made.step} of {cfg["steps"]} steps of on-policy distillation from a '
-        f'teacher ({teacher}). The student answers the problems itself, and learns from the teacher at the '
-        f'positions of these answers: {objective_text(cfg)}. Made with nanoOPRD, an implementation of '
-        'arXiv 2606.06021.',
+        f'A student ({student}) after {made.step} of {cfg["steps"]} steps of {"on-policy " * on_policy}'
+        f'distillation from a teacher ({teacher}). The {writer} answers the problems, and the '
+        f'student learns from the teacher at the positions of these answers: {objective_text(cfg)}. Made '
+        'with nanoOPRD, an implementation of arXiv 2606.06021.',
         '## Sources', markdown_table(source_rows(made)),
         '## Scores', *score_parts(made),
         '## Training', markdown_table(setting_rows(made)), *start_lines(made),
@@ -206,7 +209,9 @@ def objective_text(cfg):
     if cfg['oprd_weight']:
         how = 'through a linear bridge' if cfg['bridge'] else 'number by number'
         terms.append(f'hidden states approach those of the teacher, {how} (Eq. 6)')
-    if cfg['opd_weight']:
+    if cfg['opd_weight'] and cfg['opd'] == 'supervised':
+        terms.append('the tokens of the answers become likelier')
+    elif cfg['opd_weight']:
         terms.append('distributions over what comes next approach those of the teacher (Eqs. 3 to 5)')
     return ', and '.join(terms)
 

@@ -678,6 +678,18 @@ def test_the_card_of_a_checkpoint_tells_that_checkpoint(run):
     assert 'after 2 of 2 steps' in body and 'this model, step 2 |' in body and 'Started again' not in body
 
 
+def test_the_card_of_a_control_does_not_say_on_policy(run):
+    """Its answers are the teacher's. The card said that the student had written them."""
+    made = publish.read_run(run[0] / 'last')
+    assert 'steps of on-policy distillation' in body_of(publish.card(made, 'me/new', {}))
+    made.config.update(answers_by='teacher', opd='supervised', oprd_weight=0.0, opd_weight=1.0)
+    text = publish.card(made, 'me/new', {})
+    body = body_of(text)
+    assert 'steps of distillation from a teacher' in body and 'The teacher answers the problems, and' in body
+    assert 'positions of these answers: the tokens of the answers become likelier. Made' in body
+    assert ModelCard(text).data.tags == ['representation-distillation', 'nanoOPRD'] and 'on-policy' not in body
+
+
 def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
     """The config.json of a student that transformers has saved names the folder it was read from, and so does a
     tokenizer_config.json; data and teacher lie in somebody's home."""
