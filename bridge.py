@@ -388,7 +388,7 @@ def load_text(cfg, env):
 
     # The problems: do their answers fit into the student's context, and the work into the memory? Of what is
     # longer than the teacher's context `Pair.read` takes care.
-    layer_map = match_layers(cfg, *(shape.L for shape in shapes), shapes[0].hf.get('kept_layers'))
+    layer_map = match_layers(cfg, *shapes)
     problems = load_problems(cfg['data'], toks[0], longest=cfg['max_prompt_tokens'])
     check_lengths(cfg, shapes[0], shapes[0], problems, [])
     preflight_bridge(cfg, env, shapes, layer_map, problems, shared_size(*toks))

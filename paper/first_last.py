@@ -181,7 +181,7 @@ def open_pair(cfg, folder=None, student=None):
     layer_map = {shapes[0].L: shapes[1].L}
     if cfg['bridge']:
         about = fingerprint(cfg, *shapes, *toks)
-        layers = list(match_layers(cfg, shapes[0].L, shapes[1].L))
+        layers = list(match_layers(cfg, *shapes))
         bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], layers, about, env.device)
         layer_map = bridge.layer_map
     elif shapes[0].d != shapes[1].d or not same_vocabulary(*toks):

@@ -207,9 +207,8 @@ def pairs_of_layers(student, teacher, how):
     option --layer_map."""
     if student.d != teacher.d:
         return {}
-    kept = student.hf.get('kept_layers')
-    how = how or ('kept' if kept else 'depth')
-    return match_layers({'layers': 'all', 'layer_map': how, 'bridge': ''}, student.L, teacher.L, kept)
+    how = how or ('kept' if student.hf.get('kept_layers') else 'depth')
+    return match_layers({'layers': 'all', 'layer_map': how, 'bridge': ''}, student, teacher)
 
 
 def measure(task, folder, args, env):

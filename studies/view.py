@@ -201,7 +201,7 @@ def load_pair(cfg, env, longest):
     hidden = HiddenTerm()
     student, teacher = shapes
     if cfg['bridge'] or (same and student.d == teacher.d):
-        layer_map = match_layers(cfg, student.L, teacher.L)
+        layer_map = match_layers(cfg, student, teacher)
     if cfg['bridge']:
         about = fingerprint(cfg, *shapes, tok, tok_t)
         bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(layer_map), about, env.device)

@@ -50,7 +50,7 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
     # The layers that are compared, or that are only looked at from time to time.
     layer_map = {}
     if cfg['bridge'] or (same and student.d == teacher.d):
-        layer_map = match_layers(cfg, student.L, teacher.L, student.hf.get('kept_layers'))
+        layer_map = match_layers(cfg, student, teacher)
     if hidden and not layer_map:
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     if layer_map and not cfg['bridge']:                  # a bridge has its own pairs, which distill.py prints
@@ -79,9 +79,10 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
 
 # ---- layers -----------------------------------------------------------------------------------
 
-def match_layers(cfg, L_s, L_t, kept=None):
-    """{student layer: teacher layer} of this config, for models of depths L_s and L_t, or a UserError. kept:
-    the list `kept_layers` of the student's config.json, if it has one."""
+def match_layers(cfg, student, teacher):
+    """{student layer: teacher layer} of this config, for two ModelConfigs, or a UserError."""
+    L_s = student.L
+    L_t = teacher.L
     layers = cfg['layers']
     teacher_layers = cfg['layer_map']
     if isinstance(layers, list) and max(layers) > L_s:
@@ -95,13 +96,13 @@ def match_layers(cfg, L_s, L_t, kept=None):
     if teacher_layers == 'cka' and not cfg['bridge']:
         raise UserError("layer_map='cka' is found by bridge.py; make a bridge, or give a list")
     if teacher_layers == 'kept':
-        teacher_layers = kept_by_student(layers, L_s, L_t, kept)
+        teacher_layers = kept_by_student(layers, L_s, L_t, student.hf.get('kept_layers'))
     return layer_pairs(layers, L_s, L_t, teacher_layers)
 
 
 def kept_by_student(layers, L_s, L_t, kept):
     """layer_map='kept': for each of `layers` the teacher layer that it was before the student was pruned ->
-    list, or a UserError. kept: as in `match_layers`."""
+    list, or a UserError. kept: the list `kept_layers` of the student's config.json, if it has one."""
     if not kept:
         raise UserError("layer_map='kept', but config.json of the student has no kept_layers; give a list, "
                         'or prune with python -m studies.damage')
@@ -118,7 +119,7 @@ def kept_by_student(layers, L_s, L_t, kept):
 
 def layer_lines(layer_map, L_s, L_t, how, kept=None):
     """{student layer: teacher layer} -> the lines that show it. how: the key layer_map. kept: as in
-    `match_layers`."""
+    `kept_by_student`."""
     pairs = [f'{l} -> {t}' for l, t in layer_map.items()]
     same_numbers = all(l == t for l, t in layer_map.items())
     lines = [f'layers, student -> teacher: {", ".join(pairs)}']

@@ -1,6 +1,7 @@
 """Damaged models: what is written loads in transformers with equal logits, and each kind of damage is what it says. What
 a pruned student is paired with."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from configs import load_config
 from distill import main
 from formats.huggingface import load_model, read_config, save_model
 from formats.tokenizer import load_tokenizer
-from studies import damage
+from studies import damage, view
 from support.files import read_json, write_json
 from support.preflight import layer_lines, match_layers
 from support.provenance import weights_digest
@@ -158,7 +159,7 @@ def test_what_cannot_be_damaged_leaves_nothing_behind(intact, tmp_path):
 # ---- layer_map=kept ---------------------------------------------------------------------------------
 
 def match(kept, **keys):
-    return match_layers({'bridge': '', 'layer_map': 'kept', 'layers': 'all'} | keys, 3, 6, kept)
+    return match_layers({'bridge': '', 'layer_map': 'kept', 'layers': 'all'} | keys, SimpleNamespace(L=3, hf={'kept_layers': kept}), SimpleNamespace(L=6))
 
 
 def test_a_pruned_student_is_paired_with_the_layers_it_kept():
@@ -167,7 +168,7 @@ def test_a_pruned_student_is_paired_with_the_layers_it_kept():
     assert match([1, 3, 6], layers=[2]) == {2: 3} and match([2, 3, 6], layers='odd') == {1: 2, 3: 6}
     # Both last states are final-normed. A student that lost its last block has the norm behind another one.
     assert match([1, 3, 4]) == {1: 1, 2: 3, 3: 6}
-    assert match_layers({'bridge': '', 'layer_map': 'depth', 'layers': 'all'}, 3, 6, [1, 2, 6]) == {1: 1, 2: 4, 3: 6}
+    assert match([1, 2, 6], layer_map='depth') == {1: 1, 2: 4, 3: 6}
 
 
 @pytest.mark.parametrize('kept, says', [(None, 'has no kept_layers'), ([], 'has no kept_layers'), ([1, 2], 'names 2 layers and the student has 3'),
@@ -209,6 +210,10 @@ def test_a_pruned_student_heals_with_its_own_layers(toy_dir, toy_cfg, tmp_path, 
     row = json.loads((tmp_path / 'kept/log.jsonl').read_text().splitlines()[-1])
     assert abs(row['rep/cos/1'] - 1) < 1e-5 and row['rep/cos/2'] < 0.999
     assert read_config(tmp_path / 'kept/last').hf['kept_layers'] == [1, 3]
+
+    # The page of the run pairs them in the same way: it knew nothing of kept layers, and refused the run.
+    view.main(view.settings([str(tmp_path / 'kept'), 'prompts=1', 'tokens=5', f"data={toy_cfg['data']}", f"to={tmp_path / 'page.html'}"]))
+    assert (tmp_path / 'page.html').exists()
     with pytest.raises(UserError, match='has no kept_layers'):
         main(load_config(argv(toy_dir, tmp_path / 'no', layer_map='kept', steps=1, eval_data='')))
 

@@ -1,5 +1,6 @@
 """Which pairs are refused, and why."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
@@ -53,7 +54,7 @@ def test_refused_pairs(pair):
 def test_layers_by_depth_and_by_hand(toy_cfg):
     """Eq. (11) or a list, one for each; what does not fit is refused."""
     def match(**keys):
-        return match_layers({'bridge': '', 'layer_map': 'depth', 'layers': 'all'} | keys, 3, 5)
+        return match_layers({'bridge': '', 'layer_map': 'depth', 'layers': 'all'} | keys, SimpleNamespace(L=3, hf={}), SimpleNamespace(L=5))
     assert match() == {1: 1, 2: 3, 3: 5} and match(layer_map=[1, 1, 4]) == {1: 1, 2: 1, 3: 4}
     assert match(layers=[3, 1], layer_map=[2, 5]) == {1: 2, 3: 5} and match(layer_map='cka', bridge='x')[3] == 5
     for keys, says in ((dict(layers=[1, 4]), 'but the student has 3'), (dict(layer_map=[1, 2]), 'for each of layers'),
