@@ -1,38 +1,50 @@
 """
-Which objective heals a damaged model best? Here SmolLM2-135M with noise on its weights (docs/real_model.md);
-configs/heal_study_drop.py and heal_study_bits.py have the same methods for the two other kinds of damage, and
-configs/heal_search.py tries three learning rates for each method.
+The study of docs/healing.md: which objective heals a damaged model best? This is the size for two CPU cores;
+configs/heal_study_gpu.py is the same study on a GPU. docs/real_model.md shows how to get the model.
 
-    python -m studies.compare heal_study          runs what is missing (resumes), then table and figure
-    python -m studies.agreement out/smollm2 out/smollm2-noise out/heal_study/*-s0/last
-
-The table of the first command has the right answers, that of the second the distances to the teacher.
+    python -m studies.healing heal_study          resumes; about two and a half hours on two cores
 """
-size = ['configs/heal.py', 'dtype=bfloat16']
-output_only = ['oprd_weight=0', 'opd_weight=1']
-methods = {  # name: what it changes in configs/heal.py
-    'OPRD, mse': ['rep_loss=mse', 'lr=1e-4'],
-    'OPRD, cosine': ['lr=3e-4'],
-    # With an eps below its gradients nmse takes nearly the steps of the cosine.
-    'OPRD, nmse, small eps': ['rep_loss=nmse', 'adam_eps=1e-11', 'lr=3e-4'],
-    'OPRD, last layer': ['layers=last', 'lr=3e-4'],
-    'OPD, full KL': [*output_only, 'opd=full', 'lr=1e-4'],
-    'OPD, top-16': [*output_only, 'opd=topk', 'lr=1e-4'],
-    'OPD, sampled': [*output_only, 'opd=sampled', 'lr=1e-4'],
-    'OPRD, then full KL': ['opd=full', 'oprd_weight=[[0,1],[0.5,1],[0.5,0]]',
-                           'opd_weight=[[0,0],[0.5,0],[0.5,1]]', 'lr=3e-4'],
-    # The gradient of the KL is much longer (44 at the first step on the pruned model) than that of the cosine
-    # (0.44 on the noisy one): with equal weights the sum would be the KL alone.
-    'OPRD + full KL': ['opd=full', 'opd_weight=1', 'oprd_weight=30', 'lr=3e-4'],
-    # A control: supervised learning on the greedy answers of the teacher.
-    'supervised': [*output_only, 'opd=supervised', 'answers_by=teacher', 'temperature=0', 'lr=1e-4'],
+model = 'out/smollm2'                            # intact: the teacher
+damages = {  # name: options of studies/damage.py; the student is out/smollm2-<name>
+    'noise': ['noise=0.1'],
+    'drop': ['drop=6,10,14,18,22,26'],
+    'bits': ['bits=3', 'group=32'],
 }
 
+size = ['configs/heal.py', 'dtype=bfloat16']     # what all runs share
+output_only = ['oprd_weight=0', 'opd_weight=1']
+methods = {  # name: what it changes in configs/heal.py
+    'OPRD, mse': ['rep_loss=mse'],
+    'OPRD, cosine': ['rep_loss=cosine'],
+    # With an eps below its gradients nmse takes nearly the steps of the cosine.
+    'OPRD, nmse, small eps': ['rep_loss=nmse', 'adam_eps=1e-11'],
+    'OPRD, last layer': ['layers=last'],
+    'OPD, full KL': [*output_only, 'opd=full'],
+    'OPD, top-16': [*output_only, 'opd=topk'],
+    'OPD, sampled': [*output_only, 'opd=sampled'],
+    'OPRD, then full KL': ['opd=full', 'oprd_weight=[[0,1],[0.5,1],[0.5,0]]',
+                           'opd_weight=[[0,0],[0.5,0],[0.5,1]]'],
+    # The gradient of the KL is much longer (44 at the first step on the pruned model) than that of the cosine
+    # (0.44 on the noisy one): with equal weights the sum would be the KL alone.
+    'OPRD + full KL': ['opd=full', 'opd_weight=1', 'oprd_weight=30'],
+    # A control: supervised learning on the greedy answers of the teacher.
+    'supervised': [*output_only, 'opd=supervised', 'answers_by=teacher', 'temperature=0'],
+}
+reference = 'OPD, full KL'                       # the others are compared with it, prompt by prompt
 
-def runs_of(student):
-    """{method: command line} for one damaged model."""
-    return {name: [*size, f'student={student}', *changes] for name, changes in methods.items()}
+# Three learning rates for each method, tried on a seed of their own. A name takes the rate of that method.
+rates = dict.fromkeys(methods, [1e-4, 3e-4, 1e-3])
+rates |= {'OPD, sampled': [3e-5, 1e-4, 3e-4], 'OPRD, nmse, small eps': 'OPRD, cosine'}
+search_seed = 2
+search_size = ['steps=8', 'eval_problems=1', 'diagnose_every=0']
+rates_of = {'noise': 'noise', 'drop': 'drop', 'bits': 'noise'}       # the damage on which they are tried
 
+seeds = {'noise': [0, 1], 'drop': [0], 'bits': [0]}
+left_out = {'drop': ['OPRD, nmse, small eps', 'OPD, sampled', 'OPRD + full KL'],
+            'bits': ['OPRD, nmse, small eps', 'OPD, sampled', 'OPRD + full KL', 'OPRD, last layer',
+                     'OPD, top-16']}
 
-seeds = [0, 1]
-runs = runs_of('out/smollm2-noise')
+# What is measured at the end, on held-out questions; the rates are judged on questions of the training set.
+prompts = 40
+search_prompts = 12
+tokens = 48                                      # longest answer

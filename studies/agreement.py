@@ -321,8 +321,8 @@ def main(args):
     print0(f'\n{args.out}: {len(task.prompts)} prompts, {sum(map(len, task.text))} tokens of the teacher')
 
 
-def parsed():
-    """The command line."""
+def parsed(words=None):
+    """The command line, or these words instead -> its options."""
     parser = OneLineParser('studies/agreement.py', 'TEACHER STUDENT [STUDENT ...] [--option VALUE ...]')
     parser.add_argument('teacher', help='Hugging Face folder or id')
     parser.add_argument('students', nargs='+', help='Hugging Face folders or ids, compared one by one')
@@ -338,7 +338,7 @@ def parsed():
     parser.add_argument('--out', default='out/agreement.json', help='JSON file to write')
     parser.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu', 'mps'))
     parser.add_argument('--dtype', default='auto', choices=('auto', 'bfloat16', 'float32'))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.tokens < 1 or args.show < 0:
         raise UserError(f'--tokens {args.tokens} --show {args.show}: give --tokens from 1 and --show from 0')
     return args

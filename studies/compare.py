@@ -48,9 +48,12 @@ LONGEST_NAME = 100              # a name is part of a folder's name
 
 # ---- many processes ------------------------------------------------------------------------------
 
-def launch(script, jobs):
+def launch(script, jobs, ended=None):
     """Run a script with each {folder: command line}, one process a core with one thread each. A finished
-    folder costs seconds. A run that fails is told at once; it is a UserError when the others have ended."""
+    folder costs seconds. A run that fails is told at once; it is a UserError when the others have ended.
+
+    ended: a function that is given the folder of each run that has succeeded.
+    """
     failures = []
     with ThreadPoolExecutor(workers()) as pool, Progress(script, len(jobs), 'runs') as progress:
         waiting = {}
@@ -62,6 +65,8 @@ def launch(script, jobs):
                 if job.result() != 0:
                     last_line = show_failure(folder, log_text(log_of(folder)))
                     failures.append(f'{folder}: {last_line}; its log is {log_of(folder)}')
+                elif ended:
+                    ended(folder)
                 progress.extra = f'the last one {folder.name}'
                 progress.update(progress.done + 1)
         except KeyboardInterrupt:

@@ -149,7 +149,8 @@ def start_ranks(command, ranks, environment, stdout):
         if ranks > 1:
             where = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                      'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-        running.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
+        script, *rest = map(str, command)
+        running.append(subprocess.Popen([sys.executable, ROOT / script, *rest], text=True,
                                         env=environment | where, stdout=stdout, stderr=subprocess.PIPE))
     return running
 
