@@ -258,7 +258,7 @@ def cost(arguments, folder):
     memory of the process during its steps, or 0 where the system does not tell it.
     """
     shutil.rmtree(folder, ignore_errors=True)            # of a run that was interrupted
-    most = peak_of_run(['distill.py', *arguments], 1, folder, dict(os.environ))
+    most = peak_of_run([ROOT / 'distill.py', *arguments], 1, folder, dict(os.environ), cwd='.')
     delete_resume_state(folder)
     rows = [row for row in read_log(folder) if row['step'] > 1]
     samples = [row['time/sample'] for row in rows]

@@ -138,8 +138,8 @@ def part_of(out):
     return 'step' if log.exists() and log.stat().st_size else 'start'
 
 
-def start_ranks(command, ranks, environment, stdout):
-    """Start a Python command as so many ranks of this machine -> their processes."""
+def start_ranks(command, ranks, environment, stdout, cwd=ROOT):
+    """Start a Python command as so many ranks of this machine -> their processes. cwd: where it runs."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -149,16 +149,15 @@ def start_ranks(command, ranks, environment, stdout):
         if ranks > 1:
             where = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                      'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-        script, *rest = map(str, command)
-        running.append(subprocess.Popen([sys.executable, ROOT / script, *rest], text=True,
+        running.append(subprocess.Popen([sys.executable, *command], cwd=cwd, text=True,
                                         env=environment | where, stdout=stdout, stderr=subprocess.PIPE))
     return running
 
 
-def measured(command, ranks, out, environment):
+def measured(command, ranks, out, environment, cwd=ROOT):
     """Run a Python command that is a run of distill.py in the folder `out` -> {part of the run: most bytes of
     private memory, of the rank that needs most}."""
-    running = start_ranks(command, ranks, environment, stdout=subprocess.DEVNULL)
+    running = start_ranks(command, ranks, environment, stdout=subprocess.DEVNULL, cwd=cwd)
     most = dict.fromkeys(('start', 'step', 'save'), 0)
     try:
         while any(child.poll() is None for child in running):
