@@ -7,10 +7,11 @@ The paper's figures, tables and theorems from run folders, each by one command.
     python -m paper table2 out/toy_paper           one table: out/paper/table2.md and .json
     python -m paper theorem1                       one theorem as an experiment, with its figure
 
-Commands: figure1, figure4 to figure12, table2 to table6, theorem1 to theorem3, all, toy.
+Commands: figure1, figure4 to figure12, table2 to table6, theorem1 to theorem3, all, toy, healed.
 A folder is one of distill.py or bridge.py, or a folder of such folders, of which the finished ones are
 read. Files are written into out/paper/, or where to=FOLDER says. What else a command takes is in the header
-of its file: figures.py, tables.py, first_last.py (Figure 8), theorem1.py, theorem2.py, theorem3.py, toy.py.
+of its file: figures.py, tables.py, first_last.py (Figure 8), theorem1.py, theorem2.py, theorem3.py,
+toy.py, healed.py.
 
 Simpler than a parser of options: a command is the function of its name in one of these files, such as
 `figure4(folders, to)`, and what stands as key=value on the command line is handed to it.
@@ -31,7 +32,7 @@ FIGURES = {f'figure{number}': 'figures' for number in (1, 4, 5, 6, 7, 8, 9, 10, 
 FIGURES['figure8'] = 'first_last'            # it measures two models
 TABLES = {f'table{number}': 'tables' for number in (2, 3, 4, 5, 6)}
 THEOREMS = {f'theorem{number}': f'theorem{number}' for number in (1, 2, 3)}
-COMMANDS = FIGURES | TABLES | THEOREMS | {'toy': 'toy'}
+COMMANDS = FIGURES | TABLES | THEOREMS | {'toy': 'toy', 'healed': 'healed'}
 
 
 def function_of(command):
