@@ -8,7 +8,14 @@ import pytest
 from conftest import argv, badly_placed_texts, for_script, write_log
 
 from studies.children import log_text, run_logged, show_failure
-from studies.compare import comparison_figure, comparison_table, main, notes_under_table, read_finished_log
+from studies.compare import (
+    comparison_figure,
+    comparison_table,
+    launch,
+    main,
+    notes_under_table,
+    read_finished_log,
+)
 from support.provenance import append_start, source_digests
 from support.runtime import UserError
 
@@ -202,6 +209,16 @@ def test_a_study_that_mixes_evaluations_is_refused_before_it_runs(tmp_path, monk
     with pytest.raises(UserError) as error:
         main(['mixed.py'])
     assert says in str(error.value) and '\n' not in str(error.value) and not Path('out').exists()
+
+
+def test_a_run_that_has_succeeded_is_reported_to_who_started_it(monkeypatch, tmp_path):
+    """studies/healing.py then deletes what only a resumed run needs; a run that failed needs it."""
+    script = tmp_path / 'script.py'
+    script.write_text('import sys; sys.exit(int(sys.argv[1]))')
+    ended = []
+    with pytest.raises(UserError, match='bad: it ended without a word'):
+        launch(str(script), {tmp_path / 'good': ['0'], tmp_path / 'bad': ['3']}, ended.append)
+    assert ended == [tmp_path / 'good']
 
 
 @pytest.mark.parametrize('name', ['toy_ablations', 'toy_comparison', 'toy_paper', 'toy_search', 'toy_search_opd', 'toy_bridge_study', 'toy_tokens_study'])
