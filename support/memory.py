@@ -262,19 +262,15 @@ def phases(plan):
     reading = lasting | {'AdamW, float32': 0, 'one tensor, before it is cut': largest}
     total['load'] = max(reading, lasting, key=lambda parts: sum(parts.values()))
 
-    # Sampling needs whole weights in the dtype of forwards.
-    whole = {}
-    if plan.sharded:
-        whole = {'student weights, gathered for sampling': gathered_model(plan, weights)}
-    total['sample'] = lasting | whole | sampler(
-        plan.student, s, work.answers, work.prompts, work.prompt, work.new, work.vocab, plan.cfg['top_p'])
+    # Sampling needs all weights of the model that writes.
+    writer = plan.cfg['answers_by']
+    total['sample'] = lasting | gathered(plan, writer) | sampler(
+        getattr(plan, writer), s, work.answers, work.prompts, work.prompt, work.new, work.vocab,
+        plan.cfg['top_p'])
     if work.eval_answers:
-        evaluations = [lasting | whole | eval_sampler(plan, plan.student)]
-        if plan.cfg['eval_teacher']:
-            whole = {}
-            if plan.teacher_sharded:
-                whole = {'teacher weights, gathered for sampling': gathered_model(plan, teacher)}
-            evaluations.append(lasting | whole | eval_sampler(plan, plan.teacher))
+        evaluations = []
+        for side in ('student', 'teacher') if plan.cfg['eval_teacher'] else ('student',):
+            evaluations.append(lasting | gathered(plan, side) | eval_sampler(plan, getattr(plan, side)))
         total['evaluate'] = max(evaluations, key=lambda parts: sum(parts.values()))
     total['update'] = lasting | update(plan)
 
@@ -283,10 +279,15 @@ def phases(plan):
     return total
 
 
-def gathered_model(plan, weights):
-    """Bytes of a whole model in the dtype of forwards. The group that is gathered last exists twice."""
+def gathered(plan, side):
+    """What the 'student' or the 'teacher' needs beside its shards while it writes -> {what: bytes}: all its
+    weights in the dtype of forwards. The group that is gathered last exists twice."""
+    is_sharded = {'student': plan.sharded, 'teacher': plan.teacher_sharded}[side]
+    if not is_sharded:
+        return {}
+    weights = weights_of(getattr(plan, side))
     last_group = max(weights.block, weights.head) if plan.S > 1 else 0
-    return plan.s * (weights.total + last_group)
+    return {f'{side} weights, gathered for sampling': plan.s * (weights.total + last_group)}
 
 
 def eval_sampler(plan, c):

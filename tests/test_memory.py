@@ -235,6 +235,18 @@ def test_a_sharded_teacher_is_gathered_a_block_at_a_time(tied):
     assert 'teacher weights, gathered for sampling' not in spared and sum(spared.values()) < sum(evaluated[1].values())
 
 
+def test_the_cache_is_that_of_the_model_that_writes():
+    """With answers_by='teacher' the larger model samples; the estimate had the student's cache."""
+    student = shape(L=2, d=48, H=4, G=2, e=12)
+    teacher = replace(student, L=24)
+    plan = replace(plan_of(student, work_of_answers(4, 5, 60)), teacher=teacher)
+    caches = {}
+    for writer, c in (('student', student), ('teacher', teacher)):
+        caches[writer] = phases(replace(plan, cfg=plan.cfg | {'answers_by': writer}))['sample']['KV cache']
+        assert caches[writer] == memory.cache_bytes(c, plan.s, plan.work.answers, plan.work.prompt + plan.work.new)
+    assert caches['teacher'] == 12 * caches['student']
+
+
 def test_nobody_holds_a_whole_student_while_it_is_read():
     """Every rank had all of it in float32 for a moment: 128 GB for a student of 32B."""
     c = shape(V=500, L=12, d=48, H=4, G=2, e=12, ff=120)
