@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import rounding, tiny_model
 from test_pairing import brute_force
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -274,7 +274,15 @@ def test_a_pretrained_model_learns_from_its_unperturbed_self(model_folder, tmp_p
                       'warmup=0', 'prompts_per_step=2', 'n=2', 'max_new_tokens=24', f'out_dir={tmp_path / "r"}']))
     rows = [json.loads(line) for line in (tmp_path / 'r/log.jsonl').read_text().splitlines()][1:]
     assert rows[-1]['rep/cos'] > rows[0]['rep/cos'] + 0.01 and rows[-1]['loss'] < rows[0]['loss']
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'r/last').config.vocab_size == noisy.config.V
+
+    # What was learned is what transformers loads: equal logits but for the rounding of L blocks.
+    ours = load_model(tmp_path / 'r/last')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'r/last', dtype=torch.float32)
+    ids = torch.tensor([load_tokenizer(model_folder).encode(TEXT)])
+    with torch.no_grad():
+        logits = ours(ids)
+        assert (logits - theirs(ids).logits).norm() <= rounding(logits, 300 * ours.config.L)
+        assert not torch.equal(logits, noisy(ids))
 
 
 # ---- text pairing on real vocabularies -----------------------------------------------------------
