@@ -31,9 +31,10 @@ methods = {  # name: what it changes in configs/heal.py
 }
 reference = 'OPD, full KL'                       # the others are compared with it, prompt by prompt
 
-# Three learning rates for each method, tried on a seed of their own. A name takes the rate of that method.
+# The learning rates of each method, tried on a seed of their own. A name takes the rate of that method.
 rates = dict.fromkeys(methods, [1e-4, 3e-4, 1e-3])
 rates |= {'OPD, sampled': [3e-5, 1e-4, 3e-4], 'OPRD, nmse, small eps': 'OPRD, cosine'}
+rates['OPD, top-16'] = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]    # two lower ones: at 1e-4 it only did harm
 search_seed = 2
 search_size = ['steps=8', 'eval_problems=1', 'diagnose_every=0']
 rates_of = {'noise': 'noise', 'drop': 'drop'}    # the damage on which they are tried

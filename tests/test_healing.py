@@ -194,4 +194,4 @@ def test_the_sizes_of_the_project_are_studies():
         for method in large.methods:
             rates = small.rates[method]
             load_config(healing.command(large, kind, method, 1e-4, 'out/x', *large.search_size))
-            assert isinstance(rates, str) or len(rates) == 3
+            assert isinstance(rates, str) or len(rates) >= 3
