@@ -25,11 +25,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import free
 from paper.__main__ import function_of
 from paper.runs import Missing, machines_of
 from paper.tables import printed_lines, text_of
-from studies.compare import checked_config, command_lines, compare, read_study, slug
+from studies.compare import command_lines, compare, is_finished, read_study, slug
 from studies.figures import read_log
 from support.fields import Field, check_fields
 from support.files import digest, read_json, whole, write_json
@@ -104,18 +103,6 @@ def open_study(name):
     for bridge in plan.get('bridges', {}):
         bridges[bridge] = [out / f'{slug(bridge)}-stage1-s{seed}' for seed in plan['seeds']]
     return Study(name, out, jobs, runs, bridges)
-
-
-def is_finished(folder, arguments):
-    """Has a run ended, with the config that its command line asks for?"""
-    if not (folder / 'results.json').exists():
-        return False
-    asked = checked_config('distill.py', folder, arguments)
-    stored = stored_config(folder)
-
-    # 'auto' and today's date were resolved when the run was started.
-    resolved = (*free, 'dtype', 'date')
-    return all(stored.get(key) == value for key, value in asked.items() if key not in resolved)
 
 
 def make_runs(study):

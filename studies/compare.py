@@ -26,7 +26,7 @@ from statistics import fmean, median
 
 import torch
 
-from configs import load_config
+from configs import free, load_config
 from studies.children import log_text, run_logged, show_failure
 from studies.drawing import COLUMN, PAGE, draw_seeds, look_of, new_figure, paper_style, save
 from studies.figures import accuracy, read_log, require_comparable
@@ -35,7 +35,7 @@ from support.fields import Field, check_fields
 from support.files import whole
 from support.progress import Progress
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
-from support.run_folder import MEASURED, plain_scores, scores_of
+from support.run_folder import MEASURED, plain_scores, scores_of, stored_config
 from support.runtime import ROOT, UserError, print0, run, run_file, shown
 
 # What a study's variables may hold. Names are those of methods, of bridges, and of panels.
@@ -91,6 +91,18 @@ def workers():
     if torch.cuda.is_available():
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def is_finished(folder, arguments):
+    """Has a run ended, with the config that its command line asks for?"""
+    if not (folder / 'results.json').exists():
+        return False
+    asked = checked_config('distill.py', folder, arguments)
+    stored = stored_config(folder)
+
+    # 'auto' and today's date were resolved when the run was started.
+    resolved = (*free, 'dtype', 'date')
+    return all(stored.get(key) == value for key, value in asked.items() if key not in resolved)
 
 
 # ---- the study -----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 from formats.hub import snapshot
 from studies import agreement
-from studies.compare import launch, slug
+from studies.compare import is_finished, launch, slug
 from studies.damage import damage, settings
 from studies.figures import read_log
 from studies.healing_report import write_report
@@ -149,7 +149,7 @@ def search(study, kind):
             folders[method, rate] = folder
             jobs[folder] = [*command(study, kind, method, rate, folder, *study.search_size),
                             f'seed={study.search_seed}']
-    launch('distill.py', jobs, delete_resume_state)
+    make(jobs)
 
     # Held-out questions stay unseen.
     found = measure_students(study, folders.values(), out / 'measured', 'train', study.search_prompts)
@@ -186,7 +186,14 @@ def run_methods(study, kind, best):
     for method, rate in best.items():
         for seed, folder in zip(study.seeds[kind], folders_of(study, kind, method), strict=True):
             jobs[folder] = [*command(study, kind, method, rate, folder), f'seed={seed}']
-    launch('distill.py', jobs, delete_resume_state)
+    make(jobs)
+
+
+def make(jobs):
+    """Make the runs that are missing: {folder: command line}."""
+    missing = {folder: words for folder, words in jobs.items() if not is_finished(folder, words)}
+    if missing:
+        launch('distill.py', missing, delete_resume_state)
 
 
 # ---- 4. how near is each student -----------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_a_study_makes_every_run_and_says_what_it_found(studied):
     assert len(asked['by_prompt']['teacher_text']['tokens']) == 3 and asked['settings']['questions'] == 'test'
 
 
-def test_the_second_time_nothing_is_made_again(studied, monkeypatch, capsys):
+def test_the_second_time_nothing_is_made_again(studied, monkeypatch):
     """What was measured is kept for the same weights and questions, and measured again for others."""
     folder, started = studied
     measured = []
@@ -98,7 +98,7 @@ def test_the_second_time_nothing_is_made_again(studied, monkeypatch, capsys):
     (folder / 'out/small/report.md').unlink()
     healing.main(['small.py'])
     assert not measured and (folder / 'out/small/report.md').read_text() == before
-    assert 'finished at step 2' in capsys.readouterr().out
+    assert len(started) == 11
 
     # Another number of questions, other weights under the same name.
     file = folder / 'out/small/noise/measured/kl-s0.json'
