@@ -10,7 +10,8 @@ damages = {  # name: options of studies/damage.py; the student is out/smollm2-<n
     'drop': ['drop=6,10,14,18,22,26'],
 }
 
-size = ['configs/heal.py', 'dtype=bfloat16']     # what all runs share
+# What all runs share. Every position is looked at, so that the curves of all methods begin in one point.
+size = ['configs/heal.py', 'dtype=bfloat16', 'diagnose_rows=512']
 output_only = ['oprd_weight=0', 'opd_weight=1']
 methods = {  # name: what it changes in configs/heal.py
     'OPRD, mse': ['rep_loss=mse'],
@@ -36,7 +37,7 @@ rates = dict.fromkeys(methods, [1e-4, 3e-4, 1e-3])
 rates |= {'OPD, sampled': [3e-5, 1e-4, 3e-4], 'OPRD, nmse, small eps': 'OPRD, cosine'}
 rates['OPD, top-16'] = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]    # two lower ones: at 1e-4 it only did harm
 search_seed = 2
-search_size = ['steps=8', 'eval_problems=1', 'diagnose_every=0']
+search_size = ['steps=8', 'eval_problems=1', 'diagnose_every=0', 'diagnose_rows=64']
 rates_of = {'noise': 'noise', 'drop': 'drop'}    # the damage on which they are tried
 
 # The comparison with two seeds and all methods is that of the noisy model.

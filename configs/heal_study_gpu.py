@@ -9,7 +9,7 @@ from configs.heal_study import methods, model, rates, reference  # noqa: F401
 from configs.heal_study import size as small
 
 size = [*small, 'steps=300', 'prompts_per_step=32', 'max_new_tokens=256', 'diagnose_every=20',
-        'diagnose_rows=512']
+        'diagnose_rows=10000']
 damages = two_kinds | {'bits': ['bits=3', 'group=32']}
 search_seed = 3
 search_size = ['steps=60', 'eval_problems=1', 'diagnose_every=0']

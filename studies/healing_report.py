@@ -188,40 +188,55 @@ def samples_of_text(results):
 
 # ---- figures -------------------------------------------------------------------------------------
 
+# Names that have the look of others: the untrained student, and the other control.
+LOOKS_LIKE = {'damaged': 'student', 'supervised': 'next byte'}
+
+
+def look(name):
+    return look_of(LOOKS_LIKE.get(name, name))
+
+
 def draw_curves(file, results, costs):
     """The KL on own samples during training: over steps for each kind of damage, and for the first one over
     seconds too. results: {damage: as in the header}."""
     first, *others = results
     panels = [(first, False), (first, True), *((kind, False) for kind in others)]
     with paper_style():
-        columns = 2
+        columns = 3 if len(panels) == 3 else 2
         rows = -(-len(panels) // columns)
-        figure, axes = new_figure(rows, columns, PAGE, 2.2 * rows)
+        figure, axes = new_figure(rows, columns, PAGE, 2.3 * rows)
         for unused in axes[len(panels):]:
             unused.remove()
         for panel, (kind, in_seconds) in zip(axes, panels, strict=False):
-            for name, seeds in results[kind].items():
-                if name in ('damaged', 'intact'):
-                    continue
-                steps, lines = divergences(seeds)
+            curves = divergences(results[kind])
+            for name, (steps, lines) in curves.items():
                 if in_seconds:
                     steps = [step * seconds_of(costs[name]) for step in steps]
-                draw_seeds(panel, steps, lines, name, look_of(name))
+                draw_seeds(panel, steps, lines, name, look(name))
             panel.set(title=kind, xlabel='seconds' if in_seconds else 'step', ylim=(0, None),
                       ylabel='KL, own samples (nats)')
-        save(figure, file, 'On training questions, at a few positions of some steps. Mean of the seeds; '
-             'thin: each seed. Seconds: what a step of a method costs alone on the machine.')
+        save(figure, file, 'On training questions, before the update of a step. Mean of the seeds; thin: '
+             'each seed. Seconds: what a step of a method costs alone on the machine.')
 
 
-def divergences(seeds):
-    """A method's seeds -> (steps at which the KL was measured, [its values, for each seed])."""
-    steps = []
-    lines = []
-    for _, rows in seeds:
-        points = {row['step']: row['opd/kl'] for row in rows if row['opd/kl'] is not None}
-        steps = list(points)
-        lines.append(list(points.values()))
-    return steps, lines
+def divergences(results):
+    """-> {method: (steps, [the KL at these steps, for each seed])}.
+
+    A method with an output-space term measures the KL at each of its steps, the others at some. The questions
+    of a step are the same for all, and no two steps have the same, so only steps that all have are compared.
+    """
+    measured = {}                            # {method: [{step: KL} of each seed]}
+    for name, seeds in results.items():
+        if name not in ('damaged', 'intact'):
+            measured[name] = [{row['step']: row['opd/kl'] for row in rows if row['opd/kl'] is not None}
+                              for _, rows in seeds]
+    common = None
+    for seeds in measured.values():
+        for points in seeds:
+            common = points.keys() if common is None else common & points.keys()
+    steps = sorted(common)
+    return {name: (steps, [[points[step] for step in steps] for points in seeds])
+            for name, seeds in measured.items()}
 
 
 def draw_layers(file, results):
@@ -232,7 +247,7 @@ def draw_layers(file, results):
             for name, seeds in by_name.items():
                 if name != 'intact':
                     layers, lines = layer_distances(seeds)
-                    draw_seeds(panel, layers, lines, name, look_of('student' if name == 'damaged' else name))
+                    draw_seeds(panel, layers, lines, name, look(name))
             panel.set(title=kind, xlabel="teacher's layer", ylabel='1 - cosine', yscale='log')
         save(figure, file, "On held-out questions, the student's own samples. Mean of the seeds; thin: each "
              'seed. Lower is nearer to the teacher.')
