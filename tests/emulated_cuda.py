@@ -1,0 +1,533 @@
+"""
+A CUDA device that is computed on the CPU, so that tests exercise the CUDA path on machines without a GPU.
+
+    with emulated_cuda() as cuda:            # torch says that it has one GPU
+        roll = sample(model.to(cuda.device), prompts, ...)
+        cuda.count['replay'], cuda.waits()   # what happened
+
+A tensor on this device is an ordinary CPU tensor whose storage is on a list. `Device`, a dispatch mode, sees every
+operation of PyTorch, decides on which device the result lies, and refuses what CUDA refuses:
+
+    devices   an operation that mixes the host and the device; a kernel that is given a host tensor
+    capture   while a CUDA graph is recorded: a wait of the host for the device, a copy from the host (an index that
+              is a list or a host tensor is one), the compilation of a kernel
+    replay    of a graph that uses memory which was freed since it was recorded
+
+CUDA graphs are emulated: recording leaves all tensors as they were, and a replay runs the recorded operations on the
+recorded storages. What a graph has made for itself is overwritten with NaN afterwards: nothing may read it. Waits and
+copies outside a recording are legal, and counted.
+
+A Triton kernel cannot run on a CPU. Its launcher runs, up to the launch, where the arguments are checked; the result
+comes from the reference implementation beside it. The launcher of `NAME_reference` is `NAME_triton` or `NAME`: a new
+file in kernels/ needs no line here.
+
+What it does not do: several GPUs, streams, memory limits, speed. Rounding is the CPU's.
+"""
+import inspect
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import kernels
+from support.runtime import ROOT
+
+CUDA = torch.device('cuda', 0)
+CPU = torch.device('cpu')
+GB = 1 << 30
+
+# Operations after which the host must know something that the device has computed: a number, or a shape.
+WAITS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', '_unique2', 'unique_dim',
+         'unique_consecutive', 'bincount', '_linalg_check_errors'}
+
+# Indexing takes its indices from the host too, and copies them. Other operations with indices do not.
+INDEXING = {'index', 'index_put', 'index_put_', '_index_put_impl_', '_unsafe_index'}
+
+# Beside pointwise operations, these take a host tensor of no dimensions as if it were a number.
+TAKE_NUMBERS = {'masked_fill', 'masked_fill_', 'fill', 'fill_'}
+
+# Arguments that the references need and the kernels do not. The host's `longest` is that of the recording.
+NOT_FOR_KERNELS = {'decode_attention': {'longest', 'mask'}}
+
+
+class CudaError(RuntimeError):
+    """What CUDA, or PyTorch on CUDA, would have refused."""
+
+
+def project_frames():
+    """The functions of the project that are running, innermost first: 'rollout.py:310 decode_step'."""
+    frames = []
+    frame = sys._getframe()
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if ROOT in file.parents and file != Path(__file__):
+            frames.append(f'{file.name}:{frame.f_lineno} {frame.f_code.co_name}')
+        frame = frame.f_back
+    return frames
+
+
+def made_by_autograd():
+    """Is a tensor made by a C++ formula of the backward, and not by Python code that the backward calls?"""
+    frame = sys._getframe()
+    while frame.f_code.co_filename == __file__ or '/torch/utils/' in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame.f_code.co_name == '_engine_run_backward'
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def new_tensors(result, arguments):
+    """The tensors of a result that have memory of their own; the others are views of arguments."""
+    old = {storage_key(tensor) for tensor in tensors_in(arguments)}
+    return [tensor for tensor in tensors_in(result) if storage_key(tensor) not in old]
+
+
+def storage_key(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def written_arguments(func, args, kwargs):
+    """The tensors that an operation writes to, by its schema."""
+    written = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += tensors_in(args[i] if i < len(args) else kwargs.get(argument.name))
+    return written
+
+
+def mm_in_float32(a, b, out_dtype):
+    """torch.mm(a, b, out_dtype=float32), which has no CPU implementation."""
+    if a.dtype not in (torch.bfloat16, torch.float16) or b.dtype != a.dtype or out_dtype != torch.float32:
+        raise CudaError(f'mm: {a.dtype} times {b.dtype} into {out_dtype}')
+    return a.float() @ b.float()
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+class Address:
+    """Where a tensor that existed before a recording lies. It does not keep the memory alive, as a CUDA graph does
+    not."""
+    def __init__(self, tensor):
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.dtype = tensor.dtype
+        self.view = tensor.storage_offset(), tensor.size(), tensor.stride()
+        self.where = project_frames()[0]
+
+    def tensor(self):
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise CudaError(f'a graph is replayed whose memory was freed: {self.dtype} {tuple(self.view[1])}, '
+                            f'recorded at {self.where}')
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.view)
+
+
+@dataclass
+class Recorded:
+    """An operation of a graph."""
+    call: object
+    args: tuple                 # an Address for each tensor from outside the graph
+    kwargs: dict
+    made: list                  # the tensors that it makes
+
+
+@dataclass
+class Recording:
+    """What happens while a graph is recorded."""
+    operations: list = field(default_factory=list)
+    pool: dict = field(default_factory=dict)         # {storage: a tensor in it} of what the graph makes
+    before: dict = field(default_factory=dict)       # {storage: (itself, a copy)} of what it has written to
+
+    def add(self, call, args, kwargs, result, resident):
+        """Note an operation. resident: is a tensor on the device? The values of others become part of the graph."""
+        def held(tensor):
+            if storage_key(tensor) in self.pool:
+                return tensor
+            return Address(tensor) if resident(tensor) else tensor.clone()
+
+        made = new_tensors(result, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, held, (args, kwargs))
+        self.pool |= {storage_key(tensor): tensor for tensor in made}
+        self.operations.append(Recorded(call, args, kwargs, made))
+
+    def keep(self, tensors):
+        """Copy the storages of these tensors, before something is written to them."""
+        for tensor in tensors:
+            key = storage_key(tensor)
+            if key not in self.pool and key not in self.before:
+                storage = tensor.untyped_storage()
+                self.before[key] = storage, storage.clone()
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph."""
+    def __init__(self, device):
+        self.device = device
+        self.operations = []
+        self.pool = {}
+
+    def replay(self):
+        self.device.count['replay'] += 1
+        with self.device.unseen(), torch.no_grad():
+            for operation in self.operations:
+                args, kwargs = tree_map_only(Address, Address.tensor, (operation.args, operation.kwargs))
+                result = operation.call(*args, **kwargs)
+                for kept, new in zip(operation.made, new_tensors(result, (args, kwargs)), strict=True):
+                    kept.copy_(new)
+            self.poison()
+
+    def poison(self):
+        """Overwrite what the graph has made."""
+        for tensor in self.pool.values():
+            if tensor.is_floating_point():
+                tensor.fill_(float('nan'))
+            else:
+                tensor.fill_(torch.iinfo(tensor.dtype).max if tensor.dtype != torch.bool else True)
+
+
+# ---- the device ------------------------------------------------------------------------------------
+
+@dataclass
+class Event:
+    """A wait or a copy."""
+    kind: str                   # 'wait', 'upload'
+    operation: str
+    frames: list                # project_frames()
+
+
+class Device(TorchDispatchMode):
+    """One emulated GPU. device: its name. count: {what: how often}. events: the waits and copies, in order."""
+    def __init__(self):
+        super().__init__()
+        self.device = CUDA
+        self.count = Counter()
+        self.events = []
+        self.storages = {}                   # {key: StorageWeakRef} of what lies on the device
+        self.purge_at = 4096
+        self.recording = None                # a Recording, while a graph is captured
+        self.moving_to = None                # the device to which the next operation copies
+        self.silent = False                  # operations are those of the emulation itself
+        self.compiled = set()                # specialisations of Triton kernels
+
+    # ---- what lies where
+
+    def resident(self, tensor):
+        return storage_key(tensor) in self.storages
+
+    def settle(self, tensor):
+        """From here on this tensor, and every view of it, lies on the device. A storage cannot get the key of one that is
+        gone: a weak reference keeps the key in use."""
+        if len(self.storages) > self.purge_at:
+            self.storages = {key: ref for key, ref in self.storages.items() if not ref.expired()}
+            self.purge_at = 2 * len(self.storages) + 4096
+        self.storages[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())
+
+    @contextmanager
+    def unseen(self):
+        """Operations in here belong to the emulation: they are neither checked nor recorded."""
+        before = self.silent
+        self.silent = True
+        try:
+            yield
+        finally:
+            self.silent = before
+
+    # ---- what happens
+
+    def refuse(self, what):
+        raise CudaError(f'{what}, at {" < ".join(project_frames()[:3])}')
+
+    def note(self, kind, operation):
+        """A wait of the host, or a copy from it: legal, but not while a graph is recorded."""
+        if self.recording is not None:
+            self.refuse(f'{operation}: {"a wait" if kind == "wait" else "a copy from the host"} in a recording')
+        self.count[kind] += 1
+        self.events.append(Event(kind, operation, project_frames()))
+
+    def waits(self, inside=''):
+        """The waits so far, those that a function of this name has caused."""
+        return [event for event in self.events if event.kind == 'wait'
+                and any(frame.endswith(inside) for frame in event.frames)]
+
+    def uploads(self, inside=''):
+        """The copies from the host so far, as `waits`."""
+        return [event for event in self.events if event.kind == 'upload'
+                and any(frame.endswith(inside) for frame in event.frames)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        asked = kwargs.get('device')
+        if asked is not None and asked.type == 'cuda':
+            kwargs['device'] = CPU
+        if self.silent:
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix('aten::')
+        tensors = tensors_in((args, kwargs))
+        on_device = [tensor for tensor in tensors if self.resident(tensor)]
+        on_host = [tensor for tensor in tensors if not self.resident(tensor) and not tensor.is_meta]
+        if asked is not None and not tensors and made_by_autograd():
+            asked = CUDA
+
+        # Where does the result lie? PyTorch itself believes that all is on the CPU, so a device 'cpu' beside a
+        # tensor means nothing; `move` is what copies to the host.
+        to_device = bool(on_device) or (asked is not None and asked.type == 'cuda')
+        if self.moving_to is not None:
+            to_device = self.moving_to.type == 'cuda'
+        elif name == '_to_copy' and on_host and to_device:
+            self.note('upload', name)
+        elif on_device:
+            self.check(func, name, args, on_device, on_host, written_arguments(func, args, kwargs))
+
+        # Compute, and write it into the graph that is being recorded.
+        if name == 'mm' and func._overloadname == 'dtype':
+            func = mm_in_float32
+        elif to_device and self.recording is not None:
+            self.recording.keep(filter(self.resident, written_arguments(func, args, kwargs)))
+        result = func(*args, **kwargs)
+        if to_device:
+            for tensor in new_tensors(result, (args, kwargs)):
+                self.settle(tensor)
+            if self.recording is not None:
+                self.recording.add(func, args, kwargs, result, self.resident)
+        return result
+
+    def check(self, func, name, args, on_device, on_host, written):
+        """An operation with tensors on the device: are the others where they must be, and does the host wait?"""
+        if name in WAITS:
+            self.note('wait', name)
+        elif name in INDEXING:
+            indices = [index for index in args[1] if index is not None]
+            if not self.resident(args[0]):
+                self.refuse(f'{name}: indices on cuda:0 into a tensor on the host')
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+                self.note('wait', f'{name} with a mask')
+            if any(tensor.dim() and not any(tensor is index for index in indices) for tensor in on_host):
+                self.refuse(f'{name}: values on the host into a tensor on cuda:0')
+            if on_host:
+                self.note('upload', name)
+        elif name in ('copy_', '_foreach_copy_') and on_host:
+            self.note('wait' if any(tensor is on_host[0] for tensor in written) else 'upload', name)
+        elif on_host:
+            numbers = not any(tensor.dim() or any(tensor is one for one in written) for tensor in on_host)
+            pointwise = torch.Tag.pointwise in func.tags or name in TAKE_NUMBERS or name.startswith('_foreach')
+            if not numbers or not pointwise:
+                shapes = [tuple(tensor.shape) for tensor in on_host]
+                self.refuse(f'{name}: {shapes} on the host, {tuple(on_device[0].shape)} on cuda:0')
+
+    def move(self, tensor, device):
+        """A copy on the other device."""
+        self.note('wait' if device.type == 'cpu' else 'upload', 'to')
+        self.moving_to = device
+        try:
+            return tensor.clone()
+        finally:
+            self.moving_to = None
+
+    # ---- Triton kernels
+
+    def launch(self, launcher, reference, arguments):
+        """Run a launcher up to its kernel, and its reference for the result. arguments: {name: value}."""
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor) and not self.resident(value):
+                self.refuse(f'{launcher.__name__}: {name} {tuple(value.shape)} is on the host')
+        from_launcher = tensors_in(launcher(**arguments))
+        ignored = NOT_FOR_KERNELS.get(launcher.__name__, set())
+        known = inspect.signature(reference).parameters.keys() - ignored
+        arguments = {name: value for name, value in arguments.items() if name in known}
+        with self.unseen():
+            if self.recording is not None:
+                self.recording.keep(tensors_in(arguments))
+            result = reference(**arguments)
+            for tensor in new_tensors(result, arguments):
+                self.settle(tensor)
+            if self.recording is not None:
+                self.recording.add(reference, (), arguments, result, self.resident)
+
+        # Both make the same tensors. A launcher may have more than it returns, and a reference wider numbers.
+        shapes = [tensor.shape for tensor in tensors_in(result)]
+        if [tensor.shape for tensor in from_launcher] != shapes:
+            self.refuse(f'{launcher.__name__}: {[x.shape for x in from_launcher]}, but its reference {shapes}')
+        self.count[launcher.__name__] += 1
+        return result
+
+    def run_kernel(self, kernel, *args, grid, warmup, **options):
+        """Stands in for JITFunction.run: the compilation of a kernel for new types may not come in a recording."""
+        key = [kernel.__name__, *sorted(options.items())]
+        for parameter, value in zip(kernel.params, args, strict=True):
+            if isinstance(value, torch.Tensor):
+                if not self.resident(value):
+                    self.refuse(f'{kernel.__name__}: {parameter.name} {tuple(value.shape)} is on the host')
+                key.append((value.dtype, value.data_ptr() % 16 == 0))
+            elif parameter.is_constexpr or not isinstance(value, int):
+                key.append(value if parameter.is_constexpr else type(value))
+            else:
+                key.append((value == 1, value % 16 == 0, abs(value) < 2**31))
+        if min(grid) < 1:
+            self.refuse(f'{kernel.__name__}: a grid of {grid}')
+        if tuple(key) not in self.compiled:
+            if self.recording is not None:
+                self.refuse(f'{kernel.__name__} is compiled in a recording')
+            self.compiled.add(tuple(key))
+
+    # ---- CUDA graphs
+
+    @contextmanager
+    def capture(self, graph, **_):
+        """Stands in for torch.cuda.graph."""
+        self.synchronize()
+        self.recording = Recording()
+        try:
+            yield
+        finally:
+            recording = self.recording
+            self.recording = None
+            with self.unseen():
+                for storage, copy in recording.before.values():
+                    storage.copy_(copy)
+        self.count['graph'] += 1
+        graph.operations = recording.operations
+        graph.pool = recording.pool
+        with self.unseen():
+            graph.poison()
+
+    def synchronize(self, *_):
+        if self.recording is not None:
+            self.refuse('synchronize in a recording')
+
+
+# ---- in place of torch.cuda ------------------------------------------------------------------------
+
+def with_number(device):
+    """torch.device('cuda') -> torch.device('cuda', 0)."""
+    device = torch.device(device)
+    return CUDA if device.type == 'cuda' else device
+
+
+def replace_tensor_methods(cuda, patch):
+    """What tensors say about themselves, and how they leave the device."""
+    says_device = torch.Tensor.device
+    to = torch.Tensor.to
+    tolist = torch.Tensor.tolist
+    numpy = torch.Tensor.numpy
+    make = torch.tensor
+
+    def device_of(tensor):
+        return CUDA if cuda.resident(tensor) else says_device.__get__(tensor)
+
+    def emulated_to(tensor, *args, **kwargs):
+        if args and isinstance(args[0], torch.Tensor):
+            args = args[0].device, args[0].dtype, *args[1:]
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        copy = kwargs.get('copy', False)
+        if device is not None and not tensor.is_meta and device.type != 'meta':
+            if with_number(device) != tensor.device:
+                tensor = cuda.move(tensor, with_number(device))
+                copy = False
+            device = None
+        return to(tensor, device=device, dtype=dtype or tensor.dtype, copy=copy, memory_format=memory_format)
+
+    def emulated_tolist(tensor):
+        if cuda.resident(tensor) and not cuda.silent:
+            cuda.note('wait', 'tolist')
+        return tolist(tensor)
+
+    def emulated_numpy(tensor, *args, **kwargs):
+        if cuda.resident(tensor):
+            raise TypeError('numpy() of a tensor on cuda:0; use .cpu() first')
+        return numpy(tensor, *args, **kwargs)
+
+    def emulated_make(data, *, device=None, **kwargs):
+        return make(data, device=None if device is None else with_number(device), **kwargs)
+
+    patch.setattr(torch.Tensor, 'device', property(device_of))
+    patch.setattr(torch.Tensor, 'is_cuda', property(cuda.resident))
+    patch.setattr(torch.Tensor, 'is_cpu', property(lambda tensor: device_of(tensor).type == 'cpu'))
+    patch.setattr(torch.Tensor, 'to', emulated_to)
+    patch.setattr(torch.Tensor, 'cpu', lambda tensor: emulated_to(tensor, 'cpu'))
+    patch.setattr(torch.Tensor, 'cuda', lambda tensor, device=CUDA: emulated_to(tensor, device))
+    patch.setattr(torch.Tensor, 'tolist', emulated_tolist)
+    patch.setattr(torch.Tensor, 'numpy', emulated_numpy)
+    patch.setattr(torch, 'tensor', emulated_make)
+
+
+def replace_torch_cuda(cuda, patch):
+    """torch.cuda of one GPU with 80 GB, of which nothing is in use."""
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 * GB, major=9, minor=0, name='emulated')
+    stand_ins = {
+        '_lazy_init': lambda: None,
+        'is_available': lambda: True,
+        'device_count': lambda: 1,
+        'current_device': lambda: 0,
+        'set_device': lambda device: None,
+        'get_device_name': lambda device=None: 'an emulated GPU',
+        'get_device_properties': lambda device=None: properties,
+        'is_current_stream_capturing': lambda: cuda.recording is not None,
+        'synchronize': cuda.synchronize,
+        'empty_cache': lambda: None,
+        'mem_get_info': lambda device=None: (80 * GB, 80 * GB),
+        'CUDAGraph': lambda: Graph(cuda),
+        'graph': cuda.capture,
+    }
+    for name in ('memory_reserved', 'memory_allocated', 'max_memory_allocated', 'reset_peak_memory_stats'):
+        stand_ins[name] = lambda device=None: 0
+    for name, stand_in in stand_ins.items():
+        patch.setattr(torch.cuda, name, stand_in)
+
+
+def launchers():
+    """(module, name of the launcher, reference) of every kernel in kernels/."""
+    found = []
+    for module in vars(kernels).values():
+        if not inspect.ismodule(module) or not module.__name__.startswith('kernels.'):
+            continue
+        for name, reference in vars(module).items():
+            if name.endswith('_reference') and reference.__module__ == module.__name__:
+                stem = name.removesuffix('_reference')
+                launcher = f'{stem}_triton' if hasattr(module, f'{stem}_triton') else stem
+                found.append((module, launcher, reference))
+    return found
+
+
+def replace_kernels(cuda, patch):
+    """Launchers run as `Device.launch` says."""
+    from triton.runtime.jit import JITFunction
+
+    def run(kernel, *args, **options):
+        cuda.run_kernel(kernel, *args, **options)
+
+    patch.setattr(JITFunction, 'run', run)
+    patch.setattr(kernels, 'triton_runs', lambda: True)
+    for module, name, reference in launchers():
+        launcher = getattr(module, name)
+
+        def emulated(*args, launcher=launcher, reference=reference, **kwargs):
+            arguments = inspect.signature(launcher).bind(*args, **kwargs).arguments
+            return cuda.launch(launcher, reference, arguments)
+        patch.setattr(module, name, emulated)
+
+
+@contextmanager
+def emulated_cuda():
+    """Within this context torch has one GPU. -> Device."""
+    lifts = torch._C._only_lift_cpu_tensors()
+    with pytest.MonkeyPatch.context() as patch:
+        cuda = Device()
+        replace_tensor_methods(cuda, patch)
+        replace_torch_cuda(cuda, patch)
+        replace_kernels(cuda, patch)
+        # torch.tensor(values, device=) makes a host tensor, and copies it by an operation that the mode sees.
+        torch._C._set_only_lift_cpu_tensors(True)
+        try:
+            with cuda:
+                yield cuda
+        finally:
+            torch._C._set_only_lift_cpu_tensors(lifts)
