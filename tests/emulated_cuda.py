@@ -26,7 +26,7 @@ What it does not do: several GPUs, streams, memory limits, speed. Rounding is th
 import inspect
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,14 +62,18 @@ class CudaError(RuntimeError):
     """What CUDA, or PyTorch on CUDA, would have refused."""
 
 
+def in_project(frame):
+    file = frame.f_code.co_filename
+    return file.startswith(str(ROOT)) and file != __file__
+
+
 def project_frames():
     """The functions of the project that are running, innermost first: 'rollout.py:310 decode_step'."""
     frames = []
     frame = sys._getframe()
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if ROOT in file.parents and file != Path(__file__):
-            frames.append(f'{file.name}:{frame.f_lineno} {frame.f_code.co_name}')
+        if in_project(frame):
+            frames.append(f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}')
         frame = frame.f_back
     return frames
 
@@ -77,9 +81,11 @@ def project_frames():
 def made_by_autograd():
     """Is a tensor made by a C++ formula of the backward, and not by Python code that the backward calls?"""
     frame = sys._getframe()
-    while frame.f_code.co_filename == __file__ or '/torch/utils/' in frame.f_code.co_filename:
+    while frame is not None and not in_project(frame):
+        if frame.f_code.co_name == '_engine_run_backward':
+            return True
         frame = frame.f_back
-    return frame.f_code.co_name == '_engine_run_backward'
+    return False
 
 
 def tensors_in(tree):
@@ -426,14 +432,15 @@ def replace_tensor_methods(cuda, patch):
     def emulated_to(tensor, *args, **kwargs):
         if args and isinstance(args[0], torch.Tensor):
             args = args[0].device, args[0].dtype, *args[1:]
+        copy = kwargs.pop('copy', False)
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        copy = kwargs.get('copy', False)
-        if device is not None and not tensor.is_meta and device.type != 'meta':
-            if with_number(device) != tensor.device:
-                tensor = cuda.move(tensor, with_number(device))
-                copy = False
-            device = None
-        return to(tensor, device=device, dtype=dtype or tensor.dtype, copy=copy, memory_format=memory_format)
+        to_meta = {}
+        if device is not None and 'meta' in (device.type, tensor.device.type):
+            to_meta = {'device': device}
+        elif device is not None and with_number(device) != tensor.device:
+            tensor = cuda.move(tensor, with_number(device))
+            copy = False
+        return to(tensor, dtype=dtype or tensor.dtype, copy=copy, memory_format=memory_format, **to_meta)
 
     def emulated_tolist(tensor):
         if cuda.resident(tensor) and not cuda.silent:
@@ -462,6 +469,7 @@ def replace_tensor_methods(cuda, patch):
 def replace_torch_cuda(cuda, patch):
     """torch.cuda of one GPU with 80 GB, of which nothing is in use."""
     properties = SimpleNamespace(multi_processor_count=132, total_memory=80 * GB, major=9, minor=0, name='emulated')
+    stream = SimpleNamespace(synchronize=cuda.synchronize)
     stand_ins = {
         '_lazy_init': lambda: None,
         'is_available': lambda: True,
@@ -472,6 +480,8 @@ def replace_torch_cuda(cuda, patch):
         'get_device_properties': lambda device=None: properties,
         'is_current_stream_capturing': lambda: cuda.recording is not None,
         'synchronize': cuda.synchronize,
+        'current_stream': lambda device=None: stream,
+        'stream': lambda stream: nullcontext(),
         'empty_cache': lambda: None,
         'mem_get_info': lambda device=None: (80 * GB, 80 * GB),
         'CUDAGraph': lambda: Graph(cuda),
