@@ -17,9 +17,8 @@ CUDA graphs are emulated: recording leaves all tensors as they were, and a repla
 recorded storages. What a graph has made for itself is overwritten with NaN afterwards: nothing may read it. Waits and
 copies outside a recording are legal, and counted.
 
-A Triton kernel cannot run on a CPU. Its launcher runs, up to the launch, where the arguments are checked; the result
-comes from the reference implementation beside it. The launcher of `NAME_reference` is `NAME_triton` or `NAME`: a new
-file in kernels/ needs no line here.
+A Triton kernel cannot run on a CPU. The functions of kernels/__init__.py run up to the launch, where the arguments are
+checked, and then once more by the reference implementation, for the result. A new kernel needs no line here.
 
 What it does not do: several GPUs, streams, memory limits, speed. Rounding is the CPU's.
 """
@@ -28,6 +27,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kernels
+from kernels import decode_attention
 from support.runtime import ROOT
 
 CUDA = torch.device('cuda', 0)
@@ -53,10 +54,6 @@ INDEXING = {'index', 'index_put', 'index_put_', '_index_put_impl_', '_unsafe_ind
 
 # Beside pointwise operations, these take a host tensor of no dimensions as if it were a number.
 TAKE_NUMBERS = {'masked_fill', 'masked_fill_', 'fill', 'fill_'}
-
-# Arguments that the references need and the kernels do not. The host's `longest` is that of the recording.
-NOT_FOR_KERNELS = {'decode_attention': {'longest', 'mask'}}
-
 
 class CudaError(RuntimeError):
     """What CUDA, or PyTorch on CUDA, would have refused."""
@@ -127,7 +124,7 @@ class Address:
         self.storage = StorageWeakRef(tensor.untyped_storage())
         self.dtype = tensor.dtype
         self.view = tensor.storage_offset(), tensor.size(), tensor.stride()
-        self.where = project_frames()[0]
+        self.where = ' < '.join(project_frames()[:2])
 
     def tensor(self):
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
@@ -223,6 +220,7 @@ class Device(TorchDispatchMode):
         self.moving_to = None                # the device to which the next operation copies
         self.silent = False                  # operations are those of the emulation itself
         self.compiled = set()                # specialisations of Triton kernels
+        self.by_reference = False            # the reference of a kernel runs
 
     # ---- what lies where
 
@@ -340,29 +338,26 @@ class Device(TorchDispatchMode):
 
     # ---- Triton kernels
 
-    def launch(self, launcher, reference, arguments):
-        """Run a launcher up to its kernel, and its reference for the result. arguments: {name: value}."""
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and not self.resident(value):
-                self.refuse(f'{launcher.__name__}: {name} {tuple(value.shape)} is on the host')
-        from_launcher = tensors_in(launcher(**arguments))
-        ignored = NOT_FOR_KERNELS.get(launcher.__name__, set())
-        known = inspect.signature(reference).parameters.keys() - ignored
-        arguments = {name: value for name, value in arguments.items() if name in known}
-        with self.unseen():
-            if self.recording is not None:
-                self.recording.keep(tensors_in(arguments))
-            result = reference(**arguments)
-            for tensor in new_tensors(result, arguments):
-                self.settle(tensor)
-            if self.recording is not None:
-                self.recording.add(reference, (), arguments, result, self.resident)
+    def fused(self, h, fused):
+        """Stands in for kernels.fused: no kernel runs while the result is computed by the reference."""
+        return fused(h) and not self.by_reference
 
-        # Both make the same tensors. A launcher may have more than it returns, and a reference wider numbers.
-        shapes = [tensor.shape for tensor in tensors_in(result)]
-        if [tensor.shape for tensor in from_launcher] != shapes:
-            self.refuse(f'{launcher.__name__}: {[x.shape for x in from_launcher]}, but its reference {shapes}')
-        self.count[launcher.__name__] += 1
+    def choose(self, chooser, *args, **kwargs):
+        """Stands in for a function of kernels/__init__.py."""
+        before = self.count['launch']
+        from_kernel = chooser(*args, **kwargs)
+        if self.count['launch'] == before:   # the reference has run
+            return from_kernel
+        self.by_reference = True
+        try:
+            result = chooser(*args, **kwargs)
+        finally:
+            self.by_reference = False
+
+        # Both make the same tensors. The reference may compute in more than float32.
+        shapes, wanted = ([tuple(tensor.shape) for tensor in tensors_in(made)] for made in (from_kernel, result))
+        if shapes != wanted:
+            self.refuse(f'{chooser.__name__}: the kernel makes {shapes}, its reference {wanted}')
         return result
 
     def run_kernel(self, kernel, *args, grid, warmup, **options):
@@ -373,16 +368,20 @@ class Device(TorchDispatchMode):
                 if not self.resident(value):
                     self.refuse(f'{kernel.__name__}: {parameter.name} {tuple(value.shape)} is on the host')
                 key.append((value.dtype, value.data_ptr() % 16 == 0))
-            elif parameter.is_constexpr or not isinstance(value, int):
-                key.append(value if parameter.is_constexpr else type(value))
-            else:
+            elif parameter.is_constexpr:
+                key.append(value)
+            elif isinstance(value, int):
                 key.append((value == 1, value % 16 == 0, abs(value) < 2**31))
+            else:
+                key.append(type(value))
         if min(grid) < 1:
             self.refuse(f'{kernel.__name__}: a grid of {grid}')
         if tuple(key) not in self.compiled:
             if self.recording is not None:
-                self.refuse(f'{kernel.__name__} is compiled in a recording')
+                self.refuse(f'{kernel.__name__}: compiled in a recording')
             self.compiled.add(tuple(key))
+        self.count['launch'] += 1
+        self.count[kernel.__name__] += 1
 
     # ---- CUDA graphs
 
@@ -465,6 +464,19 @@ def replace_tensor_methods(cuda, patch):
     patch.setattr(torch.Tensor, 'numpy', emulated_numpy)
     patch.setattr(torch, 'tensor', emulated_make)
 
+    # The optimizer and the clipping of gradients ask C++ for the devices of lists of tensors.
+    group = torch._C._group_tensors_by_device_and_dtype
+
+    def emulated_group(lists, with_indices=False):
+        groups = {}
+        for (_, dtype), (tensors, indices) in group(lists, with_indices).items():
+            devices = {device_of(tensor) for tensor in tensors[0]}
+            if len(devices) > 1:
+                raise CudaError(f'a list with tensors of one dtype on {devices}')
+            groups[devices.pop(), dtype] = tensors, indices
+        return groups
+    patch.setattr(torch._C, '_group_tensors_by_device_and_dtype', emulated_group)
+
 
 def replace_torch_cuda(cuda, patch):
     """torch.cuda of one GPU with 80 GB, of which nothing is in use."""
@@ -493,22 +505,8 @@ def replace_torch_cuda(cuda, patch):
         patch.setattr(torch.cuda, name, stand_in)
 
 
-def launchers():
-    """(module, name of the launcher, reference) of every kernel in kernels/."""
-    found = []
-    for module in vars(kernels).values():
-        if not inspect.ismodule(module) or not module.__name__.startswith('kernels.'):
-            continue
-        for name, reference in vars(module).items():
-            if name.endswith('_reference') and reference.__module__ == module.__name__:
-                stem = name.removesuffix('_reference')
-                launcher = f'{stem}_triton' if hasattr(module, f'{stem}_triton') else stem
-                found.append((module, launcher, reference))
-    return found
-
-
 def replace_kernels(cuda, patch):
-    """Launchers run as `Device.launch` says."""
+    """The functions of kernels/__init__.py, and what launches a kernel."""
     from triton.runtime.jit import JITFunction
 
     def run(kernel, *args, **options):
@@ -516,13 +514,19 @@ def replace_kernels(cuda, patch):
 
     patch.setattr(JITFunction, 'run', run)
     patch.setattr(kernels, 'triton_runs', lambda: True)
-    for module, name, reference in launchers():
-        launcher = getattr(module, name)
+    patch.setattr(kernels, 'fused', partial(cuda.fused, fused=kernels.fused))
+    for name, function in list(vars(kernels).items()):
+        is_chooser = inspect.isfunction(function) and function.__module__ == 'kernels'
+        if is_chooser and name not in ('triton_runs', 'fused'):
+            patch.setattr(kernels, name, partial(cuda.choose, function))
 
-        def emulated(*args, launcher=launcher, reference=reference, **kwargs):
-            arguments = inspect.signature(launcher).bind(*args, **kwargs).arguments
-            return cuda.launch(launcher, reference, arguments)
-        patch.setattr(module, name, emulated)
+    # `longest` and the mask are those of the recording. The kernel does not read them, and the lengths are enough.
+    reference = decode_attention.decode_attention_reference
+
+    def by_lengths(*args, **kwargs):
+        arguments = inspect.signature(reference).bind(*args, **kwargs).arguments
+        return reference(**arguments | {'longest': None, 'mask': None})
+    patch.setattr(decode_attention, 'decode_attention_reference', by_lengths)
 
 
 @contextmanager
