@@ -34,8 +34,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kernels
 from kernels import decode_attention
@@ -86,7 +85,22 @@ def made_by_autograd():
 
 
 def tensors_in(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """The tensors of nested lists, tuples and dicts."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tensor for branch in branches for tensor in tensors_in(branch)]
+
+
+def replaced(tree, kind, change):
+    """Nested lists, tuples and dicts with change(x) in the place of every x of a kind."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: replaced(branch, kind, change) for name, branch in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(replaced(branch, kind, change) for branch in tree)
+    return tree
 
 
 def new_tensors(result, arguments):
@@ -152,13 +166,15 @@ class Recording:
 
     def add(self, call, args, kwargs, result, resident):
         """Note an operation. resident: is a tensor on the device? The values of others become part of the graph."""
+        made = new_tensors(result, (args, kwargs))
+        if not made and not call._schema.is_mutable: # a view
+            return
+
         def held(tensor):
             if storage_key(tensor) in self.pool:
                 return tensor
             return Address(tensor) if resident(tensor) else tensor.clone()
-
-        made = new_tensors(result, (args, kwargs))
-        args, kwargs = tree_map_only(torch.Tensor, held, (args, kwargs))
+        args, kwargs = replaced((args, kwargs), torch.Tensor, held)
         self.pool |= {storage_key(tensor): tensor for tensor in made}
         self.operations.append(Recorded(call, args, kwargs, made))
 
@@ -180,9 +196,9 @@ class Graph:
 
     def replay(self):
         self.device.count['replay'] += 1
-        with self.device.unseen(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad():
             for operation in self.operations:
-                args, kwargs = tree_map_only(Address, Address.tensor, (operation.args, operation.kwargs))
+                args, kwargs = replaced((operation.args, operation.kwargs), Address, Address.tensor)
                 result = operation.call(*args, **kwargs)
                 for kept, new in zip(operation.made, new_tensors(result, (args, kwargs)), strict=True):
                     kept.copy_(new)
