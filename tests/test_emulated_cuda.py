@@ -43,7 +43,7 @@ def cuda():
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-LONG = dict(max_new_tokens=90)       # lengths that differ
+LONG = dict(max_new_tokens=[90 - 5 * i for i in range(15)], stop=[])
 
 
 @pytest.mark.parametrize('room, shape, how', SAMPLING)
@@ -237,7 +237,7 @@ def test_a_graph_of_the_old_memory_is_noticed(cuda, monkeypatch, reset_by):
             reset(slots)
     monkeypatch.setattr(Slots, 'reset_graph', forgotten)
     with pytest.raises(CudaError, match='whose memory was freed'):
-        sample(cuda_model().to(CUDA), PROMPTS, 3, max_new_tokens=90, stop=[0], seed=3, step=7)
+        sample(cuda_model().to(CUDA), PROMPTS, 3, **LONG)
 
 
 def test_a_kernel_that_is_compiled_in_a_recording_is_noticed(cuda, monkeypatch):
