@@ -33,11 +33,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kernels
 from kernels import decode_attention
+from support import runtime
 from support.runtime import ROOT
 
 CUDA = torch.device('cuda', 0)
@@ -109,8 +111,13 @@ def new_tensors(result, arguments):
     return [tensor for tensor in tensors_in(result) if storage_key(tensor) not in old]
 
 
+def storage_of(tensor):
+    """The storage of a tensor, or of this rank's shard."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
 def storage_key(tensor):
-    return tensor.untyped_storage()._cdata
+    return storage_of(tensor)._cdata
 
 
 def written_arguments(func, args, kwargs):
@@ -225,9 +232,10 @@ class Event:
 
 class Device(TorchDispatchMode):
     """One emulated GPU. device: its name. count: {what: how often}. events: the waits and copies, in order."""
-    def __init__(self):
+    def __init__(self, references=True):
         super().__init__()
         self.device = CUDA
+        self.references = references         # does the reference of a kernel give its result, or nothing?
         self.count = Counter()
         self.events = []
         self.storages = {}                   # {key: StorageWeakRef} of what lies on the device
@@ -249,7 +257,7 @@ class Device(TorchDispatchMode):
         if len(self.storages) > self.purge_at:
             self.storages = {key: ref for key, ref in self.storages.items() if not ref.expired()}
             self.purge_at = 2 * len(self.storages) + 4096
-        self.storages[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        self.storages[storage_key(tensor)] = StorageWeakRef(storage_of(tensor))
 
     @contextmanager
     def unseen(self):
@@ -285,6 +293,8 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if any(issubclass(kind, DTensor) for kind in types):
+            return self.sharded(func(*args, **kwargs))
         asked = kwargs.get('device')
         if asked is not None and asked.type == 'cuda':
             kwargs['device'] = CPU
@@ -318,6 +328,12 @@ class Device(TorchDispatchMode):
                 self.settle(tensor)
             if self.recording is not None:
                 self.recording.add(func, args, kwargs, result, self.resident)
+        return result
+
+    def sharded(self, result):
+        """An operation on FSDP's shards, which are all on the device. It is not checked."""
+        for tensor in tensors_in(result):
+            self.settle(tensor)
         return result
 
     def check(self, func, name, args, on_device, on_host, written):
@@ -362,7 +378,7 @@ class Device(TorchDispatchMode):
         """Stands in for a function of kernels/__init__.py."""
         before = self.count['launch']
         from_kernel = chooser(*args, **kwargs)
-        if self.count['launch'] == before:   # the reference has run
+        if self.count['launch'] == before or not self.references:
             return from_kernel
         self.by_reference = True
         try:
@@ -494,12 +510,21 @@ def replace_tensor_methods(cuda, patch):
     patch.setattr(torch._C, '_group_tensors_by_device_and_dtype', emulated_group)
 
 
+class Stream:
+    """Stands in for torch.cuda.Stream and torch.cuda.Event. Everything is computed in order, so nothing has to wait."""
+    def done(self, *args, **kwargs):
+        return self
+
+    record = record_event = wait = wait_event = wait_stream = synchronize = done
+
+
 def replace_torch_cuda(cuda, patch):
     """torch.cuda of one GPU with 80 GB, of which nothing is in use."""
     properties = SimpleNamespace(multi_processor_count=132, total_memory=80 * GB, major=9, minor=0, name='emulated')
-    stream = SimpleNamespace(synchronize=cuda.synchronize)
+    stream = Stream()
     stand_ins = {
         '_lazy_init': lambda: None,
+        'is_initialized': lambda: True,
         'is_available': lambda: True,
         'device_count': lambda: 1,
         'current_device': lambda: 0,
@@ -510,11 +535,16 @@ def replace_torch_cuda(cuda, patch):
         'synchronize': cuda.synchronize,
         'current_stream': lambda device=None: stream,
         'stream': lambda stream: nullcontext(),
+        'Stream': lambda *args, **kwargs: stream,
+        'Event': lambda *args, **kwargs: stream,
         'empty_cache': lambda: None,
         'mem_get_info': lambda device=None: (80 * GB, 80 * GB),
         'CUDAGraph': lambda: Graph(cuda),
         'graph': cuda.capture,
     }
+    # Ranks are joined by gloo: PyTorch itself believes that their tensors are on the CPU.
+    patch.setitem(runtime.BACKENDS, 'cuda', 'gloo')
+    patch.setitem(runtime.DEVICES, 'gloo', 'cuda')
     for name in ('memory_reserved', 'memory_allocated', 'max_memory_allocated', 'reset_peak_memory_stats'):
         stand_ins[name] = lambda device=None: 0
     for name, stand_in in stand_ins.items():
@@ -546,11 +576,11 @@ def replace_kernels(cuda, patch):
 
 
 @contextmanager
-def emulated_cuda():
+def emulated_cuda(references=True):
     """Within this context torch has one GPU. -> Device."""
     lifts = torch._C._only_lift_cpu_tensors()
     with pytest.MonkeyPatch.context() as patch:
-        cuda = Device()
+        cuda = Device(references)
         replace_tensor_methods(cuda, patch)
         replace_torch_cuda(cuda, patch)
         replace_kernels(cuda, patch)
