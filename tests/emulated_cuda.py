@@ -20,7 +20,8 @@ copies outside a recording are legal, and counted.
 A Triton kernel cannot run on a CPU. The functions of kernels/__init__.py run up to the launch, where the arguments are
 checked, and then once more by the reference implementation, for the result. A new kernel needs no line here.
 
-What it does not do: several GPUs, streams, memory limits, speed. Rounding is the CPU's.
+What it does not do: several GPUs, streams, memory limits, speed. What FSDP does with its shards is not checked. Rounding is
+the CPU's.
 """
 import inspect
 import sys
@@ -56,13 +57,15 @@ INDEXING = {'index', 'index_put', 'index_put_', '_index_put_impl_', '_unsafe_ind
 # Beside pointwise operations, these take a host tensor of no dimensions as if it were a number.
 TAKE_NUMBERS = {'masked_fill', 'masked_fill_', 'fill', 'fill_'}
 
+
 class CudaError(RuntimeError):
     """What CUDA, or PyTorch on CUDA, would have refused."""
 
 
 def in_project(frame):
+    """Does this code belong to the project? A virtual environment in its folder does not."""
     file = frame.f_code.co_filename
-    return file.startswith(str(ROOT)) and file != __file__
+    return file.startswith(f'{ROOT}/') and 'site-packages' not in file and file != __file__
 
 
 def project_frames():
@@ -174,8 +177,8 @@ class Recording:
     def add(self, call, args, kwargs, result, resident):
         """Note an operation. resident: is a tensor on the device? The values of others become part of the graph."""
         made = new_tensors(result, (args, kwargs))
-        if not made and not call._schema.is_mutable: # a view
-            return
+        if not made and not call._schema.is_mutable:
+            return                           # a view
 
         def held(tensor):
             if storage_key(tensor) in self.pool:
