@@ -540,6 +540,7 @@ def replace_torch_cuda(cuda, patch):
         'stream': lambda stream: nullcontext(),
         'Stream': lambda *args, **kwargs: stream,
         'Event': lambda *args, **kwargs: stream,
+        'manual_seed_all': lambda seed: None,
         'empty_cache': lambda: None,
         'mem_get_info': lambda device=None: (80 * GB, 80 * GB),
         'CUDAGraph': lambda: Graph(cuda),
