@@ -6,6 +6,7 @@ would launch a kernel, it is compiled as Triton compiles it for that launch: sam
 """
 import re
 import subprocess
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +19,9 @@ from model import PRESETS
 triton = pytest.importorskip('triton')
 from emulated_cuda import CUDA, emulated_cuda  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-ARCHITECTURES = {80: 'sm_80', 90: 'sm_90a'}      # compute capability: its name for the assembler
+CAPABILITIES = (80, 90)         # of an A100 and an H100
 
 # A multiprocessor of an A100 has 164 KB of shared memory, of which each program takes 1 KB for the system. Two programs
 # must fit, so that one computes while the other waits for memory. An H100 has 228 KB.
@@ -71,12 +71,14 @@ LAUNCHES = [                    # a function above, and its arguments; a new ker
 
 # ---- compiling -------------------------------------------------------------------------------------
 
-def spilled(kernel, capability):
-    """Bytes that a thread writes to memory because its registers are full, as the assembler says."""
-    assembler = [get_ptxas(capability).path, '-v', f'--gpu-name={ARCHITECTURES[capability]}', '-', '-o', '/dev/null']
-    p = subprocess.run(assembler, input=kernel.asm['ptx'], capture_output=True, text=True)
-    assert p.returncode == 0, p.stderr
-    return max(int(count) for count in re.findall(r'(\d+) bytes spill stores', p.stderr))
+def spilled(kernel):
+    """The bytes of memory that a thread is given for what its registers do not hold, as the binary says."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(kernel.asm['cubin'])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, '-res-usage', file.name], check=True, capture_output=True, text=True).stdout
+    return max(int(count) for count in re.findall(r'STACK:(\d+)', text))
 
 
 def driver(capability):
@@ -99,7 +101,7 @@ def compile_launches(launches, capabilities, **changes):
             made = run(kernel, *args, grid=grid, warmup=True, **options | changes)
             if made.hash not in seen:        # two launches may share a specialisation
                 seen.add(made.hash)
-                figures = launch, made.metadata.shared, spilled(made, capability)
+                figures = launch, made.metadata.shared, spilled(made)
                 results.setdefault((kernel.__name__, capability), []).append(figures)
 
     active = driver_config._active
@@ -113,7 +115,7 @@ def compile_launches(launches, capabilities, **changes):
 
 @pytest.fixture(scope='module')
 def compiled():
-    return compile_launches(LAUNCHES, ARCHITECTURES)
+    return compile_launches(LAUNCHES, CAPABILITIES)
 
 
 def launched_kernels():
@@ -136,7 +138,7 @@ def test_every_kernel_is_compiled(compiled):
     assert {name for name, _ in compiled} == names
 
 
-@pytest.mark.parametrize('capability', ARCHITECTURES)
+@pytest.mark.parametrize('capability', CAPABILITIES)
 def test_shared_memory_and_registers_suffice(compiled, capability):
     """Tiles that are too large: a kernel that cannot start on an A100, that runs alone on its multiprocessor, or whose
     registers are kept in memory."""
