@@ -42,10 +42,16 @@ def write_report(study, distances, best, results, costs, notes):
 
     with whole(study.out / 'report.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n')
-    draw_curves(study.out / 'curves.png', results, costs)
+    draw_curves(study.out / 'curves.png', {kind: on_policy(study, results[kind]) for kind in results}, costs)
     draw_layers(study.out / 'layers.png', results)
     print0('\n'.join(lines))
     print0(f'{study.out}: report.md, curves.png, layers.png')
+
+
+def on_policy(study, results):
+    """The methods whose KL during training is one on own samples."""
+    return {name: seeds for name, seeds in results.items()
+            if name in study.methods and 'answers_by=teacher' not in study.methods[name]}
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def look(name):
 
 def draw_curves(file, results, costs):
     """The KL on own samples during training: over steps for each kind of damage, and for the first one over
-    seconds too. results: {damage: as in the header}."""
+    seconds too. results: {damage: {method: as in the header}}."""
     first, *others = results
     panels = [(first, False), (first, True), *((kind, False) for kind in others)]
     with paper_style():
@@ -227,9 +233,8 @@ def divergences(results):
     """
     measured = {}                            # {method: [{step: KL} of each seed]}
     for name, seeds in results.items():
-        if name not in ('damaged', 'intact'):
-            measured[name] = [{row['step']: row['opd/kl'] for row in rows if row['opd/kl'] is not None}
-                              for _, rows in seeds]
+        measured[name] = [{row['step']: row['opd/kl'] for row in rows if row['opd/kl'] is not None}
+                          for _, rows in seeds]
     common = None
     for seeds in measured.values():
         for points in seeds:
