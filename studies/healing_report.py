@@ -186,7 +186,7 @@ def samples_of_text(results):
     for number, example in enumerate(first['intact']['examples']):
         lines += [f'**{example["question"]}**', '']
         for name, found in first.items():
-            text = printable(found['shown'][number]).replace('`', "'")
+            text = printable(found['shown'][number]).replace('\n', '\\n').replace('`', "'")
             lines.append(f'- {name}: `{text}`')
         lines.append('')
     return lines
