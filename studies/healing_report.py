@@ -194,8 +194,9 @@ def samples_of_text(results):
 
 # ---- figures -------------------------------------------------------------------------------------
 
-# Names that have the look of others: the untrained student, and the other control.
-LOOKS_LIKE = {'damaged': 'student', 'supervised': 'next byte'}
+# Names that have the look of others in studies/drawing.py, so that no two have one color.
+LOOKS_LIKE = {'damaged': 'student', 'supervised': 'next byte', 'OPRD + full KL': 'OPD top-1 + 1 OPRD',
+              'OPRD, then full KL': 'OPRD-Bridge, then OPD top-1'}
 
 
 def look(name):
