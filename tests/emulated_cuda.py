@@ -588,6 +588,8 @@ def emulated_cuda(references=True):
         replace_tensor_methods(cuda, patch)
         replace_torch_cuda(cuda, patch)
         replace_kernels(cuda, patch)
+        # An optimizer asks whether a CUDA graph is recorded. A build of torch with CUDA would ask the driver.
+        patch.setattr(torch.optim.Optimizer, '_accelerator_graph_capture_health_check', lambda optimizer: None)
         # torch.tensor(values, device=) makes a host tensor, and copies it by an operation that the mode sees.
         torch._C._set_only_lift_cpu_tensors(True)
         try:
