@@ -174,6 +174,7 @@ class Cache:
         self.kv = [torch.zeros(B, 2, c.G, T, c.e, device=device, dtype=dtype) for _ in range(c.L)]
         self.read = 0
         self.length = None
+        self.arrived = torch.zeros(B, c.G, dtype=torch.int32, device=device)     # counters of kernels.attend
         self.limit = max(T, limit)
         self.longest = 0                     # an upper bound of `length` that the host knows without a sync
 
@@ -203,6 +204,7 @@ class Cache:
         """Keep (or repeat) the rows with the numbers `keep` (B',)."""
         self.change(lambda kv: kv[keep])
         self.length = self.length[keep]
+        self.arrived = self.arrived.new_zeros(len(keep), self.arrived.shape[1])
 
 
 # ---- the decoder ------------------------------------------------------------------------------
@@ -244,21 +246,13 @@ class Attention(nn.Module):
             self.q_norm = Norm(c.e, c.eps)
             self.k_norm = Norm(c.e, c.eps)
 
-    def forward(self, x, rope, cache=None, layer=0, mask=None):
-        """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it;
-        mask: the one that `decode_mask` makes."""
+    def forward(self, x, rope, cache=None, layer=0):
+        """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it."""
         c = self.config
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, c.H + 2 * c.G, c.e)
 
-        # Decode: one token per row. Norm, rotation, the write into the cache and attention are one kernel.
-        if cache is not None and cache.length is not None:
-            norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
-            y = kernels.attend(qkv[:, 0], cache.kv[layer], cache.length, *rope, *norms, c.eps,
-                               cache.longest, mask)                          # (B, H e)
-            return self.out(y[:, None])
-
-        # Otherwise every row has T tokens: split the heads, norm them, rotate them.
+        # Split the heads, norm them, rotate them.
         q, k, v = qkv.transpose(1, 2).split([c.H, c.G, c.G], 1)              # (B, H or G, T, e)
         if c.qk_norm:
             q = self.q_norm(q)
@@ -293,7 +287,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each added to the states it reads."""
+    """One layer: attention and MLP, each added to the states it reads. `forward` reads T tokens a row;
+    `decode` computes the same for one token a row."""
     def __init__(self, c):
         super().__init__()
         self.norm1 = Norm(c.d, c.eps)
@@ -302,8 +297,25 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, h, rope, cache=None, layer=0, mask=None):
-        h = h + self.attn(self.norm1(h), rope, cache, layer, mask)
+        if cache is not None and cache.length is not None:
+            return self.decode(h, rope, cache, layer, mask)
+        h = h + self.attn(self.norm1(h), rope, cache, layer)
         return h + self.mlp(self.norm2(h))
+
+    def decode(self, h, rope, cache, layer, mask):
+        """h (B, 1, d) -> (B, 1, d), in the five kernels of a decode step. mask: from `decode_mask`."""
+        attn = self.attn
+        c = attn.config
+        norms = (attn.q_norm.weight, attn.k_norm.weight) if c.qk_norm else (None, None)
+
+        # The norm of the heads, their rotation, the write into the cache and attention are one kernel.
+        qkv = kernels.norm_product(h, self.norm1, attn.qkv).view(len(h), c.H + 2 * c.G, c.e)
+        y = kernels.attend(qkv, cache.kv[layer], cache.length, *rope, *norms, c.eps, cache.longest, mask,
+                           cache.arrived)                                    # (B, H e)
+        h = kernels.add_product(h, y[:, None], attn.out)
+
+        x = kernels.norm_product(h, self.norm2, self.mlp.gate_up, self.mlp.activation)   # (B, 1, ff)
+        return kernels.add_product(h, x, self.mlp.down)
 
 
 class Head(Linear):

@@ -38,9 +38,9 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import kernels
+from kernels.decode_sampling import pick, stream_keys, uniform
 from model import Cache
 
 
@@ -120,142 +120,6 @@ def naive(model, prompts, n=1, *, max_new_tokens, which=None, samples=None, **sa
         ids, stopped = naive_answer(model, request, Sampling(**sampling))
         answers.append((index, ids, stopped))
     return collect(requests, n, answers, model.embed.weight.device)
-
-
-# ---- randomness: splitmix64, one stream per answer --------------------------------------------
-
-GOLDEN = -0x61c8864680b583eb    # 2^64 / golden ratio, as a signed 64-bit number
-
-
-def signed(x):
-    """A Python integer, modulo 2^64, as the signed 64-bit number that torch holds: 2^64 - 1 -> -1."""
-    x &= 2**64 - 1
-    return x - 2**64 if x >= 2**63 else x
-
-
-def shift_right(z, bits):
-    """Shift an int64 tensor as if it were unsigned: `>>` copies the sign bit, the mask removes the copies."""
-    return z >> bits & (1 << 64 - bits) - 1
-
-
-def mix(z):
-    """The output function of splitmix64 on an int64 tensor: one bit of z changes half the bits of the result.
-
-    Products wrap around modulo 2^64, in int64 as in uint64.
-    """
-    z = (z ^ shift_right(z, 30)) * signed(0xbf58476d1ce4e5b9)
-    z = (z ^ shift_right(z, 27)) * signed(0x94d049bb133111eb)
-    return z ^ shift_right(z, 31)
-
-
-def stream_keys(seed, step, prompt, sample):
-    """The key of each answer's stream of random numbers. prompt, sample: int64 (B,) -> int64 (B,).
-
-    The key is a hash: it takes in one number after the other and mixes after each, so that answers whose
-    numbers differ in one place only have unrelated keys.
-    """
-    key = torch.zeros_like(prompt)
-    for part in (signed(seed), signed(step), prompt, sample):
-        key = mix(key + GOLDEN ^ part)
-    return key
-
-
-def uniform(keys, position):
-    """The number of each stream at `position`, an int or (B,) -> float64 (B,) in [0, 1).
-
-    Splitmix64 is a counter that is mixed: number t of the stream is mix(key + (t + 1) * GOLDEN), so any
-    number can be computed without the ones before it. Its upper 53 bits, divided by 2^53, are a float64.
-    Example: key 1234567, position 0 -> mix gives 6457827717110365317 -> 0.3500795420214081.
-    """
-    # Apple's GPUs have no float64: compute these few numbers on the CPU.
-    if keys.device.type == 'mps':
-        keys = keys.cpu()
-        position = torch.as_tensor(position).cpu()
-    if torch.is_tensor(position):
-        counter = (position + 1) * GOLDEN
-    else:
-        counter = signed(GOLDEN * (position + 1))
-    upper_bits = shift_right(mix(keys + counter), 11)
-    return upper_bits.double() * 2.0**-53
-
-
-# ---- one token --------------------------------------------------------------------------------
-
-def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (B, V) -> probabilities (B, V) in float32, after temperature, top-k and top-p, in this order.
-
-    A tie at rank k keeps all of the tied tokens. What is removed last is not handed to the others, so a row
-    can sum to less than 1; `pick` multiplies u by the sum.
-    """
-    p = (logits.float() / temperature).softmax(-1)
-    if 0 < top_k < p.shape[-1]:
-        smallest_kept = p.topk(top_k).values[:, -1:]                         # (B, 1)
-        p = p.where(p >= smallest_kept, 0.0)
-    if top_p < 1:
-        # Keep a token if the likelier tokens together have less than top_p: the likeliest always stays.
-        p = p / p.sum(-1, keepdim=True)
-        ranked, order = p.sort(descending=True, stable=True)
-        mass_before = ranked.cumsum(-1) - ranked
-        ranked = ranked.where(mass_before < top_p, 0.0)
-        p = torch.zeros_like(p).scatter(-1, order, ranked)
-    return p
-
-
-def first_above(mass, x):
-    """The first column of each row where the cumulative mass (B, n) is above x (B, 1) -> (B, 1).
-
-    The mass rises in this column, so the token there has a positive probability. Rounding can lift x to the
-    total mass, which nothing is above: x is kept just below it. The clamp is for NaN.
-    """
-    just_below_total = torch.nextafter(mass[:, -1:], torch.zeros_like(x))
-    column = torch.searchsorted(mass, torch.minimum(x, just_below_total), right=True)
-    return column.clamp(max=mass.shape[-1] - 1)
-
-
-def invert(p, u):
-    """Probabilities (B, V) and u (B,) -> the token (B, 1) at which the cumulative sum passes u.
-
-    Example: p = [.2, .5, .3] has the cumulative sum [.2, .7, 1.]; u = .6 gives token 1, u = .75 token 2.
-    """
-    mass = p.to(u).cumsum(-1)                                                # (B, V)
-    return first_above(mass, u[:, None] * mass[:, -1:])
-
-
-def invert_in_blocks(p, u, block_size=512):
-    """`invert` in two stages: first the block of 512 tokens, then the token within it.
-
-    No running sum is longer than a block or than the number of blocks, instead of 150,000 tokens.
-    """
-    B, V = p.shape
-    blocks = F.pad(p, (0, -V % block_size)).view(B, -1, block_size)          # (B, blocks, 512)
-    block_mass = blocks.sum(-1, dtype=u.dtype).cumsum(-1)                    # (B, blocks)
-    mass = F.pad(block_mass, (1, 0))                                         # (B, 1 + blocks), from 0
-    x = u[:, None] * mass[:, -1:]                                            # (B, 1)
-    block = first_above(mass[:, 1:].contiguous(), x)                         # (B, 1)
-
-    # What is left of x after the blocks before is looked for within the block.
-    inside = blocks.take_along_dim(block[..., None], 1).squeeze(1)           # (B, 512)
-    token = first_above(inside.to(u).cumsum(-1), x - mass.gather(-1, block))
-    return block * block_size + token
-
-
-def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0, vocab=None):
-    """One token a row: invert the cumulative distribution of the logits (B, V) at u (B,) in [0, 1) -> (B,).
-
-    The sums are float64. In float32 a sum over 150,000 tokens could end below 1, and a u above it would go
-    to the last token, although top-p removed it. The settings are those of `Sampling`.
-    """
-    logits = logits[:, :vocab]
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = distribution(logits, temperature, top_k, top_p).to(u.device)         # (B, V)
-    if p.shape[-1] <= 4096:
-        token = invert(p, u)
-    else:
-        token = invert_in_blocks(p, u)
-
-    # NaN in the logits can give any column. Stay in the vocabulary: the loss then says what is wrong.
-    return token.squeeze(-1).clamp(max=p.shape[-1] - 1).to(logits.device)
 
 
 # ---- slots: the answers in the making ---------------------------------------------------------
@@ -402,20 +266,7 @@ class Slots:
 
     def sample_next(self, slots, logits):
         """Sample one token for each of these slots (n,) from its logits (n, V), and record it."""
-        sampling = self.sampling
-        u = uniform(self.keys[slots], self.count[slots])                     # (n,)
-        token = pick(logits, u, sampling.temperature, sampling.top_k, sampling.top_p, sampling.vocab)
-
-        # A finished slot keeps its count. Its token goes to the column after its answer, which is never read.
-        active = ~self.done[slots]                                           # (n,)
-        self.ids[slots, self.count[slots]] = token
-        self.count[slots] += active
-        self.token[slots] = token
-
-        # An answer ends with a stop token, or at its greatest length. Both can happen at once.
-        stopped = self.is_stop[token] & active
-        self.stopped[slots] |= stopped
-        self.done[slots] |= stopped | (self.count[slots] == self.max_count[slots])
+        kernels.sample_next(self, slots, logits)
 
     def decode_step(self):
         """One more token in every slot. The cache of a finished slot does not get longer."""

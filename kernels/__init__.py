@@ -1,6 +1,6 @@
 """
-Fused kernels for the three places where a training step or a sampled token spends its memory
-bandwidth.
+Fused kernels for the places where a training step spends its memory bandwidth, and where a sampled
+token would launch many small kernels.
 
 Each file holds one function twice: a PyTorch reference implementation, which runs everywhere and is
 the one to read, and a Triton kernel with the same result. The functions below choose: the kernel
@@ -10,14 +10,17 @@ is nothing to set.
     layer_rows                  kernels/layer_loss.py          Eq. (6)
     bridge_rows, bridge_back    kernels/bridge_loss.py         Eqs. (14), (15)
     attend                      kernels/decode_attention.py    a decode step's attention over the cache
+    norm_product, add_product   kernels/decode_products.py     its matrix products
+    sample_next                 kernels/decode_sampling.py     its random numbers, tokens and records
 """
 import functools
 import importlib.util
 import os
 
 import torch
+import torch.nn.functional as F
 
-from kernels import bridge_loss, decode_attention, layer_loss
+from kernels import bridge_loss, decode_attention, decode_products, decode_sampling, layer_loss
 
 
 @functools.cache
@@ -64,3 +67,30 @@ def attend(qkv, *rest, **more):
     if fused(qkv):
         return decode_attention.decode_attention(qkv, *rest, **more)
     return decode_attention.decode_attention_reference(qkv, *rest, **more)
+
+
+def norm_product(h, norm, linear, activation=None):
+    """linear(norm(h)), gated if there is an activation: see kernels/decode_products.py."""
+    if not fused(h):
+        return decode_products.norm_product_reference(h, norm, linear, activation)
+    swiglu = activation is F.silu
+    if decode_products.norm_product_fits(h) and (swiglu or activation is None):
+        return decode_products.norm_product_triton(h, norm, linear, swiglu)
+    if swiglu:
+        return decode_products.swiglu_triton(linear(norm(h)))
+    return decode_products.norm_product_reference(h, norm, linear, activation)
+
+
+def add_product(h, x, linear):
+    """h + linear(x), on a GPU written over h: see kernels/decode_products.py."""
+    if fused(h):
+        return decode_products.add_product_in_place(h, x, linear)
+    return decode_products.add_product_reference(h, x, linear)
+
+
+def sample_next(state, slots, logits):
+    """Draw and record the next token of each of these slots: see kernels/decode_sampling.py."""
+    if fused(logits) and decode_sampling.sample_next_fits(state.sampling):
+        decode_sampling.sample_next_triton(state, slots, logits)
+    else:
+        decode_sampling.sample_next_reference(state, slots, logits)

@@ -16,13 +16,16 @@ tokens of a row among them, a share each. With s = log2(exp 1) q k / sqrt(e), ea
 
     m = max s        l = sum of 2^(s - m)        a = sum of 2^(s - m) v
 
-and a second kernel joins the shares: y = sum u_i a_i / sum u_i l_i with u_i = 2^(m_i - max m). Example: two
-shares with the scores s = (0, 1) and (3) have m = 1 and 3, l = 1.5 and 1, so u = 1/4 and 1. The denominator
-is 1.5 / 4 + 1 = 1.375, which is 2^0 + 2^1 + 2^3 = 11 without the factor 2^-3 that all terms share.
+and the shares are joined: y = sum u_i a_i / sum u_i l_i with u_i = 2^(m_i - max m). Example: two shares with
+the scores s = (0, 1) and (3) have m = 1 and 3, l = 1.5 and 1, so u = 1/4 and 1. The denominator is 1.5 / 4 +
+1 = 1.375, which is 2^0 + 2^1 + 2^3 = 11 without the factor 2^-3 that all terms share.
+
+The programs of a row and key head count how many of them have written their share, and the last one to write
+reads and joins them all. So no program waits for another. The counters are zero before and after a launch.
 
 The new token belongs to program 0. It takes its key and value from registers and writes them where no other
-program reads, so no program waits for another. The lengths are read on the device: a CUDA graph of this
-launch stays valid while the rows grow.
+program reads. The lengths are read on the device: a CUDA graph of this launch stays valid while the rows
+grow.
 
 What it does not do: several new tokens per row (prefill uses PyTorch's attention), float64, gradients.
 
@@ -37,14 +40,15 @@ import torch.nn.functional as F
 
 
 def decode_attention_reference(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,
-                               mask=None):
+                               mask=None, arrived=None):
     """One decode step's attention in PyTorch -> y (B, H e). The new key and value are *written* into kv.
 
     qkv (B, H + 2G, e): the new token of each row: query heads, key heads, value heads. kv (B, 2, G, T, e):
     the cache, keys and values. length (B,): the tokens that a row holds, and so the position of the new
     one. cos, sin (B, R): of the rotation. q_norm, k_norm: weights (e,) of a head's RMSNorm, which precedes
     the rotation. longest: no row holds more tokens, the new one included; only so much is read. mask (B, 1,
-    1, longest): 0 at a row's tokens, -inf beyond; the caller makes it once for all layers.
+    1, longest): 0 at a row's tokens, -inf beyond; the caller makes it once for all layers. arrived: counters
+    of the Triton kernel, which are not needed here.
     """
     B, _, G, T, e = kv.shape
     H = qkv.shape[1] - 2 * G
@@ -125,14 +129,40 @@ if triton:
         return m, l, a
 
     @triton.jit
-    def attend(qkv, kv, length, cos, sin, q_norm, k_norm, share_a, share_m, share_l, eps, scale,
+    def join(share_a, share_m, share_l, output, real_head, column, inside, shares,
+             e: tl.constexpr, S: tl.constexpr, M: tl.constexpr, E: tl.constexpr):
+        """Join the first `shares` shares of the query heads with the numbers `output` (M,) -> y (M, E).
+
+        Other programs wrote them a moment ago: '.cg' reads from the cache that all multiprocessors share.
+        """
+        # The largest m of each head. The heads that only fill up the power of two take 0.
+        share = tl.arange(0, S)
+        exists = real_head[:, None] & (share < shares)[None, :]
+        m = tl.load(share_m + output[:, None] * S + share[None, :], mask=exists, other=float('-inf'),
+                    cache_modifier='.cg')                                    # (M, S)
+        top = tl.where(real_head, tl.max(m, 1), 0.0)                         # (M,)
+
+        # A share without tokens has m = -inf, so u = 0.
+        l = tl.zeros((M,), tl.float32)
+        a = tl.zeros((M, E), tl.float32)
+        for i in range(0, shares):
+            at = output * S + i
+            u = tl.exp2(tl.load(share_m + at, mask=real_head, other=0.0, cache_modifier='.cg') - top)
+            l += u * tl.load(share_l + at, mask=real_head, other=1.0, cache_modifier='.cg')
+            share_row = share_a + at[:, None] * e + column[None, :]
+            a += u[:, None] * tl.load(share_row, mask=inside, other=0.0, cache_modifier='.cg')
+        return a / l[:, None]
+
+    @triton.jit
+    def attend(qkv, kv, length, cos, sin, q_norm, k_norm, y, share_a, share_m, share_l, arrived, eps, scale,
                kv_row, kv_side, kv_head, kv_token, H: tl.constexpr, G: tl.constexpr, e: tl.constexpr,
                R: tl.constexpr, S: tl.constexpr, M: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
                CPU: tl.constexpr):
         """Program (b G + g, i): share i of row b, for the query heads of key head g.
 
         kv_row, kv_side, kv_head, kv_token: strides of the cache. scale: log2(exp 1) / sqrt(e).
-        share_a, share_m, share_l: a, m and l of each share; with S = 1 share_a is y itself.
+        share_a, share_m, share_l: a, m and l of each share. arrived: how many programs of b G + g have
+        written theirs. These four are not used if S = 1.
         """
         # The interpreter stores bfloat16 as integers, and tl.dot would multiply these: use float32 there.
         FACTOR: tl.constexpr = tl.float32 if CPU else kv.dtype.element_ty
@@ -180,35 +210,37 @@ if triton:
         m, l, a = read_share(q, m, l, a, kv, i * share, end, n, kv_side, kv_token, column, real_column, scale,
                              N, FACTOR)
 
-        # One share is the whole row: divide. Otherwise leave m, l and a to `join`.
-        output = (b * H + g * (H // G) + head) * S + i
+        # One share is the whole row: divide.
+        output = b * H + g * (H // G) + head                                 # (M,)
+        y_row = y + output[:, None] * e + column[None, :]                    # (M, E)
         if S == 1:
-            a /= l[:, None]
-        else:
-            tl.store(share_m + output, m, mask=real_head)
-            tl.store(share_l + output, l, mask=real_head)
-        tl.store(share_a + output[:, None] * e + column[None, :], a.to(share_a.dtype.element_ty), mask=inside)
+            tl.store(y_row, (a / l[:, None]).to(y.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def join(share_a, share_m, share_l, y, e: tl.constexpr, S: tl.constexpr, E: tl.constexpr):
-        """Program b H + h: join the shares of one query head. One without tokens has m = -inf, so u = 0."""
-        share = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
-        column = tl.arange(0, E)
-        real_column = column < e
-        m = tl.load(share_m + share)                                         # (S,)
-        u = tl.exp2(m - tl.max(m, 0))
-        a = tl.load(share_a + share[:, None] * e + column[None, :], mask=real_column[None, :], other=0.0)
-        a = tl.sum(a * u[:, None], 0) / tl.sum(tl.load(share_l + share) * u, 0)          # (E,)
-        output = y + tl.program_id(0).to(tl.int64) * e + column
-        tl.store(output, a.to(y.dtype.element_ty), mask=real_column)
+        # Otherwise leave m, l and a in memory. The barrier is passed when all threads of this program have
+        # written; the atomic operation makes their numbers visible to the program that comes last.
+        else:
+            at = output * S + i
+            tl.store(share_m + at, m, mask=real_head)
+            tl.store(share_l + at, l, mask=real_head)
+            tl.store(share_a + at[:, None] * e + column[None, :], a, mask=inside)
+            tl.debug_barrier()
+            earlier = tl.atomic_add(arrived + tl.program_id(0), 1, sem='acq_rel', scope='gpu')
+
+            # The last one joins the shares that have tokens, and sets the counter back for the next launch.
+            if earlier == S - 1:
+                shares = tl.maximum(tl.cdiv(n, tl.maximum(share, 1)), 1)
+                a = join(share_a, share_m, share_l, output, real_head, column, inside, shares, e, S, M, E)
+                tl.store(y_row, a.to(y.dtype.element_ty), mask=inside)
+                tl.store(arrived + tl.program_id(0), 0)
 
 
 def decode_attention(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,
-                     mask=None, S=None):
+                     mask=None, arrived=None, S=None):
     """`decode_attention_reference` as a Triton kernel, for at most float32.
 
-    longest and mask are not needed here. S: the number of shares, a power of two; None: as many as make two
-    to four programs per multiprocessor, but at most 64 and no more than T has blocks of N tokens.
+    longest and mask are not needed here. arrived: at least B G int32 zeros, which are zeros again afterwards;
+    None: they are made here, which is one more launch. S: the number of shares, a power of two; None: as many
+    as make two to four programs per multiprocessor, but at most 64 and no more than T has blocks of N tokens.
     """
     B, _, G, T, e = kv.shape
     H = qkv.shape[1] - 2 * G
@@ -230,11 +262,14 @@ def decode_attention(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e
 
     # With one share the kernel writes y directly. Otherwise the shares are kept in float32 and joined.
     y = torch.empty(B, H * e, dtype=qkv.dtype, device=kv.device)
-    share_a = y if S == 1 else torch.empty(B * H, S, e, dtype=torch.float32, device=kv.device)
-    share_m, share_l = torch.empty(2, B * H, S, dtype=torch.float32, device=kv.device)
-    attend[B * G, S](qkv, kv, length, cos, sin, q_norm, k_norm, share_a, share_m, share_l, eps,
+    share_a = share_m = share_l = None
+    if S > 1:
+        share_a = torch.empty(B * H, S, e, dtype=torch.float32, device=kv.device)
+        share_m, share_l = torch.empty(2, B * H, S, dtype=torch.float32, device=kv.device)
+        if arrived is None:
+            arrived = torch.zeros(B * G, dtype=torch.int32, device=kv.device)
+        assert arrived.is_contiguous() and arrived.numel() >= B * G, (arrived.shape, B, G)
+    attend[B * G, S](qkv, kv, length, cos, sin, q_norm, k_norm, y, share_a, share_m, share_l, arrived, eps,
                      math.log2(math.e) / e**.5, *kv.stride()[:4], H, G, e, R, S, M, E, N, not kv.is_cuda,
                      num_warps=2 * kv.element_size(), num_stages=3)
-    if S > 1:
-        join[B * H,](share_a, share_m, share_l, y, e, S, E)
     return y
