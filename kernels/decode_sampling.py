@@ -274,7 +274,9 @@ if triton:
         else:
             mass = tl.exp(logit - largest).to(tl.float64)
         place, x = search(mass, x, N)
-        drawn = (j * N + place).to(tl.int64)
+
+        # NaN in the logits can give any column: stay in the vocabulary.
+        drawn = tl.minimum(j * N + place, vocab - 1).to(tl.int64)
 
         # The record, line by line as in the reference.
         tl.store(ids + slot * ids_stride + position, drawn)
@@ -292,11 +294,12 @@ def sample_next_fits(sampling):
 
 
 def sample_next_triton(state, slots, logits):
-    """The same as sample_next_reference, for settings that fit. A row of logits is contiguous."""
+    """The same as sample_next_reference, for settings that fit and logits of at most float32."""
     sampling = state.sampling
-    if not sample_next_fits(sampling) or logits.stride(1) != 1 or logits.dtype == torch.float64:
-        raise ValueError(f'no top_k and top_p, and rows of at most float32; got {sampling}, '
-                         f'{logits.dtype}, {logits.stride()}')
+    if not sample_next_fits(sampling) or logits.dtype == torch.float64:
+        raise ValueError(f'no top_k, no top_p, at most float32; got {sampling}, {logits.dtype}')
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     n, V = logits.shape
     vocab = min(sampling.vocab or V, V)
     blocks = triton.cdiv(vocab, BLOCK)

@@ -11,10 +11,14 @@ is 30 times what is expected (see `rounding` in conftest.py); what is stored in 
 import json
 import sys
 import traceback
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
-from conftest import rounding
+import torch.nn.functional as F
+from conftest import rounding, tiny_model
 
+import kernels
 from kernels import decode_attention as attention
 from kernels.bridge_loss import (
     bridge_back_reference,
@@ -22,7 +26,25 @@ from kernels.bridge_loss import (
     bridge_rows_reference,
     bridge_rows_triton,
 )
+from kernels.decode_products import (
+    MOST_ROWS,
+    add_product_in_place,
+    add_product_reference,
+    norm_product_reference,
+    norm_product_triton,
+    swiglu_reference,
+    swiglu_triton,
+)
+from kernels.decode_sampling import (
+    distribution,
+    sample_next_reference,
+    sample_next_triton,
+    stream_keys,
+    uniform,
+)
 from kernels.layer_loss import KINDS, layer_rows_reference, layer_rows_triton
+from model import Norm
+from rollout import Request, Sampling, Slots
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 WIDE_DTYPES = {name: DTYPES[name] for name in ('float32', 'bfloat16')}       # a gradient of 1e12 is no float16
@@ -232,6 +254,7 @@ def decode(device, dtype):
         g, B = torch.Generator().manual_seed(e + R), len(lengths)
         length, row = torch.tensor(lengths, device=device), torch.arange(B, device=device)
         norms = torch.rand(2, e, generator=g).to(device, dtype) if normed else (None, None)
+        arrived = torch.zeros(B + 1, G, dtype=torch.int32, device=device)
         whole = torch.full((B + 1, 2, G + 1, T + 3, e + 2), torch.inf, dtype=dtype)
         window = (slice(1, None), slice(None), slice(G), slice(2, T + 2), slice(e))
         for b, n in enumerate(lengths):
@@ -242,7 +265,8 @@ def decode(device, dtype):
             qkv = torch.randn(H + 2 * G, e, B, generator=g).to(device, dtype).permute(2, 0, 1)       # as Linear has it
             angle = 9 * torch.rand(B, R, generator=g)
             cos, sin = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
-            y = attention.decode_attention(qkv, ours[window], length, cos, sin, *norms, S=S)
+            y = attention.decode_attention(qkv, ours[window], length, cos, sin, *norms, arrived=arrived, S=S)
+            assert not arrived.any()         # the next launch counts from 0 again
             longest = int(length.max()) + 1
             want = attention.decode_attention_reference(qkv, reference[window], length, cos, sin, *norms, 1e-6, longest)
             at = row, slice(None), slice(None), length
@@ -264,6 +288,206 @@ def decode(device, dtype):
     refused(attention.decode_attention, qkv.double(), ours[window].double(), length, cos, sin)
 
 
+# ---- the products of a decode step ----------------------------------------------------------------
+
+PRODUCTS = [                    # rows, d, n, bias, gated
+    (1, 100, 70, True, False), (3, 300, 33, False, True), (MOST_ROWS, 64, 16, False, False), (2, 24, 4100, False, True),
+]
+
+
+def norm_and_linear(d, n, bias, device, dtype, g):
+    """A norm and a matrix with random weights, and the same in float64."""
+    modules = []
+    for wide in (dtype, torch.float64):
+        modules += [Norm(d, 1e-5).to(device, wide), torch.nn.Linear(d, n, bias=bias).to(device, wide)]
+    norm, linear, norm64, linear64 = modules
+    with torch.no_grad():
+        norm.weight.copy_(3 * torch.randn(d, generator=g))
+        linear.weight.copy_(torch.randn(n, d, generator=g))
+        if bias:
+            linear.bias.copy_(torch.randn(n, generator=g))
+        norm64.load_state_dict(norm.state_dict())
+        linear64.load_state_dict(linear.state_dict())
+    return norm, linear, norm64, linear64
+
+
+@torch.no_grad()
+def norm_product(device, dtype):
+    """One row and the most rows, odd widths, a bias, a gated product; rows of zeros, short rows and long ones. Beside
+    the reference in float64: in bfloat16 the kernel rounds a normed state once, and its result once."""
+    for B, d, n, bias, gated in PRODUCTS:
+        g = torch.Generator().manual_seed(d)
+        h = torch.randn(B, 1, d, generator=g).to(device, dtype)
+        for b, size in zip(range(1, B), (0, 1e-20, 1e-3, 1e3), strict=False):
+            h[b] *= size
+        rows = 2 * n if gated else n
+        norm, linear, norm64, linear64 = norm_and_linear(d, rows, bias, device, dtype, g)
+        ours = norm_product_triton(h, norm, linear, gated)
+        want = norm_product_reference(h.double(), norm64, linear64, F.silu if gated else None)
+        assert ours.shape == want.shape == (B, 1, n) and ours.dtype == dtype
+
+        # What is summed in each number of the product; the gate then hands on what is off in either half.
+        squares = norm64(h.double()).square() @ linear64.weight.square().t()
+        if bias:
+            squares += linear64.bias.square()
+        sizes = squares.sqrt()                                               # (B, 1, rows)
+        if gated:
+            gate, up = linear64(norm64(h.double())).chunk(2, -1)
+            gate_size, up_size = sizes.chunk(2, -1)
+            sizes = 1.1 * gate_size * up.abs() + F.silu(gate).abs() * up_size    # silu is nowhere steeper than 1.1
+        for b in range(B):
+            terms = sizes[b].norm()
+            bound = rounding(terms.float(), 10 * d**0.5)
+            if dtype != torch.float32:
+                bound += rounding(terms.to(dtype), 1) + rounding(want[b].to(dtype), 1)
+            assert ours[b].isfinite().all() and (ours[b] - want[b]).norm() <= bound, (d, n, b)
+    many = torch.randn(MOST_ROWS + 1, 1, d, device=device).to(dtype)
+    for bad in (many, h.double(), h.half(), torch.cat([h, h], -1)[..., ::2]):
+        refused(norm_product_triton, bad, norm, linear, gated)
+
+
+@torch.no_grad()
+def swiglu(device, dtype):
+    """Widths below and beyond a block; gates so large or so small that exp(-gate) is none of the dtype's numbers."""
+    for B, n in [(1, 7), (17, 1030)]:
+        g = torch.Generator().manual_seed(n)
+        gate_up = torch.randn(B, 1, 2 * n, generator=g)
+        gate_up[:, :, :4] = torch.tensor([-200.0, 200.0, -9.0, 0.0])
+        gate_up = gate_up.to(device, dtype)
+        want = swiglu_reference(gate_up.double())
+        ours = swiglu_triton(gate_up.transpose(0, 2).contiguous().transpose(0, 2))
+        assert ours.dtype == dtype and ours.shape == (B, 1, n)
+        assert_rows_close(ours[:, 0], want[:, 0], want[:, 0].norm(dim=-1), 10, dtype)
+    refused(swiglu_triton, gate_up.double())
+
+
+@torch.no_grad()
+def add_product(device, dtype):
+    """What the matrix library adds in place, with a view of a larger tensor as its factor."""
+    g = torch.Generator().manual_seed(0)
+    h, x = (torch.randn(n, generator=g).to(device, dtype) for n in ((5, 1, 40), (5, 2, 70)))
+    _, linear, _, linear64 = norm_and_linear(70, 40, False, device, dtype, g)
+    want = add_product_reference(h.double(), x[:, :1].double(), linear64)
+    terms = (x[:, 0].double().square() @ linear64.weight.square().t()).sum(-1).sqrt() + h[:, 0].double().norm(dim=-1)
+    ours = h.clone()
+    got = add_product_in_place(ours, x[:, :1], linear)
+    assert got is ours
+    assert_rows_close(got[:, 0], want[:, 0], terms, 10 * 70**0.5, dtype)
+
+
+# ---- one token ------------------------------------------------------------------------------------
+
+SAMPLE = [                      # V, vocab, temperature
+    (5, None, 1.0), (37, 30, 0.0), (1024, 1023, 0.7), (3003, 2500, 1.0), (3003, None, 0.0),
+]
+
+
+def slots_of(B, V, settings, device):
+    """The state of B slots, some of which are finished, or end with the next token."""
+    g = torch.Generator().manual_seed(V)
+    number = torch.arange(B)
+    count = torch.randint(0, 5, (B,), generator=g)
+    state = dict(
+        keys=stream_keys(3, 7, number, number % 2), token=torch.zeros(B).long(), count=count,
+        ids=torch.randint(V, (B, 20), generator=g), max_count=count + 1 + number % 4,
+        done=number % 5 == 3, stopped=number % 10 == 3, is_stop=torch.rand(V, generator=g) < 0.2)
+    return SimpleNamespace(sampling=settings, **{name: x.to(device) for name, x in state.items()})
+
+
+def copy_of(state):
+    """A copy of the state whose tensors are copies too."""
+    return SimpleNamespace(**{name: x.clone() if torch.is_tensor(x) else x for name, x in vars(state).items()})
+
+
+def at_the_border(a, b, logits, u, settings):
+    """Do the tokens a and b differ only because u lies on their border? An exponential whose argument x is rounded is
+    off by |x| eps, and a sum of 1024 numbers in pairs by ten roundings more."""
+    x = logits[:settings.vocab].float() / settings.temperature
+    mass = distribution(x[None])[0].double().cumsum(-1)
+    low, high = min(a, b), max(a, b)
+    size = float(x[x.isfinite()].abs().max())
+    near = (size + 20) * torch.finfo(torch.float32).eps * mass[-1]
+    return abs(u * mass[-1] - mass[low]) <= near and mass[high - 1] - mass[low] <= near
+
+
+def sample_next(device, dtype):
+    """Slots in another order than the rows; several blocks, one of them without any probability; a padded vocabulary
+    whose padding has the largest logits; equal logits; finished slots, stop tokens, greatest lengths. Four tokens,
+    each after the record of the one before."""
+    for V, vocab, temperature in SAMPLE:
+        settings = Sampling(stop=[], temperature=temperature, vocab=vocab)
+        reference = slots_of(11, V, settings, device)
+        slots = torch.tensor([4, 0, 10, 3, 7, 1], device=device)
+        g = torch.Generator().manual_seed(V)
+        for _ in range(4):
+            logits = 4 * torch.randn(6, V + 3, generator=g)
+            logits[:, vocab or V:] = 99.0
+            logits[1, 1:] = -torch.inf                                       # only one token is possible
+            logits[2, :V // 2] = -torch.inf
+            logits[3, :V] = logits[3, 0]
+            logits = logits.to(device, dtype)[:, :V]
+            ours = copy_of(reference)
+            u = uniform(reference.keys, reference.count)[slots]
+            sample_next_triton(ours, slots, logits if V < 3003 else logits.t().contiguous().t())
+            sample_next_reference(reference, slots, logits)
+            for i, slot in enumerate(slots.tolist()):
+                a, b = int(ours.token[slot]), int(reference.token[slot])
+                if a != b:                   # go on with the reference's token
+                    assert temperature > 0 and at_the_border(a, b, logits[i], float(u[i]), settings), (V, i, a, b)
+                    ours = reference
+            for name, tensor in vars(reference).items():
+                assert name == 'sampling' or vars(ours)[name].equal(tensor), (V, name)
+
+    # NaN gives some token of the vocabulary, as the reference does.
+    ours = copy_of(reference)
+    sample_next_triton(ours, slots, logits * float('nan'))
+    assert (0 <= ours.token).all() and (ours.token < V).all()
+    top_k = SimpleNamespace(**vars(reference) | dict(sampling=Sampling(stop=[], top_k=3)))
+    refused(sample_next_triton, top_k, slots, logits)
+    refused(sample_next_triton, reference, slots, logits.double())
+
+
+# ---- a whole decode step --------------------------------------------------------------------------
+
+MODELS = [                      # shape, rows
+    (dict(family='qwen2', L=2), 3), (dict(family='qwen3', L=1), MOST_ROWS + 1), (dict(family='llama', activation='gelu'), 2),
+]
+
+
+def three_steps(model, rows, fused):
+    """Three decode steps, with or without the kernels -> the sampled ids, and the logits (rows, V) of each step."""
+    logits = []
+    head = model.head.register_forward_hook(lambda module, args, made: logits.append(made[:, 0]))
+    with mock.patch.object(kernels, 'fused', lambda h: fused):
+        slots = Slots(model, rows, 3, 40, 99, Sampling(stop=[0], vocab=30))
+        slots.prefill(list(range(rows)), [Request([1, 5, 9][:1 + b % 3], b, 0, 12) for b in range(rows)])
+        slots.reserve(3, 3)
+        logits.clear()
+        for _ in range(3):
+            slots.decode_step()
+    head.remove()
+    return slots.ids, logits
+
+
+@torch.no_grad()
+def decode_step(device, dtype):
+    """A model, its cache and its slots, with and without the kernels: a counter that belongs to another row, a bias
+    or a norm that is left out, an activation that the kernel does not know. Tokens are compared in float32 alone: in
+    bfloat16 both round too much to agree."""
+    for shape, rows in MODELS:
+        model = tiny_model(**shape).to(device, dtype)
+        g = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:          # biases of zero and norms of one would hide a mistake
+                parameter.copy_(1 + torch.rand(len(parameter), generator=g))
+        ids, logits = three_steps(model, rows, True)
+        want_ids, want_logits = three_steps(model, rows, False)
+        assert ids.equal(want_ids)
+        assert len(logits) == len(want_logits) == 3
+        for ours, want in zip(logits, want_logits, strict=True):
+            assert (ours - want).norm() <= rounding(want, 300)               # d + T + e + H e + d + ff, for each block
+
+
 # ---- all of them ----------------------------------------------------------------------------------
 
 CASES = {
@@ -272,9 +496,14 @@ CASES = {
     'bridge_rows': (bridge_rows, DTYPES),
     'bridge_rows_of_zeros': (bridge_rows_of_zeros, WIDE_DTYPES),
     'decode': (decode, DTYPES),
+    'norm_product': (norm_product, WIDE_DTYPES),
+    'swiglu': (swiglu, DTYPES),
+    'add_product': (add_product, WIDE_DTYPES),
+    'sample_next': (sample_next, DTYPES),
+    'decode_step': (decode_step, {'float32': torch.float32}),
 }
 NAMES = [(case, dtype) for case, (_, dtypes) in CASES.items() for dtype in dtypes]
-HAVE_LOOPS = ('bridge_rows', 'bridge_rows_of_zeros', 'decode')               # up to a number known at run time
+HAVE_LOOPS = ('bridge_rows', 'bridge_rows_of_zeros', 'decode', 'norm_product', 'decode_step')    # up to a number known at run time
 
 
 def run(case, dtype, device):

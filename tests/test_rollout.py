@@ -9,7 +9,8 @@ import torch
 from conftest import tiny_model
 
 import rollout
-from rollout import Request, Sampling, Slots, distribution, naive, pick, sample, stream, stream_keys, uniform
+from kernels.decode_sampling import distribution, pick, stream_keys, uniform
+from rollout import Request, Sampling, Slots, naive, sample, stream
 from studies.measure import Waits
 
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7, 8, 9], [3], [10, 11, 12, 13, 14], [4, 4, 4, 4]]
