@@ -11,9 +11,9 @@ answers, many at a time. `stream` is the loop behind `sample`. Each turn of this
 
 A slot is one row of the batch and of the KV cache. When an answer is finished, the next request gets its
 slot, while the other answers go on (continuous batching). A decode step reads all the weights for one token
-per slot, so memory bandwidth limits it. On CUDA the host could not launch its several hundred kernels as
-fast as they run. Therefore the step, sampling included, is recorded as a CUDA graph and replayed, and the
-host polls only every 32 tokens.
+per slot, so memory bandwidth limits it. On CUDA the host could not launch its many small kernels as fast as
+they run. Therefore the step, sampling included, is recorded as a CUDA graph and replayed, and the host polls
+only every 32 tokens.
 
 Randomness is counter-based: the uniform number behind a token is a function of (seed, step, prompt number,
 sample number, position) alone. There is no generator state to save. In float32 an answer therefore does not
@@ -22,7 +22,8 @@ bit: matrix products round differently in batches of different shapes, and a tok
 number falls between the two roundings. In bfloat16 this rounding is about 65,000 times coarser: the random
 numbers are the same, but an answer can differ when it is sampled in another batch. One exception holds in
 every dtype: a longrope model chooses its frequencies by the longest text that the call may produce, unless
-`model.max_length` says more.
+`model.max_length` says more. The random numbers, and how one chooses a token, are in
+kernels/decode_sampling.py.
 
 Simpler than usual: the cache has one row per slot and no pages, and requests are admitted in their order.
 What it does not do: beam search, repetition penalties, reading once what two different prompts begin with.

@@ -90,7 +90,7 @@ def add_product(h, x, linear):
 
 def sample_next(state, slots, logits):
     """Draw and record the next token of each of these slots: see kernels/decode_sampling.py."""
-    if fused(logits) and decode_sampling.sample_next_fits(state.sampling):
+    if fused(logits):
         decode_sampling.sample_next_triton(state, slots, logits)
     else:
         decode_sampling.sample_next_reference(state, slots, logits)

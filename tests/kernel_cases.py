@@ -377,8 +377,10 @@ def add_product(device, dtype):
 
 # ---- one token ------------------------------------------------------------------------------------
 
-SAMPLE = [                      # V, vocab, temperature
-    (5, None, 1.0), (37, 30, 0.0), (1024, 1023, 0.7), (3003, 2500, 1.0), (3003, None, 0.0),
+SAMPLE = [                      # V, settings
+    (5, dict()), (37, dict(vocab=30, temperature=0.0, top_k=3)), (1024, dict(vocab=1023, temperature=0.7)),
+    (3003, dict(vocab=2500)), (3003, dict(temperature=0.0)), (3003, dict(vocab=2500, temperature=1.3, top_k=40)),
+    (1500, dict(temperature=0.8, top_p=0.9)),
 ]
 
 
@@ -403,7 +405,7 @@ def at_the_border(a, b, logits, u, settings):
     """Do the tokens a and b differ only because u lies on their border? An exponential whose argument x is rounded is
     off by |x| eps, and a sum of 1024 numbers in pairs by ten roundings more."""
     x = logits[:settings.vocab].float() / settings.temperature
-    mass = distribution(x[None])[0].double().cumsum(-1)
+    mass = distribution(x[None], 1.0, settings.top_k, settings.top_p)[0].double().cumsum(-1)
     low, high = min(a, b), max(a, b)
     size = float(x[x.isfinite()].abs().max())
     near = (size + 20) * torch.finfo(torch.float32).eps * mass[-1]
@@ -412,16 +414,16 @@ def at_the_border(a, b, logits, u, settings):
 
 def sample_next(device, dtype):
     """Slots in another order than the rows; several blocks, one of them without any probability; a padded vocabulary
-    whose padding has the largest logits; equal logits; finished slots, stop tokens, greatest lengths. Four tokens,
+    whose padding has the largest logits; equal logits; top-k and top-p; finished slots, stop tokens, greatest lengths. Four tokens,
     each after the record of the one before."""
-    for V, vocab, temperature in SAMPLE:
-        settings = Sampling(stop=[], temperature=temperature, vocab=vocab)
+    for V, how in SAMPLE:
+        settings = Sampling(stop=[], **how)
         reference = slots_of(11, V, settings, device)
         slots = torch.tensor([4, 0, 10, 3, 7, 1], device=device)
         g = torch.Generator().manual_seed(V)
         for _ in range(4):
             logits = 4 * torch.randn(6, V + 3, generator=g)
-            logits[:, vocab or V:] = 99.0
+            logits[:, settings.vocab or V:] = 99.0
             logits[1, 1:] = -torch.inf                                       # only one token is possible
             logits[2, :V // 2] = -torch.inf
             logits[3, :V] = logits[3, 0]
@@ -433,7 +435,7 @@ def sample_next(device, dtype):
             for i, slot in enumerate(slots.tolist()):
                 a, b = int(ours.token[slot]), int(reference.token[slot])
                 if a != b:                   # go on with the reference's token
-                    assert temperature > 0 and at_the_border(a, b, logits[i], float(u[i]), settings), (V, i, a, b)
+                    assert settings.temperature > 0 and at_the_border(a, b, logits[i], float(u[i]), settings), (V, i, a, b)
                     ours = reference
             for name, tensor in vars(reference).items():
                 assert name == 'sampling' or vars(ours)[name].equal(tensor), (V, name)
@@ -442,8 +444,6 @@ def sample_next(device, dtype):
     ours = copy_of(reference)
     sample_next_triton(ours, slots, logits * float('nan'))
     assert (0 <= ours.token).all() and (ours.token < V).all()
-    top_k = SimpleNamespace(**vars(reference) | dict(sampling=Sampling(stop=[], top_k=3)))
-    refused(sample_next_triton, top_k, slots, logits)
     refused(sample_next_triton, reference, slots, logits.double())
 
 

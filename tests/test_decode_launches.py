@@ -102,6 +102,13 @@ def test_a_decode_step_of_many_rows_has_eight_launches_a_layer(launches):
     assert count.total() <= 245, count
 
 
+@pytest.mark.parametrize('settings', [dict(temperature=0.7, top_p=0.95), dict(top_k=50), dict(top_k=50, top_p=0.95)])
+def test_every_setting_of_the_sampler_stays_within_the_aim(launches, settings):
+    """Sorting is PyTorch's, but the random numbers and the record must stay in the kernels."""
+    count = launches(2, **settings)
+    assert count['draw_token'] == 1 and count.total() <= 200, count
+
+
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_a_token_is_drawn_and_recorded_in_two_launches(launches, monkeypatch, temperature):
     """The step without drawing has two launches less."""
