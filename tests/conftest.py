@@ -40,6 +40,16 @@ def tiny_model(seed=0, **shape):
     return init_weights(Model(ModelConfig(**shape)), seed).eval()
 
 
+@torch.no_grad()
+def with_random_vectors(model):
+    """The model with random norms and biases: ones and zeros would hide that one is left out or taken for another."""
+    g = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(1 + torch.rand(len(parameter), generator=g))
+    return model
+
+
 # How many roundings lie between the weights of `tiny_model` and their gradients: the lengths of the sums on the
 # longest path. A block has d + T + e + H e + d + ff < 140 of them, three blocks 420, the way back as many again,
 # and a weight's gradient is a sum over fewer than 100 positions.

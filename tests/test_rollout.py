@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, with_random_vectors
 
 import rollout
 from kernels.decode_sampling import distribution, pick, stream_keys, uniform
+from model import FAMILIES, Cache
 from rollout import Request, Sampling, Slots, naive, sample, stream
 from studies.measure import Waits
 
@@ -100,6 +101,21 @@ def test_every_setting_of_a_call_reaches_the_token(change):
     assert list(zip(roll.answers(), ended, strict=True)) == expected
     assert same(roll, naive(model, PROMPTS, 2, **HOW | change))
     assert roll.answers() != sample(model, PROMPTS, 2, **HOW).answers()
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_decode_step_has_every_weight_where_a_forward_has_it(family):
+    """`Block.decode` is written apart from `Block.forward`: a norm that is taken for the other, a bias left out."""
+    model = with_random_vectors(tiny_model(family=family)).double()
+    ids = torch.randint(37, (3, 9), generator=torch.Generator().manual_seed(0))
+    cache = Cache(model.config, 3, 16, 'cpu', torch.float64)
+    with torch.no_grad():
+        want = model(ids)[:, -1]
+        model(ids[:, :8], cache)
+        cache.length = torch.full((3,), 8)
+        cache.longest = 8
+        got = model(ids[:, 8:], cache)[:, 0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_an_unknown_setting_is_an_error():
