@@ -314,6 +314,7 @@ class Block(nn.Module):
                            cache.arrived)                                    # (B, H e)
         h = kernels.add_product(h, y[:, None], attn.out)
 
+        # Norm, gate and up, and the activation are one kernel. Both sums may be written over h.
         x = kernels.norm_product(h, self.norm2, self.mlp.gate_up, self.mlp.activation)   # (B, 1, ff)
         return kernels.add_product(h, x, self.mlp.down)
 
