@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
-from kernels import layer_loss
+from kernels import decode_products, layer_loss
 from model import PRESETS
+from rollout import Sampling
 
 triton = pytest.importorskip('triton')
 from emulated_cuda import CUDA, emulated_cuda  # noqa: E402
@@ -60,12 +62,39 @@ def attend(name, B, dtype=torch.bfloat16):
     kernels.attend(qkv, kv, numbers(B, dtype=torch.long), numbers(B, R, dtype=dtype), numbers(B, R, dtype=dtype), *norms, c.eps)
 
 
+def norm_product(d, n, activation=None, bias=False, B=1, dtype=torch.bfloat16):
+    """A decode step's norm and product, (B, 1, d) -> (B, 1, n), gated if there is an activation."""
+    rows = 2 * n if activation else n
+    norm = SimpleNamespace(weight=numbers(d, dtype=dtype), eps=1e-6)
+    linear = SimpleNamespace(weight=numbers(rows, d, dtype=dtype), bias=numbers(rows, dtype=dtype) if bias else None)
+    kernels.norm_product(numbers(B, 1, d, dtype=dtype), norm, linear, activation)
+
+
+def swiglu(ff, B):
+    """The SwiGLU of a decode step of many rows, behind the matrix library's product."""
+    decode_products.swiglu_triton(numbers(B, 1, 2 * ff))
+
+
+def sample_next(V, vocab, temperature, dtype=torch.bfloat16):
+    """The tokens of 16 slots, all of them drawn."""
+    slots, ids, is_stop = numbers(16, dtype=torch.long), numbers(16, 16385, dtype=torch.long), numbers(V, dtype=torch.bool)
+    keys, token, count, max_count = (numbers(16, dtype=torch.long) for _ in range(4))
+    done, stopped = (numbers(16, dtype=torch.bool) for _ in range(2))
+    state = SimpleNamespace(keys=keys, ids=ids, token=token, count=count, max_count=max_count, done=done, stopped=stopped,
+                            is_stop=is_stop, sampling=Sampling(stop=[], vocab=vocab, temperature=temperature))
+    kernels.sample_next(state, slots, numbers(16, V, dtype=dtype))
+
+
 LAUNCHES = [                    # a function above, and its arguments; a new kernel needs a line here
     (layer_rows, 1536, 'mse'), (layer_rows, 2560, 'cosine'), (layer_rows, 4096, 'nmse'),
     (layer_rows, layer_loss.WIDEST, 'mse', torch.float32),
     (bridge, 2048, 64, False), (bridge, 2560, 256, True),
     (attend, 'r1_1p5b', 1), (attend, 'r1_1p5b', 256), (attend, 'qwen3_4b', 16), (attend, 'phi4_mini', 2),
     (attend, 'r1_1p5b', 2, torch.float32),
+    (norm_product, 1536, 2048, None, True), (norm_product, 1536, 8960, F.silu), (norm_product, 2560, 9728, F.silu, False, 16),
+    (norm_product, 1536, 8960, F.silu, False, 2, torch.float32), (norm_product, 2560, 6144),
+    (swiglu, 8960, 17), (swiglu, 9728, 256),
+    (sample_next, 151936, 151665, 1.0), (sample_next, 151936, 151665, 0.0), (sample_next, 200064, None, 0.6, torch.float32),
 ]
 
 
