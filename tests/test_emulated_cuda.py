@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import argv, for_script, log_of
+from conftest import Products, argv, byte_loss, for_script, log_of, opd_loss
 from cuda_cases import (
     GRADIENTS,
     PROMPTS,
@@ -26,6 +26,7 @@ import eval_math
 import kernels
 import rollout
 from configs import load_config
+from cross_tokenizer.next_byte import ByteTable
 from model import Cache
 from output_losses import add_product, log_probs
 from rollout import Slots, sample
@@ -107,6 +108,29 @@ def test_products_under_the_head_take_bfloat16(cuda):
     d_W = torch.zeros(11, 8, device=CUDA)
     add_product(d_W[:9], G.to(CUDA), h.to(CUDA), 0.5)
     torch.testing.assert_close(d_W[:9].cpu(), 0.5 * G.bfloat16().float().t() @ h.float())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('kind', ['full', 'topk', 'sampled', 'supervised', 'byte', None])
+def test_matrices_under_the_head_have_aligned_rows(cuda, kind, dtype):
+    """The products of CUDA with a vocabulary of 301 and padding, or none (the teacher): no tensor core takes rows that begin
+    at odd addresses."""
+    g = torch.Generator().manual_seed(0)
+    h, W, h_t, W_t = (torch.randn(n, 16, generator=g).to(CUDA, dtype) for n in (11, 304, 22, 301))
+    h.requires_grad_()
+    W.requires_grad_()
+    w = torch.rand(11, generator=g).to(CUDA)
+    with Products() as products:
+        if kind == 'byte':
+            table = ByteTable([bytes([i % 256]) for i in range(301)], [3], 301, CUDA)
+            inside = torch.zeros(11, dtype=torch.bool, device=CUDA)
+            loss, _ = byte_loss(h, W, h_t, W_t, w, [b'a'] * 11, inside, table_s=table, table_t=table, chunk=4)
+        else:
+            loss, _ = opd_loss(h, W, h_t[:11], W_t, torch.arange(11, device=CUDA), w, kind=kind, vocab=301, chunk=4)
+        if kind:
+            loss.backward()
+            assert W.grad[:301].any() and not W.grad[301:].any()
+    assert 'mm' in products.names and 'bmm' not in products.names and not products.unaligned
 
 
 # ---- whole commands --------------------------------------------------------------------------------
