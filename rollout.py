@@ -48,7 +48,7 @@ from support.runtime import padded_length
 
 @dataclass
 class Rollout:
-    """Sampled answers, right-padded with id 0 (`right_pad`). The lengths, never the ids, say what is padding."""
+    """Sampled answers, right-padded with id 0. The lengths, never the ids, say what is padding."""
     ids: torch.Tensor           # (B, T) prompt, answer, padding
     prompt_len: torch.Tensor    # (B,)
     resp_len: torch.Tensor      # (B,) tokens sampled, the stop token included

@@ -8,6 +8,7 @@ import time
 import unicodedata
 
 import pytest
+import torch
 from torch import distributed as dist
 
 from support import runtime
@@ -121,6 +122,58 @@ def test_tasks_of_slurm_without_torchrun_are_told(monkeypatch):
     monkeypatch.setenv('SLURM_NTASKS', '8')
     monkeypatch.setenv('RANK', '0')
     assert start('cpu').world == 1
+
+
+STARTED = '''
+import os, sys
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda device: None
+empty = torch.empty
+torch.empty = lambda *shape, device: empty(*shape)
+import distill, bridge, eval_math
+from support.runtime import start
+start(sys.argv[1], 'float32')
+read = getattr(torch._C, '_accelerator_getAllocatorSettings', lambda: os.environ.get('PYTORCH_ALLOC_CONF', ''))
+print([os.environ.get(name, '') for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')], read())
+'''
+
+
+@pytest.mark.parametrize('device, given, kernel, want', [
+    ('cuda', {}, '6.8.0-48-generic', "['expandable_segments:True', ''] expandable_segments:True"),
+    ('cpu', {}, '6.8.0-48-generic', "['', ''] "),
+    ('cuda', {'PYTORCH_ALLOC_CONF': ''}, '6.8.0-48-generic', "['', ''] "),
+    ('cuda', {'PYTORCH_CUDA_ALLOC_CONF': 'max_split_size_mb:64'}, '6.8.0-48-generic', "['', 'max_split_size_mb:64'] max_split_size_mb:64"),
+    ('cuda', {}, '5.15.153.1-microsoft-standard-WSL2', "['', ''] "),
+    ('cuda', {}, '5.15.148-tegra', "['', ''] "),
+])
+def test_the_memory_of_a_gpu_is_in_segments_that_grow(device, given, kernel, want):
+    """In a new process, as the scripts start: the environment, and what torch has read of it. A growing cache and ever new
+    lengths left gaps, and an evaluation of 64 rows came to the path that frees memory and tries again. What the user says
+    about the allocator holds; WSL and Tegra have no such memory."""
+    environment = {name: value for name, value in os.environ.items() if 'ALLOC_CONF' not in name}
+    code = f'import platform\nplatform.release = lambda: {kernel!r}\n' + STARTED
+    done = subprocess.run([sys.executable, '-c', code, device], cwd=ROOT, capture_output=True, text=True, env=environment | given)
+    assert done.returncode == 0, done.stderr
+    got = done.stdout.splitlines()[-1]
+    if hasattr(torch._C, '_accelerator_getAllocatorSettings'):
+        assert got == want
+    else:
+        assert got.split('] ')[0] == want.split('] ')[0]
+
+
+def test_a_driver_without_segments_that_grow_is_told(monkeypatch):
+    """A virtual GPU: torch says that the operation is not supported, with a traceback. Other errors stay what they are."""
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    for text, error in (('CUDA driver error: operation not supported\nAt: x', UserError), ('CUDA error: unknown', RuntimeError)):
+        def refuse(*shape, device, text=text):
+            raise RuntimeError(text)
+        monkeypatch.setattr(torch, 'empty', refuse)
+        monkeypatch.setenv('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
+        with pytest.raises(error, match=text.splitlines()[0]) as refused:
+            runtime.use_gpu(torch.device('cuda', 0))
+        assert ('PYTORCH_ALLOC_CONF=expandable_segments:False' in str(refused.value)) == (error is UserError)
 
 
 RANK = '''
