@@ -4,6 +4,7 @@ computed on the CPU (emulated_cuda.py), and mistakes of each kind that it must n
 """
 import inspect
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,10 @@ from cross_tokenizer.next_byte import ByteTable
 from model import Attention, Cache
 from output_losses import add_product, log_probs
 from rollout import Sampling, Slots, naive, numbered, sample, with_limits
+from support.checkpoints import require_finite, tensors
 from support.files import read_json
+from support.optimizer import adamw, share_below_eps
+from support.runtime import UserError
 
 pytest.importorskip('triton')
 from emulated_cuda import CUDA, CudaError, emulated_cuda  # noqa: E402
@@ -184,6 +188,34 @@ def test_matrices_under_the_head_have_aligned_rows(cuda, kind, dtype):
             loss.backward()
             assert W.grad[:301].any() and not W.grad[301:].any()
     assert 'mm' in products.names and 'bmm' not in products.names and not products.unaligned
+
+
+# ---- waits of the host -----------------------------------------------------------------------------
+
+def trained(device):
+    """A model and its optimizer after one step."""
+    model = cuda_model().to(device)
+    opt = adamw(model, 1e-3, (0.9, 0.5), 1e-2, 0.0)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = (torch.randn(p.shape, generator=g) / 100).to(device)
+    opt.step()
+    return model, opt
+
+
+def test_a_look_at_the_optimizer_waits_twice_and_a_save_once():
+    """For every tensor the host stood still, up to three times, until the device had done all its work."""
+    want = share_below_eps(trained('cpu')[1])
+    with emulated_cuda() as cuda:
+        model, opt = trained(CUDA)
+        assert share_below_eps(opt) == want and 0 < want < 1
+        assert len(cuda.waits('share_below_eps')) == 2
+        state = tensors(model, opt)
+        require_finite(None, 1, state)
+        assert len(cuda.waits('require_finite')) == 1
+        state['exp_avg.norm.weight'][3] = float('nan')
+        with pytest.raises(UserError, match='exp_avg.norm.weight holds NaN'):
+            require_finite(SimpleNamespace(out='run'), 1, state)
 
 
 # ---- whole commands --------------------------------------------------------------------------------
