@@ -177,7 +177,7 @@ def padded_length(T, device):
     causal, so no token sees it. 128 divides the original context of longrope models (4,096), so no length is
     rounded up beyond it, to other frequencies.
     """
-    return -(-T // 128) * 128 if device.type == 'cuda' else T
+    return -(-T // 128) * 128 if torch.device(device).type == 'cuda' else T
 
 
 # ---- printing: text from outside cannot command the terminal ----------------------------------
