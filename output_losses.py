@@ -153,7 +153,8 @@ def empty_matrix(C, V, dtype, device):
     unused memory between two rows.
 
     The fast matrix products of a GPU read and write matrices whose rows begin at multiples of 16
-    bytes. A vocabulary may be odd: of the 151,936 rows of Qwen's head 151,665 stand for tokens.
+    bytes. A vocabulary may be odd: of the 151,936 rows of Qwen's head 151,665 stand for tokens. This
+    needs no padding in the head itself, whose rows of d numbers are aligned.
     """
     row = -(-V // ALIGNMENT) * ALIGNMENT
     return torch.empty(C, row, dtype=dtype, device=device)[:, :V]
@@ -206,9 +207,10 @@ def rows_at_once(device):
 
     A product of C rows and a head (V, d) takes 2 C V d operations. It reads the head, 2 V d bytes in
     bf16, and writes logits of 4 C V bytes: C d / (d + 2 C) operations per byte, which is 439 for C =
-    1,024 and d = 1,536. An H100 computes 295 while it moves a byte, an H200 206, so with these rows
-    the matrix units are the limit, and more rows would gain little. A chunk of logits has 2.5 GB
-    (four float32 tensors, V = 151,936).
+    1,024 and d = 1,536. An H100 computes 295 while it moves a byte, an H200 206, so the matrix units
+    are the limit. What a chunk moves whatever its rows (the heads, and the gradient of one: 5 GB) is
+    by count a tenth of what it moves and computes in all, so more rows would gain little. Its four
+    float32 tensors have 2.5 GB (V = 151,936).
     """
     return 1024 if device.type == 'cuda' else 64
 
