@@ -124,6 +124,15 @@ def test_tasks_of_slurm_without_torchrun_are_told(monkeypatch):
     assert start('cpu').world == 1
 
 
+def test_lengths_are_rounded_up_on_cuda_alone():
+    """To the next multiple of 128. The original context of a longrope model is such a multiple: a padding column beyond it would
+    give all tokens other frequencies."""
+    for T in (1, 127, 128, 129, 1000, 4095, 4096):
+        padded = runtime.padded_length(T, torch.device('cuda', 0))
+        assert T <= padded < T + 128 and padded % 128 == 0 and padded <= 4096
+        assert runtime.padded_length(T, torch.device('cpu')) == runtime.padded_length(T, 'mps') == T
+
+
 STARTED = '''
 import os, sys
 import torch
