@@ -65,7 +65,17 @@ from studies.figures import bridges
 from support.files import owned
 from support.preflight import check_lengths, match_layers, preflight_bridge
 from support.progress import Progress, counted
-from support.runtime import UserError, all_gather, all_reduce, barrier, day_of_start, print0, run, start
+from support.runtime import (
+    UserError,
+    all_gather,
+    all_reduce,
+    barrier,
+    day_of_start,
+    padded_length,
+    print0,
+    run,
+    start,
+)
 
 FITS = ('ridge', 'adamw', 'random', 'shuffled')
 CKA_ANSWERS = 16                # answers of each process that layers are matched on
@@ -123,8 +133,8 @@ def as_rollout(answers, problems, device):
     prompts = [problems[answer.problem].ids for answer in answers]
     prompt_len = torch.tensor([len(prompt) for prompt in prompts])           # (B,)
     resp_len = torch.tensor([len(answer.ids) for answer in answers])         # (B,)
-    longest = int((prompt_len + resp_len).max())
-    ids = torch.zeros(len(answers), longest, dtype=torch.long)               # (B, T)
+    T = padded_length(int((prompt_len + resp_len).max()), device)
+    ids = torch.zeros(len(answers), T, dtype=torch.long)                     # (B, T)
     for row, prompt, answer in zip(ids, prompts, answers, strict=True):
         row[:len(prompt) + len(answer.ids)] = torch.tensor(prompt + answer.ids)
     stopped = torch.tensor([answer.stopped for answer in answers])           # (B,)
@@ -164,7 +174,8 @@ class Pair:
         answers = answers[self.env.rank::self.env.world]
         lengths = []
         for answer in answers:
-            lengths.append(len(self.problems[answer.problem].ids) + len(answer.ids))
+            length = len(self.problems[answer.problem].ids) + len(answer.ids)
+            lengths.append(padded_length(length, self.env.device))
         groups = micro_batches(lengths, self.cfg['token_budget'])
         for group in counted(groups, name, 'batches', self.env.rank, self.env.world):
             roll = as_rollout([answers[i] for i in group], self.problems, self.env.device)

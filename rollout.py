@@ -43,6 +43,7 @@ import torch
 import kernels
 from kernels.decode_sampling import pick, stream_keys, uniform
 from model import Cache
+from support.runtime import padded_length
 
 
 @dataclass
@@ -202,7 +203,8 @@ class Slots:
     def prefill(self, slots, requests):
         """Put the requests into these slots: read the prompts and sample the first token of each answer."""
         prompts, prompt_of = distinct_prompts(requests)
-        ids = right_pad(prompts).to(self.ids.device)                         # (prompts, T)
+        ids = right_pad(prompts, self.ids.device)                            # (prompts, T)
+        ids = ids[:, :self.cache.room]       # where answers are short, there may be no room for all padding
         length = self.tensor([len(prompt) for prompt in prompts])            # (prompts,)
 
         # Read as many prompts at once as the budget allows. The cache of such a group has the `limit` of
@@ -434,13 +436,13 @@ def with_limits(requests, max_new_tokens):
     return [Request(*request, limit) for request, limit in zip(requests, limits, strict=True)]
 
 
-def right_pad(rows):
-    """Lists of ids -> one tensor (rows, T), padded with id 0 on the right."""
-    T = max(len(row) for row in rows)
+def right_pad(rows, device):
+    """Lists of ids -> one tensor (rows, T), padded with id 0 on the right. T: see `padded_length`."""
+    T = padded_length(max(len(row) for row in rows), device)
     ids = torch.zeros(len(rows), T, dtype=torch.long)
     for padded, row in zip(ids, rows, strict=True):
         padded[:len(row)] = torch.tensor(row)
-    return ids
+    return ids.to(device)
 
 
 def collect(requests, n, answers, device):
@@ -456,4 +458,4 @@ def collect(requests, n, answers, device):
 
     columns = [torch.tensor(values, device=device) for values in (prompt_len, resp_len, stopped)]
     prompt_index = torch.arange(len(texts), device=device) // n
-    return Rollout(right_pad(texts).to(device), *columns, prompt_index)
+    return Rollout(right_pad(texts, device), *columns, prompt_index)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from support.runtime import all_reduce
+from support.runtime import all_reduce, padded_length
 from teacher import hidden_rows
 
 # ---- 3. which positions, with what weight ---------------------------------------------------------
@@ -140,16 +140,17 @@ def cut_rollout(roll, weights, budget, reading=None, offset=0):
     Every rank yields equally many: FSDP needs as many forwards on each, so a rank
     that has run out of answers repeats its first one with weight 0.
     """
-    groups = micro_batches(roll.length.tolist(), budget)
+    lengths = [padded_length(length, roll.ids.device) for length in roll.length.tolist()]
+    groups = micro_batches(lengths, budget)
     count = torch.tensor(len(groups), device=weights.device)
     count = int(all_reduce(count, 'max'))
     for i in range(count):
         group = groups[i] if i < len(groups) else [0]
         share = 1.0 if i < len(groups) else 0.0
 
-        # The columns beyond the group's longest answer are cut off.
-        T = int(roll.length[group].max())
-        ids = roll.ids[group, :T]                                            # (b, T)
+        # The columns beyond the group's longest answer, which is its first, are cut off.
+        ids = roll.ids[group, :lengths[group[0]]]                            # (b, T)
+        T = ids.shape[1]
         flat_weights = share * weights[group, :T].flatten()                  # (b * T,)
         at = flat_weights.nonzero().squeeze(-1)                              # (K,)
 

@@ -88,8 +88,8 @@ config = dict(
     teacher_temperature=1.0,    # the teacher's
     opd_future=False,           # 'sampled': weigh a token with its answer's log-ratios from there on
     opd_baseline=False,         # 'sampled': subtract the exact KL there; less variance, same mean
-    head_rows=0,                # rows under the LM heads at once; 0 = 64, on CUDA by the free memory (then
-                                # a resumed run repeats to the last bit only with a number here)
+    head_rows=0,                # rows under the LM heads at once; 0 = 64, on CUDA 1024: enough for the matrix
+                                # units to be the limit, and 2.5 GB of logits (V = 151,936)
 
     # other widths, depths and tokenizers (section 3.3): bridge.py finds an interface between two models
     bridge='',                  # folder that bridge.py writes (stage 1) and distill.py reads; '' = Eq. (6)

@@ -168,11 +168,6 @@ class NextByte:
         """Rows of the student's head that stand for tokens."""
         return len(self.student_table.first)
 
-    def teacher_size(self, batch):
-        """Length of the teacher's axis of tokens, for `rows_at_once`: there are two distributions
-        of it."""
-        return 2 * batch.teacher_W.shape[0]
-
     def teacher_positions(self, rows):
         """The teacher's state at each position, then the state before its last token: (2K,). Where
         the student is inside a token, and where no token is written, both are the same state."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from formats.tokenizer import same_vocabulary
-from support.runtime import UserError
+from support.runtime import UserError, padded_length
 
 PAIRS = ('floor', 'exact')
 FEEDS = ('text', 'student')
@@ -216,10 +216,10 @@ class Reading:
         (b, T).
         """
         longest = int(self.length[rows].max())
-        ids = self.ids[rows, :longest]                                       # (b, T_t)
+        ids = self.ids[rows, :padded_length(longest, self.ids.device)]       # (b, T_t)
         column = self.column[rows, :T].flatten()[at]                         # (K,)
         inside = self.inside[rows, :T].flatten()[at]                         # (K,)
-        at_t = at // T * longest + column                                    # (K,) flat, in ids
+        at_t = at // T * ids.shape[1] + column                               # (K,) flat, in ids
         written = []
         for flat in at.tolist():
             written.append(self.written.get((rows[flat // T], flat % T), b''))
@@ -253,7 +253,8 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     # Into tensors. Position t of an answer is column prompt_len - 1 + t of the student's ids: it
     # has read the prompt and t tokens of the answer, and predicts the next.
     length = torch.tensor([len(ids_t) for ids_t, *_ in paired])              # (B,)
-    ids = torch.zeros(B, int(length.max()), dtype=torch.long)                # (B, T_t)
+    T_t = padded_length(int(length.max()), device)
+    ids = torch.zeros(B, T_t, dtype=torch.long)                              # (B, T_t)
     column = torch.full((B, T), -1)
     inside = torch.zeros(B, T, dtype=torch.bool)
     written = {}

@@ -199,7 +199,7 @@ def head_cases(args, env):
              "Liger's scheme": scheme, 'whole logits': whole}
     peer = env.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
     cases |= {'Liger': liger} if peer else {}
-    chunk = args.chunk or rows_at_once(c.V, env.device)
+    chunk = args.chunk or rows_at_once(env.device)
     ideal = 4 * c.V * (c.d + chunk)          # the head's gradient and one chunk of logits
     return {name: Case(call, payload=ideal) for name, call in cases.items()}
 

@@ -22,6 +22,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -117,11 +118,15 @@ def file_numbers(state):
 
 def require_finite(run, step, state):
     """UserError, on all ranks, if a weight or a moment is not finite on one of them."""
-    broken = []
-    for name, tensor in state.items():
+    # On a GPU all answers are read at once, since each reading waits for the device. On a Mac the optimizer's
+    # steps lie on the CPU.
+    device = next(iter(state.values())).device
+    finite = []
+    for tensor in state.values():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not local.isfinite().all():
-            broken.append(name)
+        finite.append(local.isfinite().all().to(device))
+    is_finite = dict(zip(state, torch.stack(finite).tolist(), strict=True))
+    broken = [name for name in state if not is_finite[name]]
     broken = [name for names in all_gather(broken) for name in names]
     if broken:
         raise UserError(f'step {step}: {broken[0]} holds NaN or infinite numbers; it is not saved, and '

@@ -466,7 +466,7 @@ def loss_under_head(plan, batch, rows):
     cfg = plan.cfg
     c = plan.student
     s = plan.s
-    C = min(batch.rows, cfg['head_rows'] or 64)
+    C = min(batch.rows, cfg['head_rows'] or (1024 if plan.cuda else 64))
     tensors = 4 if cfg['kl_direction'] == 'forward' or cfg['opd'] == 'byte' else 3
     chunk = C * plan.work.vocab * (4 * tensors + (s if s == 2 else 0))
 

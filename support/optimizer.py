@@ -78,20 +78,19 @@ def share_below_eps(opt):
     AdamW divides by (root mean square + eps), so the steps of these weights are at most half as long
     as lr says.
     """
+    # All steps are read at once, and below all sums: on a GPU each reading waits for the device.
+    weights = [(p, group) for group in opt.param_groups for p in group['params']]
+    steps = torch.stack([opt.state[p]['step'] for p, _ in weights]).tolist()
     below = 0
     count = 0
-    for group in opt.param_groups:
-        beta2 = group['betas'][1]
-        for p in group['params']:
-            state = opt.state[p]
-            mean_square = state['exp_avg_sq']
-            if isinstance(mean_square, DTensor):
-                mean_square = mean_square.to_local()                         # this rank's shard
-            learned = mean_square > 0
-            # exp_avg_sq starts at 0, so after so many steps it is short of the mean by this factor.
-            limit = group['eps'] ** 2 * (1 - beta2 ** float(state['step']))
-            below += int((learned & (mean_square < limit)).sum())
-            count += int(learned.sum())
-    device = opt.param_groups[0]['params'][0].device
-    below, count = all_reduce(torch.tensor([below, count], dtype=torch.float32, device=device)).tolist()
+    for (p, group), step in zip(weights, steps, strict=True):
+        mean_square = opt.state[p]['exp_avg_sq']
+        if isinstance(mean_square, DTensor):
+            mean_square = mean_square.to_local()                             # this rank's shard
+        learned = mean_square > 0
+        # exp_avg_sq starts at 0, so after so many steps it is short of the mean by this factor.
+        limit = group['eps'] ** 2 * (1 - group['betas'][1] ** step)
+        below += (learned & (mean_square < limit)).sum()
+        count += learned.sum()
+    below, count = all_reduce(torch.stack([below, count]).to(torch.float32)).tolist()
     return below / max(count, 1)

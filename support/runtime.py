@@ -16,6 +16,7 @@ Several machines: the same command on each, with --nnodes=4 --node_rank=0 (1, 2,
 """
 import math
 import os
+import platform
 import re
 import runpy
 import signal
@@ -80,7 +81,7 @@ def start(device='auto', dtype='auto', shard_ranks=0, timeout=60):
     own_device = torch.device(device)
     if device == 'cuda':
         own_device = torch.device(device, local)
-        torch.cuda.set_device(own_device)
+        use_gpu(own_device)
 
     shard_ranks = ranks_of_a_copy(shard_ranks, world, os.environ.get('LOCAL_WORLD_SIZE'))
     if world > 1 and not dist.is_initialized():
@@ -142,6 +143,41 @@ def check_device(device, dtype, local, world):
         raise UserError("device='mps' runs on one rank; use device=cpu, or start without torchrun")
     if device == 'mps' and dtype != 'float32':
         raise UserError("device='mps' runs in float32; use dtype=float32")
+
+
+ALLOCATOR = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')    # the newer and the older name
+
+def use_gpu(device):
+    """Make this GPU the one of the process, with segments of memory that grow, unless the user's environment
+    says something about the allocator.
+
+    Segments of fixed sizes end up with gaps, too short for the next tensor, where a cache grows and no two
+    batches are equally long. torch reads the variable when it first allocates, so it need not be set before
+    torch is imported. WSL and Tegra boards have no driver that can do it.
+    """
+    given = any(name in os.environ for name in ALLOCATOR)
+    cannot = any(word in platform.release().lower() for word in ('microsoft', 'tegra'))
+    if not given and not cannot:
+        os.environ[ALLOCATOR[0]] = 'expandable_segments:True'
+    torch.cuda.set_device(device)
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        if 'CUDA driver error' not in str(error):
+            raise
+        raise UserError(f'{device}: {str(error).splitlines()[0]}; its driver may not know segments of memory '
+                        f'that grow, try {ALLOCATOR[0]}=expandable_segments:False') from None
+
+
+def padded_length(T, device):
+    """How many columns a tensor of ids on this device has, if its longest row has T tokens.
+
+    On CUDA a multiple of 128: there attention builds a plan for every new length, in 23 to 37 ms, and the
+    lengths of answers never repeat. On other devices T itself. The padding is on the right and attention is
+    causal, so no token sees it. 128 divides the original context of longrope models (4,096), so no length is
+    rounded up beyond it, to other frequencies.
+    """
+    return -(-T // 128) * 128 if torch.device(device).type == 'cuda' else T
 
 
 # ---- printing: text from outside cannot command the terminal ----------------------------------

@@ -14,6 +14,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import eval_math
 from configs import load_config, reads
@@ -89,6 +91,26 @@ def byte_loss(h, W, h_t, W_t, w, written=None, inside=None, *, table_s, table_t,
         inside = torch.zeros(len(h), dtype=torch.bool)
     batch = HeadRows(h_t, W_t, None, w, None, inside, written)
     return HeadLoss.apply(h, W, NextByte(table_s, table_t, **how), batch)
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products that run in it: their names, and the matrices that enter or leave one and whose rows (or
+    columns, in a transposed matrix) do not begin at multiples of 8 numbers."""
+    NAMES = ('mm', 'addmm', 'addmm_', 'bmm', 'baddbmm')
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.unaligned = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix('aten::')
+        if name in self.NAMES:
+            self.names.add(name)
+            for x in tree_leaves((args, kwargs, out)):
+                if isinstance(x, torch.Tensor) and x.ndim > 1 and (min(x.stride()) != 1 or max(x.stride()) % 8):
+                    self.unaligned.add((name, tuple(x.shape), x.stride()))
+        return out
 
 
 def step_sums(student, teacher, roll, weights, layer_map, budget=10**6, scale=1.0, *, kind='mse', drift=False, bridge=None,

@@ -132,11 +132,11 @@ def written_arguments(func, args, kwargs):
     return written
 
 
-def mm_in_float32(a, b, out_dtype):
+def mm_in_float32(a, b, out_dtype, out=None):
     """torch.mm(a, b, out_dtype=float32), which has no CPU implementation."""
     if a.dtype not in (torch.bfloat16, torch.float16) or b.dtype != a.dtype or out_dtype != torch.float32:
         raise CudaError(f'mm: {a.dtype} times {b.dtype} into {out_dtype}')
-    return a.float() @ b.float()
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ class Device(TorchDispatchMode):
             self.check(func, name, args, on_device, on_host, written_arguments(func, args, kwargs))
 
         # Compute, and write it into the graph that is being recorded.
-        if name == 'mm' and func._overloadname == 'dtype':
+        if name == 'mm' and func._overloadname.startswith('dtype'):
             func = mm_in_float32
         elif to_device and self.recording is not None:
             self.recording.keep(filter(self.resident, written_arguments(func, args, kwargs)))

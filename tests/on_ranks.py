@@ -95,7 +95,7 @@ def write_gradient(env, out, student, teacher, budget=25, dtype='float64', recom
     if env.rank == 0:
         tensors = {name: grad.contiguous() for name, grad in grads.items()}
         tensors |= {f'sum {name}': value for name, value in sums.items()}
-        save_file(tensors | {'norm': norm, 'bytes': bytes_of, 'answers': right_pad([answers[i] for i in range(6)])}, out)
+        save_file(tensors | {'norm': norm, 'bytes': bytes_of, 'answers': right_pad([answers[i] for i in range(6)], torch.device('cpu'))}, out)
 
 
 def whole_run(name, args, interrupt_at=0):

@@ -3,12 +3,15 @@ The CUDA path on a machine without a GPU: sampling, every objective, training, b
 computed on the CPU (emulated_cuda.py), and mistakes of each kind that it must notice.
 """
 import inspect
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import argv, for_script, log_of
+from conftest import Products, argv, byte_loss, for_script, log_of, opd_loss
 from cuda_cases import (
     GRADIENTS,
+    HOW,
     PROMPTS,
     SAMPLING,
     assert_same_gradient,
@@ -25,11 +28,16 @@ import distill
 import eval_math
 import kernels
 import rollout
+import step
 from configs import load_config
-from model import Cache
+from cross_tokenizer.next_byte import ByteTable
+from model import Attention, Cache
 from output_losses import add_product, log_probs
-from rollout import Slots, sample
+from rollout import Sampling, Slots, naive, numbered, sample, with_limits
+from support.checkpoints import require_finite, tensors
 from support.files import read_json
+from support.optimizer import adamw, share_below_eps
+from support.runtime import UserError
 
 pytest.importorskip('triton')
 from emulated_cuda import CUDA, CudaError, emulated_cuda  # noqa: E402
@@ -109,6 +117,107 @@ def test_products_under_the_head_take_bfloat16(cuda):
     torch.testing.assert_close(d_W[:9].cpu(), 0.5 * G.bfloat16().float().t() @ h.float())
 
 
+@contextmanager
+def noted_lengths():
+    """The lengths of the sequences that attention sees meanwhile: (without a cache, and in a prefill)."""
+    forward, lengths = Attention.forward, (set(), set())
+
+    def noted(attention, x, rope, cache=None, layer=0):
+        lengths[cache is not None].add(x.shape[1])
+        return forward(attention, x, rope, cache, layer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attention, 'forward', noted)
+        yield lengths
+
+
+LENGTHS = dict(lengths=((5, 40), (9, 125), (3, 260)), budget=400)
+
+
+@pytest.mark.parametrize('how', [dict(), dict(opd=dict(kind='full')), dict(bridge=True), dict(drift=True)], ids=str)
+def test_lengths_are_rounded_up_and_the_gradient_is_the_cpu_s(how):
+    """Every length that attention has not seen costs the plan of a kernel on CUDA, and the lengths of answers never repeat.
+    A CPU computes no padding beyond the longest answer of a micro-batch."""
+    with noted_lengths() as (lengths, _):
+        want = gradient('cpu', **LENGTHS, **how)
+    assert lengths == {263, 134}             # the answers of 134 and 45 tokens share a micro-batch
+    with emulated_cuda(), noted_lengths() as (lengths, _):
+        got = gradient(CUDA, **LENGTHS, **how)
+    assert lengths == {384, 256, 128}        # two of 256 tokens would be more than the budget
+    assert_same_gradient(want, got, 3 * 2 * (350 + 384) + 75)
+
+
+def test_lengths_that_are_not_rounded_are_noticed(cuda, monkeypatch):
+    """The test above, without the rounding."""
+    monkeypatch.setattr(rollout, 'padded_length', lambda T, device: T)
+    monkeypatch.setattr(step, 'padded_length', lambda T, device: T)
+    with noted_lengths() as (lengths, _):
+        gradient(CUDA, **LENGTHS)
+    assert lengths == {263, 134}
+
+
+@pytest.mark.parametrize('new, length', [(300, 128), (100, 108)])
+def test_prompts_are_read_at_rounded_lengths(cuda, new, length):
+    """As far as the cache has room: it has room for a prompt of 8 tokens and an answer, and for no more. The first token of
+    every answer is the plain sampler's."""
+    want = naive(cuda_model(), PROMPTS, 2, max_new_tokens=1, **HOW).answers()
+    requests = with_limits(numbered(PROMPTS, 2, None, None), new)
+    slots = Slots(cuda_model().to(CUDA), 10, 8, 8 + new, 32768, Sampling(**HOW))
+    with noted_lengths() as (_, lengths):
+        slots.prefill(list(range(10)), requests)
+    assert lengths == {length} and slots.ids[:, :1].tolist() == want
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('kind', ['full', 'topk', 'sampled', 'supervised', 'byte', None])
+def test_matrices_under_the_head_have_aligned_rows(cuda, kind, dtype):
+    """The products of CUDA with a vocabulary of 301 and padding, or none (the teacher): no tensor core takes rows that begin
+    at odd addresses."""
+    g = torch.Generator().manual_seed(0)
+    h, W, h_t, W_t = (torch.randn(n, 16, generator=g).to(CUDA, dtype) for n in (11, 304, 22, 301))
+    h.requires_grad_()
+    W.requires_grad_()
+    w = torch.rand(11, generator=g).to(CUDA)
+    with Products() as products:
+        if kind == 'byte':
+            table = ByteTable([bytes([i % 256]) for i in range(301)], [3], 301, CUDA)
+            inside = torch.zeros(11, dtype=torch.bool, device=CUDA)
+            loss, _ = byte_loss(h, W, h_t, W_t, w, [b'a'] * 11, inside, table_s=table, table_t=table, chunk=4)
+        else:
+            loss, _ = opd_loss(h, W, h_t[:11], W_t, torch.arange(11, device=CUDA), w, kind=kind, vocab=301, chunk=4)
+        if kind:
+            loss.backward()
+            assert W.grad[:301].any() and not W.grad[301:].any()
+    assert 'mm' in products.names and 'bmm' not in products.names and not products.unaligned
+
+
+# ---- waits of the host -----------------------------------------------------------------------------
+
+def trained(device):
+    """A model and its optimizer after one step."""
+    model = cuda_model().to(device)
+    opt = adamw(model, 1e-3, (0.9, 0.5), 1e-2, 0.0)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = (torch.randn(p.shape, generator=g) / 100).to(device)
+    opt.step()
+    return model, opt
+
+
+def test_a_look_at_the_optimizer_waits_twice_and_a_save_once():
+    """For every tensor the host stood still, up to three times, until the device had done all its work."""
+    want = share_below_eps(trained('cpu')[1])
+    with emulated_cuda() as cuda:
+        model, opt = trained(CUDA)
+        assert share_below_eps(opt) == want and 0 < want < 1
+        assert len(cuda.waits('share_below_eps')) == 2
+        state = tensors(model, opt)
+        require_finite(None, 1, state)
+        assert len(cuda.waits('require_finite')) == 1
+        state['exp_avg.norm.weight'][3] = float('nan')
+        with pytest.raises(UserError, match='exp_avg.norm.weight holds NaN'):
+            require_finite(SimpleNamespace(out='run'), 1, state)
+
+
 # ---- whole commands --------------------------------------------------------------------------------
 
 def assert_same_run(out):
@@ -130,9 +239,10 @@ def test_a_run_equals_the_cpu_s(toy_dir, tmp_path, keys):
     """distill.py from its command line to its checkpoint, with both terms, evaluations and diagnoses."""
     keys = dict(steps=2, dtype='float32') | keys
     distill.main(load_config(argv(toy_dir, tmp_path / 'cpu', device='cpu', **keys)))
-    with emulated_cuda() as cuda:
+    with emulated_cuda() as cuda, noted_lengths() as (lengths, _):
         distill.main(load_config(argv(toy_dir, tmp_path / 'cuda', device='cuda', **keys)))
     assert_same_run(tmp_path)
+    assert lengths == {128}
     assert cuda.count['graph'] and cuda.count['layer_rows_kernel'] and not cuda.waits('decode')
 
 
@@ -161,8 +271,9 @@ def test_a_bridge_and_a_run_through_it(toy_dir, tmp_path):
         if device == 'cpu':
             both()
         else:
-            with emulated_cuda() as cuda:
+            with emulated_cuda() as cuda, noted_lengths() as (lengths, _):
                 both()
+            assert lengths == {128}          # of both models, whose tokens are not the same
         figures[device] = read_json(tmp_path / f'bridge_{device}/bridge.json')['layers']
     assert_same_run(tmp_path)
     assert cuda.count['bridge_rows_kernel'] and cuda.count['bridge_back_kernel']

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     'output_losses.py': {'support'},
     'step.py': {'support', 'teacher'},
     'model.py': {'kernels'},
-    'rollout.py': {'kernels', 'model'},
+    'rollout.py': {'kernels', 'model', 'support'},
     'teacher.py': set(),
     'minimal.py': {'configs', 'formats', 'losses', 'rollout', 'step', 'studies', 'support'},
     'eval_math.py': {'configs', 'formats', 'grading', 'rollout', 'studies', 'support'},

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import byte_loss
+from conftest import Products, byte_loss
 
 from cross_tokenizer.next_byte import ELSE, END, FLOOR, ByteTable, NextByte, byte_rows
 from output_losses import HeadRows, head_statistics, opd_rows
@@ -93,6 +93,22 @@ def test_against_enumeration(seed, direction):
         assert loss.item() == pytest.approx(total.item(), rel=1e-11) and stats[0] == pytest.approx(w.sum().item(), rel=1e-12)
         for got, grad in zip(torch.autograd.grad(1.7 * loss, (a, b)), want, strict=True):
             assert (got - grad).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_matrices_of_odd_vocabularies_have_aligned_rows(dtype):
+    """As in test_opd.py: both models' logits, and the gradient of the student's."""
+    (s, stop_s), (t, stop_t) = vocabulary(1, 39), vocabulary(2, 25)
+    assert len(s) % 2 and len(t) % 2
+    g = torch.Generator().manual_seed(0)
+    h, W, h_t, W_t = (torch.randn(n, d, generator=g).to(dtype) for n, d in ((6, 16), (len(s) + 3, 16), (12, 24), (len(t), 24)))
+    h.requires_grad_()
+    W.requires_grad_()
+    tables = dict(table_s=ByteTable(s, stop_s, len(s)), table_t=ByteTable(t, stop_t, len(t)))
+    with Products() as products:
+        loss, _ = byte_loss(h, W, h_t, W_t, torch.ones(6), WRITTEN, INSIDE, **tables, chunk=4)
+        loss.backward()
+    assert products.names == {'mm', 'addmm_'} and not products.unaligned and not W.grad[len(s):].any()
 
 
 def test_single_bytes_give_the_ordinary_kl():

@@ -274,6 +274,14 @@ def test_a_run_goes_on_on_other_ranks(started, name):
     assert sizes[0] <= sizes[1] <= sizes[0] + 4 * 4 * steps
 
 
+def test_each_rank_saves_its_own_shard_alone(started):
+    """A save gathered all of the resume state on the host of every rank, 21 GB each, although one rank wrote it."""
+    sizes = {'00001': 0, '00002': 0}         # bytes of each rank's files
+    for file in (started[0] / 'two/ckpt-000004/resume').iterdir():
+        sizes[file.name.split('-')[1]] += sum(tensor.nbytes for tensor in load_file(file).values())
+    assert max(sizes.values()) < 0.55 * sum(sizes.values())
+
+
 def test_rank_0_alone_speaks(started):
     """One table and one line for each step, of each run, on one machine and on two."""
     for ranks, name in ((2, 'two'), (4, 'four')):

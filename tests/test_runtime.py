@@ -8,6 +8,7 @@ import time
 import unicodedata
 
 import pytest
+import torch
 from torch import distributed as dist
 
 from support import runtime
@@ -121,6 +122,77 @@ def test_tasks_of_slurm_without_torchrun_are_told(monkeypatch):
     monkeypatch.setenv('SLURM_NTASKS', '8')
     monkeypatch.setenv('RANK', '0')
     assert start('cpu').world == 1
+
+
+def test_lengths_are_rounded_up_on_cuda_alone():
+    """To the next multiple of 128. The original context of a longrope model is such a multiple: a padding column beyond it would
+    give all tokens other frequencies."""
+    for T in (1, 127, 128, 129, 1000, 4095, 4096):
+        padded = runtime.padded_length(T, torch.device('cuda', 0))
+        assert T <= padded < T + 128 and padded % 128 == 0 and padded <= 4096
+        assert runtime.padded_length(T, torch.device('cpu')) == runtime.padded_length(T, 'mps') == T
+
+
+STARTED = '''
+import os, sys
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda device: None
+empty = torch.empty
+torch.empty = lambda *shape, device: empty(*shape)
+from support.runtime import start
+start(sys.argv[1], 'float32')
+read = getattr(torch._C, '_accelerator_getAllocatorSettings', lambda: os.environ.get('PYTORCH_ALLOC_CONF', ''))
+print([os.environ.get(name, '') for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')], read())
+'''
+
+
+@pytest.mark.parametrize('device, given, scripts, want', [
+    ('cuda', {}, 'distill, bridge, eval_math', "['expandable_segments:True', ''] expandable_segments:True"),
+    ('cpu', {}, 'torch', "['', ''] "),
+    ('cuda', {'PYTORCH_ALLOC_CONF': ''}, 'torch', "['', ''] "),
+    ('cuda', {'PYTORCH_CUDA_ALLOC_CONF': 'max_split_size_mb:64'}, 'torch', "['', 'max_split_size_mb:64'] max_split_size_mb:64"),
+])
+def test_the_memory_of_a_gpu_is_in_segments_that_grow(device, given, scripts, want):
+    """In a new process, as the scripts start: the environment, and what torch has read of it. A growing cache and ever new
+    lengths left gaps, and an evaluation of 64 rows came to the path that frees memory and tries again. What the user says
+    about the allocator holds."""
+    environment = {name: value for name, value in os.environ.items() if 'ALLOC_CONF' not in name}
+    code = f'import {scripts}\n{STARTED}'
+    done = subprocess.run([sys.executable, '-c', code, device], cwd=ROOT, capture_output=True, text=True, env=environment | given)
+    assert done.returncode == 0, done.stderr
+    got = done.stdout.splitlines()[-1]
+    if hasattr(torch._C, '_accelerator_getAllocatorSettings'):
+        assert got == want
+    else:
+        assert got.split('] ')[0] == want.split('] ')[0]
+
+
+@pytest.mark.parametrize('kernel, asked', [('6.8.0-48-generic', True), ('5.15.153.1-microsoft-standard-WSL2', False), ('5.15.148-tegra', False)])
+def test_wsl_and_tegra_have_no_segments_that_grow(monkeypatch, kernel, asked):
+    """There the first tensor on the GPU would be an unknown error of the driver."""
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(torch, 'empty', lambda *shape, device: None)
+    monkeypatch.setattr(runtime.platform, 'release', lambda: kernel)
+    for name in runtime.ALLOCATOR:
+        monkeypatch.setenv(name, '')         # so that it is put back
+        monkeypatch.delenv(name)
+    runtime.use_gpu(torch.device('cuda', 0))
+    assert os.environ.get('PYTORCH_ALLOC_CONF') == ('expandable_segments:True' if asked else None)
+
+
+def test_a_driver_without_segments_that_grow_is_told(monkeypatch):
+    """A virtual GPU: torch says that the operation is not supported, with a traceback. Other errors stay what they are."""
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    for text, error in (('CUDA driver error: operation not supported\nAt: x', UserError), ('CUDA error: unknown', RuntimeError)):
+        def refuse(*shape, device, text=text):
+            raise RuntimeError(text)
+        monkeypatch.setattr(torch, 'empty', refuse)
+        monkeypatch.setenv('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
+        with pytest.raises(error, match=text.splitlines()[0]) as refused:
+            runtime.use_gpu(torch.device('cuda', 0))
+        assert ('PYTORCH_ALLOC_CONF=expandable_segments:False' in str(refused.value)) == (error is UserError)
 
 
 RANK = '''
