@@ -520,6 +520,13 @@ def likely_tokens(device, dtype):
         tokens = drawn(logits, [end + (k << 25) for k in range(-32, 32)], Sampling(stop=[]))
         assert not any(900 <= token < 1024 for token in tokens), (seed, tokens)
 
+    # The largest u, where the sum of all masses can be above the last cumulative one. The last 100 tokens are impossible.
+    for seed in range(8):
+        logits = -40 * torch.rand(1000, generator=torch.Generator().manual_seed(seed))
+        logits[900:] = -torch.inf
+        token, = drawn(logits.to(device, dtype), [2**53 - 1], Sampling(stop=[]))
+        assert token < 900, (seed, token)
+
 
 # ---- a whole decode step --------------------------------------------------------------------------
 
