@@ -493,14 +493,16 @@ def drawn(logits, numbers, settings):
 @torch.no_grad()
 def borders(device, dtype):
     """u on the border between two tokens, next to it, and at both ends. Tokens that are equally likely show whether each bit
-    of u counts, in a block of tokens and between blocks; the borders of 4096 of them are numbers of the dtype. At temperature
-    0 the first of them wins at any u."""
+    of u counts, in a block of tokens and between blocks; with 4096 of them u can lie on a border. At temperature 0 the first
+    of them wins at any u."""
     for V in (3000, 4096):
         numbers, want = [0, 2**53 - 1], [0, V - 1]
         for k in (1, 2, 1023, 1024, 1025, 2047, 2048, 2999):
-            for off, token in [(-2**-30, k - 1), (2**-30, k), (0, k)][:3 if V == 4096 else 2]:
-                numbers.append(int((k + off) / V * 2**53))
-                want.append(token)
+            numbers += [int((k - 2**-30) / V * 2**53), int((k + 2**-30) / V * 2**53)]
+            want += [k - 1, k]
+            if V == 4096:
+                numbers.append(k * 2**41)                                    # k / 4096 itself
+                want.append(k)
         equal = torch.full((V,), 2.5, device=device, dtype=dtype)
         assert drawn(equal, numbers, Sampling(stop=[])) == want
         assert drawn(equal, numbers, Sampling(stop=[], temperature=0.0)) == [0] * len(numbers)
