@@ -129,20 +129,36 @@ if triton:
         return m, l, a
 
     @triton.jit
+    def leave_share(m, l, a, share_a, share_m, share_l, at, arrived, real_head, column, inside,
+                    e: tl.constexpr):
+        """Leave m, l and a of a share in memory -> how many programs of the row and key head did so before.
+
+        at (M,): the numbers of the share in share_m and share_l, one for each query head.
+
+        All threads of the program write. The barrier lets none of them go on before all have written, and
+        the atomic operation makes what they wrote visible to the programs that count after this one.
+        """
+        tl.store(share_m + at, m, mask=real_head)
+        tl.store(share_l + at, l, mask=real_head)
+        tl.store(share_a + at[:, None] * e + column[None, :], a, mask=inside)
+        tl.debug_barrier()
+        return tl.atomic_add(arrived, 1, sem='acq_rel', scope='gpu')
+
+    @triton.jit
     def join(share_a, share_m, share_l, output, real_head, column, inside, shares,
              e: tl.constexpr, S: tl.constexpr, M: tl.constexpr, E: tl.constexpr):
         """Join the first `shares` shares of the query heads with the numbers `output` (M,) -> y (M, E).
 
         Other programs wrote them a moment ago: '.cg' reads from the cache that all multiprocessors share.
         """
-        # The largest m of each head. The heads that only fill up the power of two take 0.
+        # The largest m of each head; 0 for the heads that only fill up the power of two.
         share = tl.arange(0, S)
         exists = real_head[:, None] & (share < shares)[None, :]
         m = tl.load(share_m + output[:, None] * S + share[None, :], mask=exists, other=float('-inf'),
                     cache_modifier='.cg')                                    # (M, S)
         top = tl.where(real_head, tl.max(m, 1), 0.0)                         # (M,)
 
-        # A share without tokens has m = -inf, so u = 0.
+        # Sum u l and u a over the shares.
         l = tl.zeros((M,), tl.float32)
         a = tl.zeros((M, E), tl.float32)
         for i in range(0, shares):
@@ -161,8 +177,8 @@ if triton:
         """Program (b G + g, i): share i of row b, for the query heads of key head g.
 
         kv_row, kv_side, kv_head, kv_token: strides of the cache. scale: log2(exp 1) / sqrt(e).
-        share_a, share_m, share_l: a, m and l of each share. arrived: how many programs of b G + g have
-        written theirs. These four are not used if S = 1.
+        share_a, share_m, share_l: a, m and l of each share. arrived: how many of the S programs of each row
+        and key head have written theirs. These four are not used if S = 1.
         """
         # The interpreter stores bfloat16 as integers, and tl.dot would multiply these: use float32 there.
         FACTOR: tl.constexpr = tl.float32 if CPU else kv.dtype.element_ty
@@ -216,22 +232,17 @@ if triton:
         if S == 1:
             tl.store(y_row, (a / l[:, None]).to(y.dtype.element_ty), mask=inside)
 
-        # Otherwise leave m, l and a in memory. The barrier is passed when all threads of this program have
-        # written; the atomic operation makes their numbers visible to the program that comes last.
+        # Otherwise the program that comes last joins the shares that have tokens, and sets the counter back
+        # for the next launch.
         else:
-            at = output * S + i
-            tl.store(share_m + at, m, mask=real_head)
-            tl.store(share_l + at, l, mask=real_head)
-            tl.store(share_a + at[:, None] * e + column[None, :], a, mask=inside)
-            tl.debug_barrier()
-            earlier = tl.atomic_add(arrived + tl.program_id(0), 1, sem='acq_rel', scope='gpu')
-
-            # The last one joins the shares that have tokens, and sets the counter back for the next launch.
+            arrived += tl.program_id(0)
+            earlier = leave_share(m, l, a, share_a, share_m, share_l, output * S + i, arrived, real_head,
+                                  column, inside, e)
             if earlier == S - 1:
                 shares = tl.maximum(tl.cdiv(n, tl.maximum(share, 1)), 1)
                 a = join(share_a, share_m, share_l, output, real_head, column, inside, shares, e, S, M, E)
                 tl.store(y_row, a.to(y.dtype.element_ty), mask=inside)
-                tl.store(arrived + tl.program_id(0), 0)
+                tl.store(arrived, 0)
 
 
 def decode_attention(qkv, kv, length, cos, sin, q_norm=None, k_norm=None, eps=1e-6, longest=None,

@@ -10,8 +10,8 @@ PyTorch these are 68 operations on small tensors, and each of them is a kernel. 
 same in two:
 
     sum_blocks     each program reads 1024 logits x of a row: their maximum m_j, and s_j = sum exp(x - m_j)
-    draw_token     one program a row: the block where the cumulative sum of s_j exp(m_j - max m) passes u,
-                   then the token within this block, then the record
+    draw_token     one program a row: the block where the cumulative sum of s_j exp(m_j - max m) passes u
+                   of its total, then the token within this block, then the record
 
 So many programs read the logits of a row, and only one block of them is read again. Exponentials are float32
 and the sums over blocks, and over the tokens of the block, are float64. The token is the reference's, unless
@@ -202,7 +202,8 @@ if triton:
     def load_block(logits, j, V, vocab, temperature, N: tl.constexpr):
         """Block j of a row's V logits, divided by the temperature; -inf from column `vocab` on.
 
-        V is divisible by a larger power of two than vocab, so that several logits are read at once.
+        The load is masked by V alone. V is usually divisible by 16 and vocab is not, and a thread can read
+        several logits at once only where the mask is the same for all of them.
         """
         column = j * N + tl.arange(0, N)
         x = tl.load(logits + column, mask=column < V, other=float('-inf')).to(tl.float32)
@@ -223,20 +224,24 @@ if triton:
         tl.store(block_sum + at, s)
 
     @triton.jit
-    def search(mass, x, N: tl.constexpr):
-        """The first place where the cumulative mass (N,) is above x -> the place, and x less the mass before.
+    def search(mass, u, N: tl.constexpr):
+        """Where does the cumulative mass (N,) pass u times the total? -> the index, and u within its mass.
 
-        A place without mass is never found. Rounding can lift x to the total mass, which nothing is above:
-        then it is the last place that has mass. With NaN it is place 0.
+        Example: mass = [2, 0, 6] and u = .625. The cumulative mass [2, 2, 8] passes 5 at index 2, and 5 is
+        half of the way from 2 to 8: (2, .5). An index without mass is never found.
         """
-        place = tl.arange(0, N)
+        index = tl.arange(0, N)
         cumulative = tl.cumsum(mass, 0)
         has_mass = mass > 0
-        first = tl.min(tl.where(has_mass & (cumulative > x), place, N), 0)
-        last = tl.max(tl.where(has_mass, place, 0), 0)
-        found = tl.minimum(first, last)
-        before = tl.sum(tl.where(place == found, cumulative - mass, 0.0), 0)
-        return found, x - before
+        x = u * tl.sum(mass, 0)
+        first_above = tl.min(tl.where(has_mass & (cumulative > x), index, N), 0)
+
+        # Rounding can lift x to the total, which nothing is above: then take the last index that has mass.
+        last = tl.max(tl.where(has_mass, index, 0), 0)
+        found = tl.minimum(first_above, last)
+        end = tl.sum(tl.where(index == found, cumulative, 0.0), 0)
+        size = tl.sum(tl.where(index == found, mass, 0.0), 0)
+        return found, (x - (end - size)) / size
 
     @triton.jit
     def draw_token(logits, row_stride, block_max, block_sum, slots, keys, ids, ids_stride, token, count,
@@ -246,7 +251,7 @@ if triton:
         row = tl.program_id(0).to(tl.int64)
         slot = tl.load(slots + row)
         position = tl.load(count + slot)
-        most = tl.load(max_count + slot)
+        longest = tl.load(max_count + slot)
         was_done = tl.load(done + slot).to(tl.int32) != 0
         was_stopped = tl.load(stopped + slot).to(tl.int32) != 0
 
@@ -258,7 +263,7 @@ if triton:
         z = z ^ (z >> 31)
         u = (z >> 11).to(tl.float64) * 1.1102230246251565e-16                # 2^-53
 
-        # First the block, then the token within it. A probability is relative to the row's largest.
+        # Find the block. A mass is a probability, relative to the row's largest.
         block = tl.arange(0, BLOCKS)
         exists = block < blocks
         m = tl.load(block_max + row * blocks + block, mask=exists, other=float('-inf'))
@@ -269,16 +274,19 @@ if triton:
             u *= 0.0
         else:
             mass = s.to(tl.float64) * tl.exp(m - largest).to(tl.float64)
-        j, x = search(mass, u * tl.sum(mass, 0), BLOCKS)
+        j, u = search(mass, u, BLOCKS)
+
+        # Find the token within the block. Its masses are rounded in other ways than their sum in `mass` was.
+        # So u goes on as a part of the whole: what is left of the sum could end beyond the last likely token.
         logit = load_block(logits + row * row_stride, j, V, vocab, temperature, N)
         if GREEDY:
             mass = (logit == largest).to(tl.float64)
         else:
             mass = tl.exp(logit - largest).to(tl.float64)
-        place, x = search(mass, x, N)
+        index, u = search(mass, u, N)
 
         # NaN in the logits can give any column: stay in the vocabulary.
-        drawn = tl.minimum(j * N + place, vocab - 1).to(tl.int64)
+        drawn = tl.minimum(j * N + index, vocab - 1).to(tl.int64)
 
         # The record, line by line as in the reference.
         tl.store(ids + slot * ids_stride + position, drawn)
@@ -287,7 +295,7 @@ if triton:
         tl.store(token + slot, drawn)
         stops = (tl.load(is_stop + drawn).to(tl.int32) != 0) & (was_done == 0)
         tl.store(stopped + slot, was_stopped | stops)
-        tl.store(done + slot, was_done | stops | (position == most))
+        tl.store(done + slot, was_done | stops | (position == longest))
 
 
 def sample_next_triton(state, slots, logits):

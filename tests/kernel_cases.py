@@ -11,6 +11,7 @@ is 30 times what is expected (see `rounding` in conftest.py); what is stored in 
 import json
 import sys
 import traceback
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -36,9 +37,11 @@ from kernels.decode_products import (
     swiglu_triton,
 )
 from kernels.decode_sampling import (
+    GOLDEN,
     distribution,
     sample_next_reference,
     sample_next_triton,
+    signed,
     stream_keys,
     uniform,
 )
@@ -242,13 +245,31 @@ DECODE = [                      # lengths, H, G, e, R, norms, S
     ([100, 65], 3, 1, 6, 4, False, 4),
     ([100], 5, 1, 128, 96, True, None),
     ([17, 100], 20, 1, 64, 64, False, 1),
+    ([100, 0, 65], 6, 2, 24, 24, True, 2),
+    ([64, 100], 9, 3, 64, 48, False, 4),
 ]
+
+
+@contextmanager
+def programs_backwards(arrived):
+    """Triton's interpreter runs the programs of a launch one after another. In here the last one comes first. Before each
+    program, `arrived` must say how many of its row and key head there were."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+    set_number = builder.set_grid_idx
+
+    def backwards(x, i, z):
+        x, last = builder.grid_dim[0] - 1 - x, builder.grid_dim[1] - 1
+        assert arrived.view(-1)[x] == i, 'the counter is of another row or head, or was set back too early'
+        set_number(x, last - i, z)
+    with mock.patch.object(builder, 'set_grid_idx', backwards):
+        yield
 
 
 def decode(device, dtype):
     """Rows of very different lengths, shares without tokens, heads of odd numbers and widths; two steps, the second
-    of which reads what the first wrote. The cache is a window of a larger one, and infinite wherever no token is:
-    none of that may be read, and none changed."""
+    of which reads what the first wrote, and whose programs come in another order: the last to come joins the shares, and not
+    the last by number. The cache is a window of a larger one, and infinite wherever no token is: none of that may be read, and
+    none changed."""
     T = 103
     for lengths, H, G, e, R, normed, S in DECODE:
         g, B = torch.Generator().manual_seed(e + R), len(lengths)
@@ -261,11 +282,12 @@ def decode(device, dtype):
             whole[window][b, :, :, :n] = torch.randn(2, G, n, e, generator=g)
         whole = whole.to(device)
         ours, reference = whole.clone(), whole.nan_to_num(posinf=0)
-        for _ in range(2):
+        for step in range(2):
             qkv = torch.randn(H + 2 * G, e, B, generator=g).to(device, dtype).permute(2, 0, 1)       # as Linear has it
             angle = 9 * torch.rand(B, R, generator=g)
             cos, sin = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
-            y = attention.decode_attention(qkv, ours[window], length, cos, sin, *norms, arrived=arrived, S=S)
+            with programs_backwards(arrived) if step and S != 1 and device == 'cpu' else nullcontext():
+                y = attention.decode_attention(qkv, ours[window], length, cos, sin, *norms, arrived=arrived, S=S)
             assert not arrived.any()         # the next launch counts from 0 again
             longest = int(length.max()) + 1
             want = attention.decode_attention_reference(qkv, reference[window], length, cos, sin, *norms, 1e-6, longest)
@@ -447,6 +469,67 @@ def sample_next(device, dtype):
     refused(sample_next_triton, reference, slots, logits.double())
 
 
+def key_of(number, position):
+    """The key whose stream has number / 2^53 at this position: `uniform` backwards."""
+    def undo_shift(z, bits):                 # of z ^ z >> bits
+        return z ^ z >> bits ^ z >> 2 * bits
+    z = undo_shift(number << 11, 31)
+    z = undo_shift(z * pow(0x94d049bb133111eb, -1, 2**64) % 2**64, 27)
+    z = undo_shift(z * pow(0xbf58476d1ce4e5b9, -1, 2**64) % 2**64, 30)
+    return signed(z - (position + 1) * GOLDEN)
+
+
+def drawn(logits, numbers, settings):
+    """The tokens (n,) that the kernels draw from the same logits (V,) at u = number / 2^53 for each of n numbers."""
+    n = len(numbers)
+    state = slots_of(n, len(logits), settings, logits.device)
+    position = state.count.tolist()
+    state.keys[:] = torch.tensor([key_of(number, t) for number, t in zip(numbers, position, strict=True)])
+    assert uniform(state.keys, state.count).tolist() == [number / 2**53 for number in numbers]
+    sample_next_triton(state, torch.arange(n, device=logits.device), logits.expand(n, -1))
+    return state.token.tolist()
+
+
+@torch.no_grad()
+def borders(device, dtype):
+    """u on the border between two tokens, next to it, and at both ends. Tokens that are equally likely show whether each bit
+    of u counts, in a block of tokens and between blocks; with 4096 of them u can lie on a border. At temperature 0 the first
+    of them wins at any u."""
+    for V in (3000, 4096):
+        numbers, want = [0, 2**53 - 1], [0, V - 1]
+        for k in (1, 2, 1023, 1024, 1025, 2047, 2048, 2999):
+            numbers += [int((k - 2**-30) / V * 2**53), int((k + 2**-30) / V * 2**53)]
+            want += [k - 1, k]
+            if V == 4096:
+                numbers.append(k * 2**41)                                    # k / 4096 itself
+                want.append(k)
+        equal = torch.full((V,), 2.5, device=device, dtype=dtype)
+        assert drawn(equal, numbers, Sampling(stop=[])) == want
+        assert drawn(equal, numbers, Sampling(stop=[], temperature=0.0)) == [0] * len(numbers)
+
+
+@torch.no_grad()
+def likely_tokens(device, dtype):
+    """A block of tokens ends with tokens of probability exp(-60) or less, and u is within a rounding of the block's end. The sum
+    of a block is float32 and is made twice, with other roundings: a search for what is left of u went past the last likely
+    token, to the last token of the block, once in about 10^7 draws."""
+    for seed in (0, 7):
+        logits = 3 * torch.randn(2048, generator=torch.Generator().manual_seed(seed))
+        logits[900:1024] = -60.0
+        logits = logits.to(device, dtype)
+        mass = logits.double().softmax(-1).cumsum(-1)
+        end = int(mass[899] * 2**53)
+        tokens = drawn(logits, [end + (k << 25) for k in range(-32, 32)], Sampling(stop=[]))
+        assert not any(900 <= token < 1024 for token in tokens), (seed, tokens)
+
+    # The largest u, where the sum of all masses can be above the last cumulative one. The last 100 tokens are impossible.
+    for seed in range(8):
+        logits = -40 * torch.rand(1000, generator=torch.Generator().manual_seed(seed))
+        logits[900:] = -torch.inf
+        token, = drawn(logits.to(device, dtype), [2**53 - 1], Sampling(stop=[]))
+        assert token < 900, (seed, token)
+
+
 # ---- a whole decode step --------------------------------------------------------------------------
 
 MODELS = [                      # shape, rows
@@ -459,7 +542,7 @@ def three_steps(model, rows, fused):
     logits = []
     head = model.head.register_forward_hook(lambda module, args, made: logits.append(made[:, 0]))
     with mock.patch.object(kernels, 'fused', lambda h: fused):
-        slots = Slots(model, rows, 3, 40, 99, Sampling(stop=[0], vocab=30))
+        slots = Slots(model, rows, 3, 200, 99, Sampling(stop=[0], vocab=30))     # 200 tokens: several shares a row
         slots.prefill(list(range(rows)), [Request([1, 5, 9][:1 + b % 3], b, 0, 12) for b in range(rows)])
         slots.reserve(3, 3)
         logits.clear()
@@ -496,6 +579,8 @@ CASES = {
     'swiglu': (swiglu, DTYPES),
     'add_product': (add_product, WIDE_DTYPES),
     'sample_next': (sample_next, DTYPES),
+    'borders': (borders, DTYPES),
+    'likely_tokens': (likely_tokens, DTYPES),
     'decode_step': (decode_step, {'float32': torch.float32}),
 }
 NAMES = [(case, dtype) for case, (_, dtypes) in CASES.items() for dtype in dtypes]

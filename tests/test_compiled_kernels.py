@@ -117,8 +117,8 @@ def driver(capability):
 
 
 def compile_launches(launches, capabilities, **changes):
-    """-> {(name of the kernel, capability): [(launch, shared memory, spilled bytes)]}. changes: of the options that the
-    launchers give, such as num_stages."""
+    """-> {(name of the kernel, capability): [(launch, shared memory, spilled bytes, instructions)]}. changes: of the options
+    that the launchers give, such as num_stages."""
     run = JITFunction.run
     driver_config = triton.runtime.driver
     results, seen = {}, set()
@@ -130,7 +130,7 @@ def compile_launches(launches, capabilities, **changes):
             made = run(kernel, *args, grid=grid, warmup=True, **options | changes)
             if made.hash not in seen:        # two launches may share a specialisation
                 seen.add(made.hash)
-                figures = launch, made.metadata.shared, spilled(made)
+                figures = launch, made.metadata.shared, spilled(made), made.asm['ptx']
                 results.setdefault((kernel.__name__, capability), []).append(figures)
 
     active = driver_config._active
@@ -172,7 +172,7 @@ def test_shared_memory_and_registers_suffice(compiled, capability):
     """Tiles that are too large: a kernel that cannot start on an A100, that runs alone on its multiprocessor, or whose
     registers are kept in memory."""
     for (name, of), figures in compiled.items():
-        for launch, shared, spill in figures:
+        for launch, shared, spill, _ in figures:
             if of == capability:
                 assert shared <= SHARED, (name, launch, shared)
                 assert spill <= SPILLED, (name, launch, spill)
@@ -182,5 +182,28 @@ def test_shared_memory_and_registers_suffice(compiled, capability):
 def test_a_kernel_that_needs_too_much_is_noticed(change):
     """With 32 registers a thread attention spills; with six tiles on their way it needs more shared memory."""
     results = compile_launches([(attend, 'r1_1p5b', 1)], [80], **change)
-    (_, shared, spill), = results['attend', 80]
+    (_, shared, spill, _), = results['attend', 80]
     assert (spill > SPILLED) == ('maxnreg' in change) and (shared > SHARED) == ('num_stages' in change)
+
+
+@pytest.mark.parametrize('capability', CAPABILITIES)
+def test_the_program_that_joins_sees_the_other_shares(compiled, capability):
+    """The interpreter runs one program after another, so it cannot see what is missing between two that run at once: a
+    barrier between the writing threads and the counter, the ordering of the counter, a load that asks a cache of its own
+    multiprocessor. The counter is set back last."""
+    joined = 0
+    for launch, _, _, instructions in compiled['attend', capability]:
+        at_memory = re.findall(r'^.*\b(?:(?:ld|st|atom)\.global|bar\.sync).*$', instructions, re.MULTILINE)
+        counts = [i for i, line in enumerate(at_memory) if 'atom.' in line]
+        if not counts:
+            continue                         # one share alone
+        joined += 1
+        (count,) = counts
+        before = ['bar' if 'bar.sync' in line else 'store' for line in at_memory[:count] if 'ld.' not in line]
+        assert 'atom.global.gpu.acq_rel.add' in at_memory[count], launch
+        assert before[-1] == 'bar' and 'store' in before, launch
+        assert 'bar.sync' in at_memory[count + 1], launch
+        loads = [line for line in at_memory[count:] if 'ld.global' in line]
+        assert loads and all('ld.global.cg' in line for line in loads), launch
+        assert 'st.global.b32' in at_memory[-1], launch
+    assert joined
