@@ -238,8 +238,7 @@ class Linear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
 
     def forward(self, x):
-        one_row = x.numel() == x.shape[-1]
-        if self.packed is None or one_row:
+        if self.packed is None or x.numel() == x.shape[-1]:                  # or one row
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
