@@ -132,8 +132,9 @@ class Waits(TorchFunctionMode):
 
 
 def has_storage(x):
-    """Is x a tensor with memory that torch can look at? The weights that oneDNN packs are not."""
-    return torch.is_tensor(x) and x.layout is torch.strided
+    """Is x a tensor with memory that torch can look at? Weights that oneDNN has packed are not, nor is a
+    tensor of the meta device."""
+    return torch.is_tensor(x) and x.layout is torch.strided and not x.is_meta
 
 
 class Bytes(TorchDispatchMode):
