@@ -220,19 +220,40 @@ class Norm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+PACKED_FROM = 2**18             # numbers in a matrix; a smaller one stays in the caches and gains nothing
+
+
 class Linear(nn.Linear):
-    """nn.Linear, computed as (W x')' for 5 to 32 rows on a CPU without a gradient, which is a decode step:
-    with the weights as the left factor the matrix library is faster there (studies/bench.py measures
-    it)."""
+    """nn.Linear, which can keep its weights a second time for the products of a decode step on a CPU.
+
+    With few rows nn.Linear spends most of its time on bringing the weights into the order in which its inner
+    loop reads them. `pack` does this once, with oneDNN, and two rows or more are then multiplied by the
+    packed copy. For one row there is nothing to reorder. The copy does not follow the weights when these
+    change, so only a twin that lives for one call of the sampler has it: see `Model.packed`.
+    """
+    packed = None               # the weights in oneDNN's order; None: not packed
+
+    def pack(self):
+        """Pack the weights. oneDNN chooses their order for 16 rows, but they can multiply any number."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
+
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() or not x.is_cpu or not 4 < rows <= 32:
+        if self.packed is None or x.numel() == x.shape[-1]:                  # or one row
             return super().forward(x)
-        columns = x.reshape(rows, -1).t()                                    # (in, rows)
-        y = self.weight @ columns                                            # (out, rows)
-        if self.bias is not None:
-            y = y.add_(self.bias[:, None])
-        return y.t().view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+def onednn_runs(weight):
+    """Can oneDNN multiply by weights of this device and dtype?"""
+    # A build for x86 has MKL too. On other processors this has not been tried.
+    installed = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if not weight.is_cpu or not installed:
+        return False
+
+    # Every x86 processor has the instructions for float32, not every one those for bfloat16.
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 class Attention(nn.Module):
@@ -472,6 +493,23 @@ class Model(nn.Module):
         twin.max_length = self.max_length
         twin.rope_cache = self.rope_cache
         return twin.requires_grad_(False).eval()
+
+    def packed(self):
+        """A Model of the same weights for sampling: where oneDNN runs, a twin that has packed its large
+        matrices (see `Linear`), anywhere else this model itself. The packed copies take as much memory again
+        as the matrices."""
+        large = []
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module.weight.numel() >= PACKED_FROM:
+                large.append(name)
+        if not large or not onednn_runs(self.embed.weight):
+            return self
+
+        # A twin, because the copies are right only as long as the weights stay what they are.
+        twin = self.plain()
+        for name in large:
+            twin.get_submodule(name).pack()
+        return twin
 
 
 def init_weights(model, seed):

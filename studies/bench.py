@@ -310,7 +310,7 @@ def decode_cases(args, env):
             p.decode(steps)
 
     def plainly(b, context):
-        """Without model.Linear's way of multiplying a few rows."""
+        """Without the packed weights of model.Linear."""
         with mock.patch.object(Linear, 'forward', torch.nn.Linear.forward):
             ours(b, context)
 
@@ -355,7 +355,8 @@ def decode_cases(args, env):
 def rollout_cases(args, env):
     """`rows` greedy answers, a batch at a time, of `tokens` tokens each, or of lengths spread as an
     exponential of mean tokens / 5, cut at `tokens`. A finished row of a static batch is computed on."""
-    model, prompts = random_model(PRESETS[args.model], env), prompts_of(args)
+    c = PRESETS[args.model]
+    model, prompts = random_model(c, env), prompts_of(args)
     theirs = cache(lambda: transformers_model(model, env))
     rng, B = random.Random(0), args.batch[-1]
     spread = [min(args.tokens, 1 + int(rng.expovariate(5 / args.tokens))) for _ in prompts]
@@ -369,6 +370,16 @@ def rollout_cases(args, env):
     def batches(most, run):
         return [ids[:n] for i in range(0, len(prompts), B)
                 for ids, n in zip(run(prompts[i:i + B], most[i:i + B]), most[i:i + B], strict=True)]
+
+    @torch.no_grad()
+    def products():
+        """The matrix products of the decode steps of equal lengths, and nothing else."""
+        slots = Slots(model, B, 1, 1, args.budget, Sampling(stop=[]))
+        layers = [module for module in slots.model.modules() if isinstance(module, Linear)]
+        x = {n: torch.ones(B, n, dtype=env.dtype, device=env.device) for n in (c.d, c.ff, c.H * c.e)}
+        for _ in range(-(-len(prompts) // B) * (args.tokens - 1)):
+            for layer in layers:
+                layer(x[layer.in_features])
 
     def static(some, most):
         return sample(model, some, max_new_tokens=max(most), poll_every=32 * args.count, **how).answers()
@@ -389,6 +400,8 @@ def rollout_cases(args, env):
         if importlib.util.find_spec('transformers'):
             peer = partial(batches, most, transformers)
             cases[f'{name}: transformers'] = Case(peer, tokens=sum(most), ready=theirs)
+    bound = Case(products, tokens=args.tokens * len(prompts))
+    cases['equal: matrix products alone'] = bound
     few = [min(8, args.tokens)] * len(prompts)
     return cases | {'8 tokens, naive': Case(partial(batches, few, slow), tokens=sum(few))}
 

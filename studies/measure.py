@@ -131,6 +131,12 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def has_storage(x):
+    """Is x a tensor with memory that torch can look at? Weights that oneDNN has packed are not, nor is a
+    tensor of the meta device."""
+    return torch.is_tensor(x) and x.layout is torch.strided and not x.is_meta
+
+
 class Bytes(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes, forward or backward, and the tensors that
     have an axis of length V."""
@@ -140,10 +146,10 @@ class Bytes(TorchDispatchMode):
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        had = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        had = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if has_storage(x)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if torch.is_tensor(x) and (own := x.untyped_storage()) not in self.known and own not in had:
+            if has_storage(x) and (own := x.untyped_storage()) not in self.known and own not in had:
                 self.known.add(own)
                 weakref.finalize(own, self.free, own.nbytes())
                 self.alive += own.nbytes()

@@ -27,7 +27,17 @@ from formats.huggingface import (
     save_model,
 )
 from formats.tokenizer import load_tokenizer
-from model import ACTIVATIONS, PRESETS, Cache, Linear, Model, ModelConfig, frequencies, init_weights
+from model import (
+    ACTIVATIONS,
+    PRESETS,
+    Cache,
+    Linear,
+    Model,
+    ModelConfig,
+    frequencies,
+    init_weights,
+    onednn_runs,
+)
 from rollout import naive, sample
 from support.files import read_json, write_json
 from support.runtime import ROOT, UserError, shown
@@ -192,17 +202,54 @@ def test_a_prompt_in_pieces():
     assert not any(kv[:, :, :, 9:].any() for kv in pieces.kv)
 
 
+needs_onednn = pytest.mark.skipif(not onednn_runs(torch.zeros(1)), reason='oneDNN is not built for this processor')
+
+
+@needs_onednn
 @pytest.mark.parametrize('bias', [True, False])
-def test_few_rows_on_a_cpu(bias):
-    """(W x')' is x W'; with a gradient nothing changes."""
-    layer = Linear(20, 33, bias=bias)
-    for shape in [(3, 20), (1, 1, 20), (2, 20), (32, 1, 20), (4, 5, 20), (6, 20), (33, 20)]:
-        x = torch.randn(shape)
-        with torch.no_grad():
-            fast = layer(x)
-        want = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        assert fast.shape == want.shape and (fast - want).abs().max() < 1e-5
-        assert torch.equal(layer(x), want) and fast.view(*shape[:-1], 11, 3).shape[-1] == 3
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_packed_weights_multiply_any_number_of_rows(bias, dtype, monkeypatch):
+    """A bias or the last rows of an odd shape could be lost in oneDNN's blocks. One row is nn.Linear's, bit for bit."""
+    if not onednn_runs(torch.zeros(1, dtype=dtype)):
+        pytest.skip(f'this processor has no instructions for {dtype}')
+    layer = Linear(83, 165, bias=bias).to(dtype).requires_grad_(False)
+    plain = torch.nn.Linear.forward
+    layer.pack()
+    for shape in [(3, 83), (1, 1, 83), (2, 83), (16, 1, 83), (4, 5, 83), (6, 83), (333, 83), (83,)]:
+        x = torch.randn(shape).to(dtype)
+        y = layer(x)
+
+        # The sum of 83 products and a bias in float32, rounded once more to the dtype of the result.
+        exact = x.double() @ layer.weight.double().t()
+        terms = x.double().abs() @ layer.weight.double().abs().t()
+        if bias:
+            exact += layer.bias.double()
+            terms += layer.bias.double().abs()
+        bound = 84 * torch.finfo(torch.float32).eps * terms + torch.finfo(dtype).eps * exact.abs()
+        assert y.shape == exact.shape and y.dtype == dtype and ((y.double() - exact).abs() <= bound).all(), shape
+        one_row = x.numel() == 83
+        assert not one_row or torch.equal(y, plain(layer, x))
+
+    # And it is the packed copy that multiplies.
+    monkeypatch.setattr(torch.nn.Linear, 'forward', lambda *_: pytest.fail('nn.Linear was called'))
+    layer(torch.zeros(2, 83, dtype=dtype))
+
+
+@needs_onednn
+def test_only_large_matrices_of_a_twin_are_packed(monkeypatch):
+    """A packed copy of the model that trains would be old after the first update. A copy of each small matrix would
+    make the toy slower."""
+    model = tiny_model(tied=True)
+    assert model.packed() is model
+    monkeypatch.setattr('model.PACKED_FROM', model.blocks[0].mlp.down.weight.numel())
+    twin = model.packed()
+    packed = {name for name, module in twin.named_modules() if isinstance(module, Linear) and module.packed is not None}
+    sizes = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, Linear)}
+    limit = sizes['blocks.0.mlp.down']
+    assert packed == {name for name, size in sizes.items() if size >= limit} and 0 < len(packed) < len(sizes)
+    assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert model.double().packed() is model  # oneDNN has no float64
 
 
 def test_plain_shares_its_weights():

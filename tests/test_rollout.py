@@ -10,7 +10,7 @@ from conftest import tiny_model, with_random_vectors
 
 import rollout
 from kernels.decode_sampling import distribution, pick, stream_keys, uniform
-from model import FAMILIES, Cache
+from model import FAMILIES, Cache, Model, onednn_runs
 from rollout import Request, Sampling, Slots, naive, sample, stream
 from studies.measure import Waits
 
@@ -219,6 +219,24 @@ def test_a_step_can_be_a_cuda_graph(how):
     with Waits() as waits:
         slots.poll()
     assert waits.count == 1                  # and the watch does see one
+
+
+@pytest.mark.skipif(not onednn_runs(torch.zeros(1)), reason='oneDNN is not built for this processor')
+def test_packed_weights_write_the_naive_answers_and_follow_an_update(monkeypatch):
+    """A copy that outlives its call would answer with the weights before the update."""
+    monkeypatch.setattr('model.PACKED_FROM', 1)
+    multiplied = []
+    real_packed = Model.packed
+    monkeypatch.setattr(Model, 'packed', lambda self: multiplied.append(real_packed(self)) or multiplied[-1])
+    model = tiny_model()
+    before = sample(model, PROMPTS, 2, **HOW)
+    assert same(before, naive(model, PROMPTS, 2, **HOW))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    after = sample(model, PROMPTS, 2, **HOW)
+    assert same(after, naive(model, PROMPTS, 2, **HOW)) and not same(before, after)
+    assert len(multiplied) == 2 and all(twin is not model and twin.head.packed is not None for twin in multiplied)
 
 
 def test_the_host_polls_once_in_32_tokens():
