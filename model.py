@@ -39,6 +39,7 @@ def gelu_tanh(x):
     return F.gelu(x, approximate='tanh')
 
 
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)      # of torch's checkpoint
 FAMILIES = ('qwen3', 'qwen2', 'llama', 'phi3')
 ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_pytorch_tanh': gelu_tanh}       # by Hugging Face's names
 
@@ -248,17 +249,27 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, layer=0):
         """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it."""
+        q, k, v = self.heads(self.qkv(x), rope)
+        return self.mix(q, k, v, cache, layer)
+
+    def heads(self, qkv, rope):
+        """The product qkv (B, T, (H + 2 G) e) -> queries (B, H, T, e), keys and values (B, G, T, e)."""
         c = self.config
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, c.H + 2 * c.G, c.e)
+        B, T, _ = qkv.shape
+        heads = qkv.view(B, T, c.H + 2 * c.G, c.e).transpose(1, 2)
 
         # Split the heads, norm them, rotate them.
-        q, k, v = qkv.transpose(1, 2).split([c.H, c.G, c.G], 1)              # (B, H or G, T, e)
+        q, k, v = heads.split([c.H, c.G, c.G], 1)                            # (B, H or G, T, e)
         if c.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = rotate(q, *rope)
-        k = rotate(k, *rope)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def mix(self, q, k, v, cache=None, layer=0):
+        """Queries, keys and values -> (B, T, d): each token's mean of the values that it may see, weighted by
+        attention."""
+        c = self.config
+        B, _, T, _ = q.shape
 
         # Prefill: store keys and values. A later piece of a prompt also sees the pieces before it.
         causal = {'is_causal': True}
@@ -281,14 +292,18 @@ class MLP(nn.Module):
         self.gate_up = Linear(c.d, 2 * c.ff, bias=False)
         self.down = Linear(c.ff, c.d, bias=False)
 
-    def forward(self, x):
+    def gated(self, x):
+        """x (B, T, d) -> what `down` reads, (B, T, ff)."""
         gate, up = self.gate_up(x).chunk(2, -1)                              # (B, T, ff) each
-        return self.down(self.activation(gate) * up)
+        return self.activation(gate) * up
+
+    def forward(self, x):
+        return self.down(self.gated(x))
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the states it reads. `forward` reads T tokens a row;
-    `decode` computes the same for one token a row."""
+    `decode` computes the same for one token a row, and `lean` for many tokens of which little is kept."""
     def __init__(self, c):
         super().__init__()
         self.norm1 = Norm(c.d, c.eps)
@@ -296,11 +311,29 @@ class Block(nn.Module):
         self.norm2 = Norm(c.d, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, h, rope, cache=None, layer=0, mask=None):
+    def forward(self, h, rope, cache=None, layer=0, mask=None, recomputed=False):
         if cache is not None and cache.length is not None:
             return self.decode(h, rope, cache, layer, mask)
+        if recomputed and h[..., 0].numel() > PIECE:
+            return self.lean(h, rope)
         h = h + self.attn(self.norm1(h), rope, cache, layer)
         return h + self.mlp(self.norm2(h))
+
+    def lean(self, h, rope):
+        """The same as `forward` for a block that is recomputed in the backward, h (B, T, d) -> (B, T, d).
+
+        What a recomputation keeps of a whole block would be most of an update's memory. So the MLP is taken in
+        pieces, the result of the first norm is computed once more where the backward needs it, and the values
+        are copied, because a view of qkv would keep all of it.
+        """
+        qkv = checkpoint(self.normed_qkv, h, **RECOMPUTE)                    # (B, T, (H + 2 G) e)
+        q, k, v = self.attn.heads(qkv, rope)
+        h = h + self.attn.mix(q, k, v.clone())
+        return add_mlp_in_pieces(h, self)
+
+    def normed_qkv(self, h):
+        """h (B, T, d) -> queries, keys and values in one product, (B, T, (H + 2 G) e)."""
+        return self.attn.qkv(self.norm1(h))
 
     def decode(self, h, rope, cache, layer, mask):
         """h (B, 1, d) -> (B, 1, d), in the five kernels of a decode step. mask: from `decode_mask`."""
@@ -317,6 +350,81 @@ class Block(nn.Module):
         # Norm, gate and up, and the activation are one kernel. Both sums may be written over h.
         x = kernels.norm_product(h, self.norm2, self.mlp.gate_up, self.mlp.activation)   # (B, 1, ff)
         return kernels.add_product(h, x, self.mlp.down)
+
+
+# ---- the MLP of a recomputed block, in pieces of tokens -------------------------------------------
+
+# Tokens of a piece. Its backward has seven tensors of width ff at once: 0.26 GB for ff = 8,960 in bfloat16.
+# Each piece reads the weights again and adds to the sums of their gradients: the more tokens, the less of that.
+PIECE = 2048
+
+
+def pieces(x):
+    """x (B, T, d) -> views of it along T, about equally long, of at most PIECE tokens in B rows."""
+    B, T, _ = x.shape
+    count = -(-B * T // PIECE)
+    return x.tensor_split(min(count, T), 1)
+
+
+@torch.compiler.disable
+def add_mlp_in_pieces(h, block):
+    """h + mlp(norm2(h)) of a block, (B, T, d) -> (B, T, d). All that is kept for the backward is h.
+
+    The numbers are computed after h was kept. A recomputation stops as soon as it has all that was kept, so it
+    does not come to the products of the MLP, which are computed piece by piece in the backward.
+    """
+    result = MLPInPieces.apply(h, block, *mlp_weights(block))
+    with torch.no_grad():
+        for piece, out in zip(pieces(h.detach()), pieces(result.detach()), strict=True):
+            torch.add(piece, block.mlp(block.norm2(piece)), out=out)
+    return result
+
+
+def mlp_weights(block):
+    return block.norm2.weight, block.mlp.gate_up.weight, block.mlp.down.weight
+
+
+class MLPInPieces(torch.autograd.Function):
+    """The backward of `add_mlp_in_pieces`. Its forward makes room for the result."""
+    @staticmethod
+    def forward(ctx, h, block, *weights):
+        ctx.save_for_backward(h)
+        ctx.block = block
+        return torch.empty_like(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, = ctx.saved_tensors
+        weights = mlp_weights(ctx.block)
+        grad_h = torch.empty_like(h)
+
+        # A weight's gradient is a sum over all tokens. The part of a piece is rounded to the weight's dtype, as
+        # the whole sum would be without pieces; the parts are added in float32 at least.
+        sums = []
+        for weight in weights:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            sums.append(torch.zeros_like(weight, dtype=dtype))
+        for piece, grad_piece, out in zip(pieces(h), pieces(grad), pieces(grad_h), strict=True):
+            from_mlp, *parts = piece_gradients(ctx.block, piece, grad_piece)
+            torch.add(grad_piece, from_mlp, out=out)
+            for total, part in zip(sums, parts, strict=True):
+                total += part
+        return grad_h, None, *[total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)]
+
+
+def piece_gradients(block, h, grad):
+    """The gradients of mlp(norm2(h)) for a piece h (B, T', d) with the gradient `grad` of the result: of h, and
+    of `mlp_weights`.
+
+    The last product is differentiated by hand, because a backward does not need its result.
+    """
+    norm_weight, gate_up, down = mlp_weights(block)
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        x = block.mlp.gated(block.norm2(h))                                  # (B, T', ff)
+    grad_down = grad.flatten(0, 1).t() @ x.flatten(0, 1)                     # (d, ff)
+    grad_h, grad_norm, grad_gate_up = torch.autograd.grad(x, [h, norm_weight, gate_up], grad @ down)
+    return grad_h, grad_norm, grad_gate_up, grad_down
 
 
 class Head(Linear):
@@ -387,7 +495,7 @@ class Model(nn.Module):
             if cache is not None:
                 h = block(h, rope, cache, l - 1, mask)
             elif self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False)
+                h = checkpoint(block, h, rope, recomputed=True, **RECOMPUTE)
             else:
                 h = block(h, rope)
             if tap and l < L:
