@@ -285,7 +285,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated MLP: down(activation(gate(x)) * up(x))."""
+    """The gated MLP: down(activation(gate(x)) * up(x)).
+
+    Change what is inside `gated` as you like. The product with `down` is also in `piece_gradients`, where
+    it is differentiated by hand: change both.
+    """
     def __init__(self, c):
         super().__init__()
         self.activation = ACTIVATIONS[c.activation]
@@ -314,21 +318,20 @@ class Block(nn.Module):
     def forward(self, h, rope, cache=None, layer=0, mask=None, recomputed=False):
         if cache is not None and cache.length is not None:
             return self.decode(h, rope, cache, layer, mask)
-        if recomputed and h[..., 0].numel() > PIECE:
+        if recomputed and in_pieces(h, self):
             return self.lean(h, rope)
         h = h + self.attn(self.norm1(h), rope, cache, layer)
         return h + self.mlp(self.norm2(h))
 
     def lean(self, h, rope):
-        """The same as `forward` for a block that is recomputed in the backward, h (B, T, d) -> (B, T, d).
+        """`forward` of a block that is recomputed in the backward: h (B, T, d) -> (B, T, d).
 
-        What a recomputation keeps of a whole block would be most of an update's memory. So the MLP is taken in
-        pieces, the result of the first norm is computed once more where the backward needs it, and the values
-        are copied, because a view of qkv would keep all of it.
+        All that a backward needs of one block, at once, would be most of an update's memory. So its MLP is
+        taken in pieces, and the result of its first norm is computed once more where it is needed.
         """
-        qkv = checkpoint(self.normed_qkv, h, **RECOMPUTE)                    # (B, T, (H + 2 G) e)
-        q, k, v = self.attn.heads(qkv, rope)
-        h = h + self.attn.mix(q, k, v.clone())
+        q, k, v = self.attn.heads(checkpoint(self.normed_qkv, h, **RECOMPUTE), rope)
+        v = v.clone()                        # a view would keep all of qkv
+        h = h + self.attn.mix(q, k, v)
         return add_mlp_in_pieces(h, self)
 
     def normed_qkv(self, h):
@@ -354,38 +357,51 @@ class Block(nn.Module):
 
 # ---- the MLP of a recomputed block, in pieces of tokens -------------------------------------------
 
-# Tokens of a piece. Its backward has seven tensors of width ff at once: 0.26 GB for ff = 8,960 in bfloat16.
-# Each piece reads the weights again and adds to the sums of their gradients: the more tokens, the less of that.
+# Most tokens of a piece. A piece's backward has seven tensors of width ff at once, 0.26 GB for ff = 8,960 in
+# bfloat16. Each piece reads the weights again and adds to the sums of their gradients, and a GPU needs some
+# thousand tokens for a product with `down` to have work for all its processors: so not fewer.
 PIECE = 2048
 
 
-def pieces(x):
-    """x (B, T, d) -> views of it along T, about equally long, of at most PIECE tokens in B rows."""
-    B, T, _ = x.shape
-    count = -(-B * T // PIECE)
-    return x.tensor_split(min(count, T), 1)
+def in_pieces(h, block):
+    """Is the MLP of a block that is recomputed taken in pieces? h (B, T, d): the states that it reads.
 
-
-@torch.compiler.disable
-def add_mlp_in_pieces(h, block):
-    """h + mlp(norm2(h)) of a block, (B, T, d) -> (B, T, d). All that is kept for the backward is h.
-
-    The numbers are computed after h was kept. A recomputation stops as soon as it has all that was kept, so it
-    does not come to the products of the MLP, which are computed piece by piece in the backward.
+    Not if they are one piece. Not under torch.compile, whose graph would hold all pieces one after another.
+    And not if a part of the MLP is frozen, for which `piece_gradients` would be longer.
     """
-    result = MLPInPieces.apply(h, block, *mlp_weights(block))
-    with torch.no_grad():
-        for piece, out in zip(pieces(h.detach()), pieces(result.detach()), strict=True):
-            torch.add(piece, block.mlp(block.norm2(piece)), out=out)
-    return result
+    B, T, _ = h.shape
+    learns = all(weight.requires_grad for weight in mlp_weights(block))
+    return B * T > PIECE and learns and not torch.compiler.is_compiling()
+
+
+def pieces(x):
+    """x (B, T, d) -> views (B, T', d) of it, of equal length but for one token, at most PIECE tokens each."""
+    B, T, _ = x.shape
+    count = -(-T // max(1, PIECE // B))
+    return x.tensor_split(count, 1)
 
 
 def mlp_weights(block):
+    """What the gradient of a block's MLP and the norm before it is about."""
     return block.norm2.weight, block.mlp.gate_up.weight, block.mlp.down.weight
 
 
+def add_mlp_in_pieces(h, block):
+    """h + mlp(norm2(h)) of a block, (B, T, d) -> (B, T, d). Of all this, h alone is kept for the backward.
+
+    The numbers come after h was kept. A recomputation stops as soon as it has made all that is kept, so it
+    does not multiply here: the backward does, a piece at a time. No product is computed more often than
+    without pieces.
+    """
+    result = MLPInPieces.apply(h, block, *mlp_weights(block))
+    with torch.no_grad():
+        for piece, result_piece in zip(pieces(h.detach()), pieces(result.detach()), strict=True):
+            result_piece.copy_(piece + block.mlp(block.norm2(piece)))
+    return result
+
+
 class MLPInPieces(torch.autograd.Function):
-    """The backward of `add_mlp_in_pieces`. Its forward makes room for the result."""
+    """The backward of `add_mlp_in_pieces`. Its forward keeps h and makes room for the result."""
     @staticmethod
     def forward(ctx, h, block, *weights):
         ctx.save_for_backward(h)
@@ -396,34 +412,36 @@ class MLPInPieces(torch.autograd.Function):
     def backward(ctx, grad):
         h, = ctx.saved_tensors
         weights = mlp_weights(ctx.block)
-        grad_h = torch.empty_like(h)
+        grad_h = torch.empty_like(h)                                         # (B, T, d)
 
-        # A weight's gradient is a sum over all tokens. The part of a piece is rounded to the weight's dtype, as
-        # the whole sum would be without pieces; the parts are added in float32 at least.
+        # A weight's gradient is a sum over all tokens. A piece's part of it is rounded to the dtype of the
+        # weight, as the whole sum would be; the parts are added in float32, and rounded once more.
         sums = []
         for weight in weights:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             sums.append(torch.zeros_like(weight, dtype=dtype))
-        for piece, grad_piece, out in zip(pieces(h), pieces(grad), pieces(grad_h), strict=True):
-            from_mlp, *parts = piece_gradients(ctx.block, piece, grad_piece)
-            torch.add(grad_piece, from_mlp, out=out)
+
+        # The states are also added to the MLP's result, so the result's gradient is a part of theirs.
+        for piece, grad_piece, grad_h_piece in zip(pieces(h), pieces(grad), pieces(grad_h), strict=True):
+            through_mlp, *parts = piece_gradients(ctx.block, piece, grad_piece)
+            grad_h_piece.copy_(grad_piece + through_mlp)
             for total, part in zip(sums, parts, strict=True):
                 total += part
         return grad_h, None, *[total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)]
 
 
 def piece_gradients(block, h, grad):
-    """The gradients of mlp(norm2(h)) for a piece h (B, T', d) with the gradient `grad` of the result: of h, and
-    of `mlp_weights`.
+    """Gradients of mlp(norm2(h)): of h (B, T', d), and of the `mlp_weights`. grad (B, T', d): the result's.
 
-    The last product is differentiated by hand, because a backward does not need its result.
+    The last product is differentiated by hand, because its result is not needed here.
     """
-    norm_weight, gate_up, down = mlp_weights(block)
+    norm, gate_up, down = mlp_weights(block)
     with torch.enable_grad():
         h = h.detach().requires_grad_()
         x = block.mlp.gated(block.norm2(h))                                  # (B, T', ff)
     grad_down = grad.flatten(0, 1).t() @ x.flatten(0, 1)                     # (d, ff)
-    grad_h, grad_norm, grad_gate_up = torch.autograd.grad(x, [h, norm_weight, gate_up], grad @ down)
+    grad_x = grad @ down                                                     # (B, T', ff)
+    grad_h, grad_norm, grad_gate_up = torch.autograd.grad(x, [h, norm, gate_up], grad_x)
     return grad_h, grad_norm, grad_gate_up, grad_down
 
 
