@@ -1,7 +1,7 @@
 """
 The memory that a dry run estimates, beside what a CPU run really takes.
 
-    python -m studies.peaks                       every configuration below, about six minutes on two cores
+    python -m studies.peaks                       every configuration below, about seven minutes on two cores
     python -m studies.peaks 'exact KL'            one of them
     python -m studies.peaks --allocator default   with the C library's own settings (see below)
     python -m studies.peaks --count               an update at the paper's shapes, counted: a few seconds

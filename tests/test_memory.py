@@ -36,7 +36,7 @@ from support.memory import (
     update,
     weights_of,
 )
-from support.runtime import Env
+from support.runtime import ROOT, Env
 
 FAMILIES = {
     'qwen3': dict(family='qwen3'),
@@ -153,7 +153,14 @@ def test_the_papers_update_has_less_than_four_gigabytes_of_activations():
     most = memory.backward_in_pieces(c.L, plan, batch, memory.teacher_rows(plan, batch))[0]
     estimate = most['activations'] + most["the teacher's rows"]
     assert estimate == pytest.approx(counted['activations'], rel=0.01)
-    assert 1.8 * estimate < sum(update(replace(plan, cfg=plan.cfg | {'compile': True})).values())
+
+    # Under torch.compile the MLP is whole; the document has both numbers.
+    whole = peaks.counted_update(c, 2, 16_384, piece=10**9)
+    most = memory.backward_of_block(c.L, plan, batch, memory.teacher_rows(plan, batch))
+    assert most['activations'] + most["the teacher's rows"] == pytest.approx(whole['activations'], rel=0.02)
+    assert not memory.in_pieces(replace(plan, cfg=plan.cfg | {'compile': True}), batch)
+    row = ' | '.join(f'{sizes["activations"] / 1e9:.2f}' for sizes in (whole, counted))
+    assert f'| activations, 2 x 16k | {row} |' in (ROOT / 'docs/speed.md').read_text()
 
 
 def test_a_micro_batch_leaves_no_rows_behind(monkeypatch):
