@@ -154,10 +154,11 @@ def test_the_papers_update_has_less_than_four_gigabytes_of_activations():
     estimate = most['activations'] + most["the teacher's rows"]
     assert estimate == pytest.approx(counted['activations'], rel=0.01)
 
-    # Under torch.compile the MLP is whole; the document has both numbers.
+    # Under torch.compile the MLP is whole: its estimate counts the block's input and the last norm's once too often, two of
+    # 74 times N d numbers. The document has both counts.
     whole = peaks.counted_update(c, 2, 16_384, piece=10**9)
     most = memory.backward_of_block(c.L, plan, batch, memory.teacher_rows(plan, batch))
-    assert most['activations'] + most["the teacher's rows"] == pytest.approx(whole['activations'], rel=0.02)
+    assert most['activations'] + most["the teacher's rows"] == pytest.approx(whole['activations'], rel=0.03)
     assert not memory.in_pieces(replace(plan, cfg=plan.cfg | {'compile': True}), batch)
     row = ' | '.join(f'{sizes["activations"] / 1e9:.2f}' for sizes in (whole, counted))
     assert f'| activations, 2 x 16k | {row} |' in (ROOT / 'docs/speed.md').read_text()
