@@ -32,6 +32,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from kernels.mlp_in_pieces import add_mlp_in_pieces, in_pieces
 
 
 def gelu_tanh(x):
@@ -39,6 +40,7 @@ def gelu_tanh(x):
     return F.gelu(x, approximate='tanh')
 
 
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)              # of torch's checkpoint
 FAMILIES = ('qwen3', 'qwen2', 'llama', 'phi3')
 ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_pytorch_tanh': gelu_tanh}       # by Hugging Face's names
 
@@ -269,17 +271,27 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, layer=0):
         """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it."""
+        q, k, v = self.heads(self.qkv(x), rope)
+        return self.mix(q, k, v, cache, layer)
+
+    def heads(self, qkv, rope):
+        """The product qkv (B, T, (H + 2 G) e) -> queries (B, H, T, e), keys and values (B, G, T, e)."""
         c = self.config
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, c.H + 2 * c.G, c.e)
+        B, T, _ = qkv.shape
+        heads = qkv.view(B, T, c.H + 2 * c.G, c.e).transpose(1, 2)
 
         # Split the heads, norm them, rotate them.
-        q, k, v = qkv.transpose(1, 2).split([c.H, c.G, c.G], 1)              # (B, H or G, T, e)
+        q, k, v = heads.split([c.H, c.G, c.G], 1)                            # (B, H or G, T, e)
         if c.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = rotate(q, *rope)
-        k = rotate(k, *rope)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def mix(self, q, k, v, cache=None, layer=0):
+        """Queries, keys and values -> (B, T, d): each token's mean of the values that it may see, weighted by
+        attention."""
+        c = self.config
+        B, _, T, _ = q.shape
 
         # Prefill: store keys and values. A later piece of a prompt also sees the pieces before it.
         causal = {'is_causal': True}
@@ -295,21 +307,29 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated MLP: down(activation(gate(x)) * up(x))."""
+    """The gated MLP: down(activation(gate(x)) * up(x)).
+
+    Change what is inside `gated` as you like. The product with `down` is also in kernels/mlp_in_pieces.py,
+    where it is differentiated by hand: change both.
+    """
     def __init__(self, c):
         super().__init__()
         self.activation = ACTIVATIONS[c.activation]
         self.gate_up = Linear(c.d, 2 * c.ff, bias=False)
         self.down = Linear(c.ff, c.d, bias=False)
 
-    def forward(self, x):
+    def gated(self, x):
+        """x (B, T, d) -> what `down` reads, (B, T, ff)."""
         gate, up = self.gate_up(x).chunk(2, -1)                              # (B, T, ff) each
-        return self.down(self.activation(gate) * up)
+        return self.activation(gate) * up
+
+    def forward(self, x):
+        return self.down(self.gated(x))
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the states it reads. `forward` reads T tokens a row;
-    `decode` computes the same for one token a row."""
+    `decode` computes the same for one token a row, and `lean` for many tokens of which little is kept."""
     def __init__(self, c):
         super().__init__()
         self.norm1 = Norm(c.d, c.eps)
@@ -317,11 +337,28 @@ class Block(nn.Module):
         self.norm2 = Norm(c.d, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, h, rope, cache=None, layer=0, mask=None):
+    def forward(self, h, rope, cache=None, layer=0, mask=None, recomputed=False):
         if cache is not None and cache.length is not None:
             return self.decode(h, rope, cache, layer, mask)
+        if recomputed and in_pieces(h, self):
+            return self.lean(h, rope)
         h = h + self.attn(self.norm1(h), rope, cache, layer)
         return h + self.mlp(self.norm2(h))
+
+    def lean(self, h, rope):
+        """`forward` of a block that is recomputed in the backward: h (B, T, d) -> (B, T, d).
+
+        All that a backward needs of one block, at once, would be most of an update's memory. So its MLP is
+        taken in pieces, and the result of its first norm is computed once more where it is needed.
+        """
+        q, k, v = self.attn.heads(checkpoint(self.normed_qkv, h, **RECOMPUTE), rope)
+        v = v.clone()                        # a view would keep all of qkv
+        h = h + self.attn.mix(q, k, v)
+        return add_mlp_in_pieces(h, self)
+
+    def normed_qkv(self, h):
+        """h (B, T, d) -> queries, keys and values in one product, (B, T, (H + 2 G) e)."""
+        return self.attn.qkv(self.norm1(h))
 
     def decode(self, h, rope, cache, layer, mask):
         """h (B, 1, d) -> (B, 1, d), in the five kernels of a decode step. mask: from `decode_mask`."""
@@ -408,7 +445,7 @@ class Model(nn.Module):
             if cache is not None:
                 h = block(h, rope, cache, l - 1, mask)
             elif self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False)
+                h = checkpoint(block, h, rope, recomputed=True, **RECOMPUTE)
             else:
                 h = block(h, rope)
             if tap and l < L:

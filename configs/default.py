@@ -124,7 +124,7 @@ config = dict(
     grad_clip=1.0,              # largest gradient norm; 0 = no clipping
     token_budget=32768,         # tokens of a micro-batch, padding included; changes memory, never the update
     checkpointing=False,        # recompute each block in the backward: less memory, a third more time
-    compile=False,              # torch.compile the blocks, for training forwards
+    compile=False,              # torch.compile the blocks, for training; more memory if they are recomputed
 
     # evaluation and saving
     eval_every=50,              # steps between evaluations; 0 = only before and after

@@ -1,9 +1,10 @@
 """
 The memory that a dry run estimates, beside what a CPU run really takes.
 
-    python -m studies.peaks                       every configuration below, about five minutes on two cores
+    python -m studies.peaks                       every configuration below, about seven minutes on two cores
     python -m studies.peaks 'exact KL'            one of them
     python -m studies.peaks --allocator default   with the C library's own settings (see below)
+    python -m studies.peaks --count               an update at the paper's shapes, counted: a few seconds
 
 Each configuration is one step of distill.py between two random models, in processes of its own. Their private
 memory (RssAnon of /proc: not the memory-mapped files of weights, nor the libraries' code) is read every few
@@ -15,6 +16,10 @@ that is freed, up to 32 MB, and keeps what is smaller: on these runs up to 45% m
 the processes run with MALLOC_MMAP_THRESHOLD_=131072, which holds that size where it begins;
 `--allocator default` measures without it. What is estimated is what tensors need.
 
+`--count` runs steps 4 and 5 of a training step on PyTorch's meta device, where tensors have shapes and no
+numbers, and adds up all that are alive at once. RMSNorm and attention are one operation each, as on CUDA.
+What a kernel allocates for itself is not seen.
+
 Linux only. Simpler than usual: no profiler, no hooks. It cannot say which tensor was too large.
 """
 import json
@@ -25,15 +30,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configs import load_config
 from formats.huggingface import read_config, save_model
 from formats.problems import load_problems
 from formats.tokenizer import load_tokenizer, shared_size
-from model import Model, ModelConfig
+from kernels import mlp_in_pieces
+from kernels.mlp_in_pieces import PIECE
+from losses import HiddenTerm
+from model import PRESETS, Model, ModelConfig
+from step import Objective, Rows, accumulate
 from studies.children import show_failure
 from studies.toy import write_tokenizer
 from support.command_help import OneLineParser
@@ -42,6 +56,7 @@ from support.memory import Plan, phases, work_of
 from support.runtime import ROOT, Env, UserError, run
 
 MB = 1e6
+GB = 1e9
 FIXED = {'MALLOC_MMAP_THRESHOLD_': '131072'}
 
 SHAPES = {
@@ -56,6 +71,7 @@ USUAL = dict(prompts_per_step=4, n=1, max_new_tokens=100, positions='all', steps
 CASES = {
     'OPRD, float32': ('wide', 1, dict(prompts_per_step=8)),
     'OPRD, blocks recomputed': ('wide', 1, dict(prompts_per_step=16, checkpointing=True)),
+    'OPRD, MLP in pieces': ('wide', 1, dict(prompts_per_step=48, checkpointing=True)),
     'OPRD, bfloat16': ('wide', 1, dict(dtype='bfloat16')),
     'OPRD, two ranks': ('llama', 2, dict(prompts_per_step=16)),
     'OPRD, one long sequence': ('wide', 1, dict(prompts_per_step=1, max_new_tokens=800, positions='last_k')),
@@ -188,7 +204,104 @@ def compared(c, ranks, keys, environment):
     return estimate, {part: size - imports for part, size in most.items()}
 
 
+# ---- what is counted -----------------------------------------------------------------------------
+
+class Apart(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive at once, those of some shapes apart.
+
+    shapes: of the gradients. activations, gradients: the most bytes that were alive, of each kind.
+    """
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes = shapes
+        self.known = weakref.WeakSet()
+        self.alive = {'activations': 0, 'gradients': 0}
+        self.peak = dict(self.alive)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        arguments = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor):
+                memory = tensor.untyped_storage()
+                if memory not in arguments and memory not in self.known:
+                    self.known.add(memory)
+                    kind = 'gradients' if tensor.shape in self.shapes else 'activations'
+                    self.change(kind, memory.nbytes())
+                    weakref.finalize(memory, self.change, kind, -memory.nbytes())
+        return result
+
+    def change(self, kind, size):
+        self.alive[kind] += size
+        self.peak[kind] = max(self.peak[kind], self.alive[kind])
+
+
+class OneNorm(torch.autograd.Function):
+    """RMSNorm as CUDA has it: one operation, which keeps its input and a number for each row. No numbers."""
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight), None
+
+
+def flash_attention(q, k, v, is_causal, enable_gqa):
+    """Attention as CPUs and GPUs have it, in one operation. Meta tensors would get T x T scores."""
+    assert is_causal
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+
+
+def counted_update(c, answers, tokens, piece=PIECE):
+    """An update in bfloat16 with recomputed blocks: answers of so many tokens, the last 2,000 supervised in
+    every layer. -> the most bytes of activations, the teacher's rows among them, and apart of the gradients
+    of large matrices in the backward of one block."""
+    K = answers * min(2000, tokens)
+    hidden = HiddenTerm('mse')
+    as_on_a_gpu = {'rms_norm': OneNorm.apply, 'scaled_dot_product_attention': flash_attention}
+    with torch.device('meta'), patch.object(mlp_in_pieces, 'PIECE', piece), patch.multiple(F, **as_on_a_gpu):
+        torch.set_default_dtype(torch.bfloat16)
+        student = Model(c)
+        teacher = Model(c).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        student.checkpointing = True
+        student.head.requires_grad_(False)           # Eq. (6) never reaches it
+
+        # The gradients of a block go into their shards, or into the sums of a step, as soon as they are made.
+        large = [weight for weight in student.parameters() if weight.numel() > 10**7]
+        for weight in student.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, 'grad', None))
+
+        # One micro-batch. Which tokens and positions does not matter.
+        ids = torch.zeros(answers, tokens, dtype=torch.long)
+        at = torch.zeros(K, dtype=torch.long)
+        rows = Rows(ids, at, torch.ones(K), at, at, ids, at, at > 0, None)
+        layer_map = {l: l for l in range(1, c.L + 1)}
+        with Apart({weight.shape for weight in large}) as counter:
+            accumulate(student, teacher, [rows], Objective(layer_map, hidden, None), 1.0, 0.0)
+    return counter.peak
+
+
+def print_counts():
+    """The update of R1-Distill-Qwen-1.5B with one and two answers of 16k tokens, and its gradients."""
+    c = PRESETS['r1_1p5b']
+    print(f'{"GB":40}{"whole MLP":>12}{"in pieces":>12}')
+    for answers in (1, 2):
+        sizes = [counted_update(c, answers, 16_384, piece)['activations'] for piece in (10**9, PIECE)]
+        print(f'{f"activations, {answers} x 16k":40}{sizes[0] / GB:12.2f}{sizes[1] / GB:12.2f}', flush=True)
+    learned = c.count() - c.V * c.d
+    for ranks in (1, 8):
+        print(f'{f"float32 gradients, a rank of {ranks}":40}{4 * learned / ranks / GB:12.2f}')
+
+
 def main(args):
+    if args.count:
+        print_counts()
+        return
     environment = dict(os.environ) | (FIXED if args.allocator == 'fixed' else {})
     print(f'allocator: {args.allocator}')
     print(f'{"MB beyond the imports":28}{"part":8}{"estimated":>10}{"measured":>10}{"ratio":>8}')
@@ -204,7 +317,8 @@ def main(args):
 
 def arguments():
     """The command line."""
-    parser = OneLineParser('studies/peaks.py', "['NAME' ...] [--allocator default]")
+    parser = OneLineParser('studies/peaks.py', "['NAME' ...] [--allocator default] | --count")
+    parser.add_argument('--count', action='store_true', help='count an update on the meta device instead')
     parser.add_argument('names', nargs='*', choices=[*CASES, []], help='configurations; none: all of them')
     parser.add_argument('--allocator', choices=('fixed', 'default'), default='fixed')
     return parser.parse_args()

@@ -34,6 +34,7 @@ FILE_BYTES = 2**28              # of a file of the resume state (checkpoints.FIL
 SHARD_BYTES = 5 * 10**9         # of a file of a model's folder (huggingface.save_model)
 ROOM = 1024                     # tokens that a new cache has beyond the longest prompt (rollout.ROOM)
 PREFILL = 32768                 # prompt tokens that are read at once (rollout.stream)
+PIECE = 2048                    # tokens of a recomputed block's MLP at once (kernels.mlp_in_pieces.PIECE)
 
 
 # ---- what a rank is asked to do ------------------------------------------------------------------
@@ -123,18 +124,19 @@ def weights_of(c):
 
 # ---- one block -----------------------------------------------------------------------------------
 
+def kept_by_norm(n, s, cuda):
+    """Bytes that an RMSNorm of n numbers keeps. CUDA has a kernel: it keeps its input and one number. On a
+    CPU it is made of parts, which keep the input and the normalised input, both in float32."""
+    return s * n + 4 if cuda else 8 * n + 4
+
+
 def kept_by_block(c, s, cuda):
     """Bytes per token that one block keeps for its backward."""
-    # An RMSNorm of n numbers. CUDA has a kernel: it keeps its input and one number. On a CPU it is made of
-    # parts, which keep the input and the normalised input, both in float32.
-    def norm(n):
-        return s * n + 4 if cuda else 8 * n + 4
-
-    kept = 2 * norm(c.d)                                         # of both norms
+    kept = 2 * kept_by_norm(c.d, s, cuda)                        # of both norms
     kept += 2 * s * c.d                                          # their results, which qkv and gate_up read
     kept += s * (c.H + 2 * c.G) * c.e                            # q, k and v
     if c.qk_norm:
-        kept += (c.H + c.G) * norm(c.e)
+        kept += (c.H + c.G) * kept_by_norm(c.e, s, cuda)
         if s == 4 or cuda:
             kept -= s * (c.H + c.G) * c.e                        # its input is q and k, counted above
     kept += s * (c.H + c.G) * c.e                                # q and k, rotated
@@ -143,6 +145,22 @@ def kept_by_block(c, s, cuda):
         kept += s * c.H * c.e                                    # and a copy in another order of its axes
     kept += 4 * c.H                                              # log of the softmax's denominator
     kept += 4 * s * c.ff                                         # gate, up, silu(gate), their product
+    return kept
+
+
+def kept_by_lean_block(c, s, cuda):
+    """Bytes per token that one block keeps for its backward when it is recomputed with its MLP in pieces
+    (model.Block.lean), beside its input."""
+    kept = s * (c.H + 2 * c.G) * c.e                             # q and k, rotated, and a copy of v
+    if c.qk_norm:
+        kept += (c.H + c.G) * kept_by_norm(c.e, s, cuda)
+        if s == 4 or cuda:
+            kept += s * c.G * c.e                                # its input is qkv, which stays whole
+    kept += s * c.H * c.e                                        # attention's result
+    if not cuda and (c.qk_norm or c.partial < 1):
+        kept += s * c.H * c.e                                    # and a copy in another order of its axes
+    kept += 4 * c.H                                              # log of the softmax's denominator
+    kept += s * c.d                                              # what the MLP is added to
     return kept
 
 
@@ -160,6 +178,12 @@ def backward_work(c, s):
     of silu(gate) and up, when the gradients of the block's result (d), of the product and of both of its
     factors are alive, and the product itself is not any more."""
     return s * (c.d + 3 * c.ff - c.ff)
+
+
+def piece_work(c, s, cuda):
+    """Bytes per token of a piece in the backward of a block's MLP (kernels.mlp_in_pieces): gate, up,
+    silu(gate), their product, its gradient and those of its two factors; and the norm before it."""
+    return s * (7 * c.ff + 2 * c.d) + kept_by_norm(c.d, s, cuda)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -372,7 +396,10 @@ def update(plan):
     rows = teacher_rows(plan, batch)
     moments = [teacher_forward(plan, batch, rows), end_of_backward(plan, batch, rows)]
     for l in range(1, plan.student.L + 1):
-        moments.append(backward_of_block(l, plan, batch, rows))
+        if in_pieces(plan, batch):
+            moments.extend(backward_in_pieces(l, plan, batch, rows))
+        else:
+            moments.append(backward_of_block(l, plan, batch, rows))
     if plan.output:
         moments.append(loss_under_head(plan, batch, rows))
     return max(moments, key=lambda moment: sum(moment.values()))
@@ -431,7 +458,6 @@ def teacher_forward(plan, batch, rows):
 def backward_of_block(l, plan, batch, rows):
     """The backward of block l: activations of the blocks up to it, gradients of the blocks above it."""
     student = plan.student
-    weights = weights_of(student)
     work = backward_work(student, plan.s) * batch.tokens
     activations = kept_up_to(l, plan, batch)
     if plan.cfg['checkpointing']:
@@ -442,14 +468,56 @@ def backward_of_block(l, plan, batch, rows):
         work = max(work, batch.rows * 4 * student.d * (2 if plan.s == 4 else 3))
 
     # Gradients: those of the blocks above, and this block's first one, which is that of `down`.
-    above = 4 * (student.L - l) * weights.block / plan.S
+    gradients = plan.s * student.d * student.ff + gradients_above(l, plan, batch)
+    return moment(gradients, rows, fsdp_above(l, plan), activations + work)
+
+
+def in_pieces(plan, batch):
+    """Are blocks recomputed with their MLP in pieces (kernels.mlp_in_pieces)?"""
+    return plan.cfg['checkpointing'] and not plan.cfg['compile'] and batch.tokens > PIECE
+
+
+def backward_in_pieces(l, plan, batch, rows):
+    """The same for a block whose MLP is taken in pieces: the moment of its MLP, and that of its attention
+    or of its first norm."""
+    c = plan.student
+    s = plan.s
+    block = kept_by_lean_block(c, s, plan.cuda)
+    inputs = l * s * c.d * batch.tokens
+
+    # The MLP: the gradients of its result and of its input, and a piece. The gradients of its three matrices
+    # are summed in float32, and a piece has its own.
+    matrices = 3 * c.d * c.ff
+    mlp = batch.tokens * (block + 2 * s * c.d) + PIECE * piece_work(c, s, plan.cuda)
+
+    # Attention, when the input of the MLP has gone: the gradients of that, of attention's result, of q, k, v.
+    attention = batch.tokens * (block + s * (c.H + c.H + 2 * c.G) * c.e)
+
+    # The norm, or the last one: its input and the gradient, and on a CPU six float32 tensors.
+    norm = batch.tokens * (2 * s * c.d if plan.cuda else s * c.d + 24 * c.d)
+
+    above = gradients_above(l, plan, batch)
+    fsdp = fsdp_above(l, plan)
+    return [moment(above + (4 + s) * matrices, rows, fsdp, inputs + mlp),
+            moment(above + s * matrices, rows, fsdp, inputs + max(attention, norm))]
+
+
+def gradients_above(l, plan, batch):
+    """Bytes of gradients that are there before block l: those of earlier micro-batches, or of what is
+    above it."""
+    weights = weights_of(plan.student)
+    above = 4 * (plan.student.L - l) * weights.block / plan.S
     if plan.output:
         above += 4 * weights.head / plan.S
-    gradients = plan.s * student.d * student.ff + (gradients_before(plan, batch) or above)
+    return gradients_before(plan, batch) or above
 
-    # A block's gradient comes in the dtype of forwards. While it is summed over ranks it is float32.
-    summed = 4 * weights.block if plan.sharded and l < student.L else 0
-    return moment(gradients, rows, gathered_blocks(plan, student) + summed, activations + work)
+
+def fsdp_above(l, plan):
+    """Bytes of FSDP in the backward of block l. A block's gradient comes in the dtype of forwards; while
+    that of the block above is summed over ranks, it is float32."""
+    student = plan.student
+    summed = 4 * weights_of(student).block if plan.sharded and l < student.L else 0
+    return gathered_blocks(plan, student) + summed
 
 
 def end_of_backward(plan, batch, rows):

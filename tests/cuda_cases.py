@@ -3,12 +3,15 @@ Cases that hold the CUDA path against the CPU: sampling against the plain sample
 
 test_gpu.py runs them on an NVIDIA GPU, test_emulated_cuda.py on a device that is computed on the CPU.
 """
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import flat_sums, rounding, step_sums, tiny_model
 
 import rollout
 from bridge_parts.saved import Bridge
+from kernels import mlp_in_pieces
 from output_losses import make_objective
 from rollout import collect, naive, sample, stream
 from step import position_mask, position_weights
@@ -74,6 +77,7 @@ def equal(got, want):
 
 GRADIENTS = [
     dict(kind='mse'), dict(kind='nmse'), dict(kind='cosine'), dict(drift=True, checkpointing=True),
+    dict(checkpointing=True, piece=40),
     dict(bridge=True), dict(bridge=True, normalise=False, opd=dict(kind='full')),
     dict(opd=dict(kind='full')), dict(oprd_weight=0.0, opd=dict(kind='full', direction='forward')),
     dict(opd=dict(kind='topk', k=4, tail='bucket', support='union')), dict(oprd_weight=0.0, opd=dict(kind='topk', k=4)),
@@ -92,7 +96,7 @@ def random_bridge(device):
 
 
 def gradient(device, kind='mse', checkpointing=False, bridge=False, opd=None, lengths=((5, 40), (9, 30), (3, 47)),
-             budget=110, **how):
+             budget=110, piece=2048, **how):
     """One gradient of Eq. (7) in float32 -> {name: gradient on the CPU}, sums. lengths: of each prompt and its answer. On a
     GPU the answers have more padding than on a CPU, and other micro-batches."""
     student = cuda_model(0, family='qwen2', V=301).to(device)
@@ -106,7 +110,8 @@ def gradient(device, kind='mse', checkpointing=False, bridge=False, opd=None, le
     w = position_weights(position_mask(roll, 'last_k', 25))
     terms = dict(opd_weight=1.0, output=make_objective(chunk=16, **opd)) if opd else {}
     terms |= dict(bridge=random_bridge(device)) if bridge else {}
-    sums = step_sums(student, teacher, roll, w, {1: 1, 3: 3}, budget, kind=kind, **terms, **how)
+    with patch.object(mlp_in_pieces, 'PIECE', piece):
+        sums = step_sums(student, teacher, roll, w, {1: 1, 3: 3}, budget, kind=kind, **terms, **how)
     return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}, flat_sums(sums).cpu()
 
 

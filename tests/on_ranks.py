@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import distill
 from configs import load_config
 from formats.huggingface import load_model
+from kernels import mlp_in_pieces
 from output_losses import make_objective
 from rollout import right_pad, sample
 from step import diagnostic_mask, position_mask, position_weights
@@ -78,8 +79,9 @@ def prepared(model, env, opd='none', recompute=False, frozen=False, sharded=True
 
 
 def write_gradient(env, out, student, teacher, budget=25, dtype='float64', recompute=False, opd='none', shard_ranks=0,
-                   teacher_shard=False):
+                   teacher_shard=False, piece=2048):
     """A gradient, its norm, sums, the answers, and the bytes that each rank has held, to a file."""
+    mlp_in_pieces.PIECE = piece
     env = replace(env, dtype=getattr(torch, dtype), shard_ranks=shard_ranks or env.shard_ranks)
     model = load_model(student, torch.promote_types(env.dtype, torch.float32),
                        shard=partial(prepared, env=env, opd=opd, recompute=recompute))

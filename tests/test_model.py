@@ -1,5 +1,6 @@
 """The decoder against transformers, cached against uncached, folders in and out."""
 import copy
+import importlib
 import json
 import math
 import os
@@ -8,14 +9,20 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import tokenizers
 import torch
-from conftest import tiny_model
+from conftest import rounding, tiny_model, with_random_vectors
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
+import model as decoder
 from formats import huggingface
 from formats.huggingface import (
     hf_config,
@@ -27,6 +34,8 @@ from formats.huggingface import (
     save_model,
 )
 from formats.tokenizer import load_tokenizer
+from kernels import mlp_in_pieces
+from kernels.mlp_in_pieces import in_pieces, pieces
 from model import (
     ACTIVATIONS,
     PRESETS,
@@ -37,6 +46,7 @@ from model import (
     frequencies,
     init_weights,
     onednn_runs,
+    rotary,
 )
 from rollout import naive, sample
 from support.files import read_json, write_json
@@ -316,6 +326,146 @@ def test_checkpointing_changes_no_gradient():
         model(torch.arange(10).view(2, 5)).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@contextmanager
+def pieces_of(tokens):
+    """Recomputed blocks take their MLP in pieces of so many tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp_in_pieces, 'PIECE', tokens)
+        yield patch
+
+
+def block_gradients(block, h, rope, grad, recompute, piece=10):
+    """A block's result for h, and the gradients of h and of all weights."""
+    h = h.detach().requires_grad_()
+    block.zero_grad()
+    with pieces_of(piece):
+        if recompute:
+            result = checkpoint(block, h, rope, recomputed=True, **decoder.RECOMPUTE)
+        else:
+            result = block(h, rope)
+        result.backward(grad)
+    return result.detach(), {'h': h.grad} | {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+
+
+def block_case(dtype, rows=3, tokens=11, **shape):
+    """A block of odd sizes, states for it, rotary angles, and a gradient of its result that is not 1."""
+    model = with_random_vectors(tiny_model(**shape)).to(dtype)
+    g = torch.Generator().manual_seed(1)
+    h, grad = torch.randn(2, rows, tokens, model.config.d, generator=g).to(dtype)
+    rope = rotary(torch.arange(tokens), *model.rope_frequencies(tokens, h.device), dtype)
+    return model.blocks[1], h, rope, grad
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('shape', [
+    dict(family='qwen3'), dict(family='qwen2', activation='gelu'), dict(family='llama', activation='gelu_pytorch_tanh'),
+    dict(family='phi3', partial=0.5, e=8)], ids=lambda shape: shape['family'])
+@pytest.mark.parametrize('rows, tokens, sizes', [
+    (3, 11, [3, 3, 3, 2]), (1, 33, [9, 8, 8, 8]), (13, 2, [1, 1])], ids=['three rows', 'one row', 'more rows than a piece'])
+def test_an_mlp_in_pieces_has_the_gradient_of_the_whole(rows, tokens, sizes, shape, dtype):
+    """Result and gradients of a recomputed block against the plain one. A piece that is left out or taken twice, a gradient
+    of the norm, of a residual or of an activation that is forgotten, or a sum that begins anew with each piece."""
+    block, h, rope, grad = block_case(dtype, rows, tokens, **shape)
+    with pieces_of(10):
+        assert in_pieces(h, block) and [piece.shape[1] for piece in pieces(h)] == sizes
+    result, want = block_gradients(block, h, rope, grad, False)
+    result_in_pieces, got = block_gradients(block, h, rope, grad, True)
+    assert (result_in_pieces - result).norm() <= rounding(result, 140)       # the sums of a block: see TINY_SUMS
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert gradient.norm() > 0
+        assert (got[name] - gradient).norm() <= rounding(gradient, 400), name
+
+
+def test_gradients_of_pieces_are_summed_in_float32():
+    """1,200 equal tokens in 400 pieces, in bfloat16: each weight's gradient is 400 times that of one piece, but for its
+    rounding at the end. A sum in bfloat16 would stop to grow at 256 times."""
+    block, h, _, grad = block_case(torch.bfloat16, 1, 1)
+    weights = block.norm2.weight, block.mlp.gate_up.weight, block.mlp.down.weight
+    parts = mlp_in_pieces.piece_gradients(block, h.expand(1, 3, -1), grad.expand(1, 3, -1))[1:]
+    with pieces_of(3):
+        many = h.repeat(1, 1200, 1).requires_grad_()
+        got = torch.autograd.grad(mlp_in_pieces.add_mlp_in_pieces(many, block), weights, grad.repeat(1, 1200, 1))
+    for whole, part in zip(got, parts, strict=True):
+        assert whole.dtype == torch.bfloat16
+        want = 400 * part.double()
+        assert (whole - want).norm() <= rounding(want.bfloat16(), 1)
+
+
+def test_pieces_are_as_exact_as_the_whole_in_bfloat16():
+    """Both against the gradient of the same weights and states in float64. Beyond the errors that the whole has, each part
+    is rounded once, by half an eps of itself."""
+    block, h, rope, grad = block_case(torch.bfloat16, 3, 40)
+    _, whole = block_gradients(block, h, rope, grad, False)
+    _, pieced = block_gradients(block, h, rope, grad, True)
+    exact_block = copy.deepcopy(block).double()
+    exact_rope = [x.double() for x in rope]
+    _, exact = block_gradients(exact_block, h.double(), exact_rope, grad.double(), False)
+    parts = [mlp_in_pieces.piece_gradients(exact_block, *piece)[1:] for piece in mlp_pieces(exact_block, h, exact_rope, grad)]
+    for number, name in enumerate(('norm2.weight', 'mlp.gate_up.weight', 'mlp.down.weight')):
+        extra = rounding([part[number].bfloat16() for part in parts], 1)
+        assert (pieced[name] - exact[name]).norm() <= 2 * (whole[name] - exact[name]).norm() + extra, name
+
+
+def mlp_pieces(block, h, rope, grad):
+    """What the MLP of a block reads, and the gradient of its result, in pieces of ten tokens."""
+    h, grad = h.double(), grad.double()
+    middle = h + block.attn(block.norm1(h), rope)
+    with pieces_of(10):
+        return list(zip(pieces(middle), pieces(grad), strict=True))
+
+
+class Products(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products, and the calls of attention."""
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._overloadpacket
+        if name in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.count['products'] += flop_registry[name](*args, **(kwargs or {}), out_val=out)
+        self.count['attention'] += 'attention' in str(name)
+        return out
+
+
+def test_pieces_multiply_no_more_than_a_recomputed_block():
+    """The MLP was computed a third time when pieces were recomputed inside of a block that is: a sixth more of an update."""
+    block, h, rope, grad = block_case(torch.float32, 3, 40)
+    counts = []
+    for piece in (120, 10):
+        with Products() as products:
+            block_gradients(block, h, rope, grad, True, piece)
+        counts.append(products.count)
+    assert counts[0] == counts[1] and counts[0]['attention'] == 3
+
+
+@pytest.mark.parametrize('frozen', [False, True], ids=['33 tokens of 33', 'a frozen norm'])
+def test_a_block_that_is_short_or_partly_frozen_is_recomputed_as_a_whole(frozen):
+    """Bit for bit as it was. torch.autograd.grad refuses a frozen weight."""
+    block, h, rope, grad = block_case(torch.float32)
+    block.norm2.requires_grad_(not frozen)
+    piece = 10 if frozen else 33
+    result, want = block_gradients(block, h, rope, grad, False, piece)
+    recomputed, got = block_gradients(block, h, rope, grad, True, piece)
+    assert torch.equal(recomputed, result) and got.keys() == want.keys() and ('norm2.weight' in want) != frozen
+    assert all(torch.equal(got[name], gradient) for name, gradient in want.items())
+
+
+def test_a_compiled_block_is_one_graph_without_pieces():
+    """Its graph would have all pieces one after another, and break at the gradients that are taken by hand."""
+    counters = importlib.import_module('torch._dynamo.utils').counters
+    counters.clear()
+    block, h, rope, grad = block_case(torch.float32)
+    _, want = block_gradients(block, h, rope, grad, False)
+    block.compile(backend='aot_eager')
+    _, got = block_gradients(block, h, rope, grad, True)
+    assert not counters['graph_break'] and counters['stats']['unique_graphs'] == 1
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= rounding(gradient, 400), name
 
 
 def test_sharded_index_is_read(tmp_path):

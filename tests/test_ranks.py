@@ -68,6 +68,9 @@ GRADIENTS = {
     'bfloat16': case(2, budget=10**6, dtype='bfloat16'),
     'bfloat16, topk': case(2, 'untied', dtype='bfloat16', opd='topk'),
     'bfloat16, probe': case(2, 'untied', dtype='bfloat16', opd='probe'),
+    'MLP in pieces': case(2, budget=10**6, recompute=True, piece=7),
+    'MLP in pieces, float32, topk': case(2, 'tied', dtype='float32', opd='topk', recompute=True, piece=7),
+    'bfloat16, MLP in pieces': case(2, budget=10**6, dtype='bfloat16', recompute=True, piece=7),
     # A 2 x 2 mesh by default, since LOCAL_WORLD_SIZE is 2.
     '2 x 2': case(4, recompute=True),
     '2 x 2, sharded teacher': case(4, 'untied', teacher_shard=True),
