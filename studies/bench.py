@@ -385,7 +385,7 @@ PEER_LAUNCH = 2e-4              # seconds for each of our launches, for transfor
 
 def seconds_of(command, env, gpu):
     """Seconds that a command may take on a GPU."""
-    args = sized(arguments([*command.split(), '--expect', 'h200']), env)
+    args = sized(arguments(command.split()), env)
     seconds = START
     for name, case in TABLES[args.what](args, env).items():
         runs = args.repeat + (args.repeat > 1)
@@ -417,8 +417,7 @@ def run_all(env):
         try:
             child.wait()
         except KeyboardInterrupt:
-            child.wait()                     # Ctrl-C has reached it too: it says so, once
-            return
+            return child.wait()              # Ctrl-C has reached it too: it says so, once
         print(f'[{time.monotonic() - began:.0f} s]\n', flush=True)
 
 
@@ -432,7 +431,7 @@ def main(args):
     if args.what == 'commands':
         show_commands(args, env)
     elif args.what == 'all':
-        run_all(env)
+        return run_all(env)
     elif args.what in ('pair', 'bridge'):
         args = sized(args, env)
         got = {'pair': pairing, 'bridge': fits}[args.what](args, env)

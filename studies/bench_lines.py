@@ -1,7 +1,7 @@
 """
-How studies/bench.py makes the lines of a table: each is measured, appended to a file as JSON and printed before
-the next one begins. So a command that is cut off has lost the line in progress only, and a line that fails is
-a line with its error.
+How studies/bench.py makes the lines of a table: each is measured, appended to a file as JSON and printed
+before the next one begins. So a command that is cut off has lost the line in progress only, and a line that
+fails is a line with its error.
 
     tabulate(args, env, ['full KL', 'top-16'], cases)
 

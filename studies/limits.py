@@ -89,8 +89,13 @@ def block_products(c):
 
 
 def trunk_weights(c):
-    """Weights without embedding and head."""
-    return c.count() - c.V * c.d * (1 if c.tied else 2)
+    """Weights without embedding and head: the matrices, biases and norms of the blocks, and the last norm."""
+    block = block_products(c) + 2 * c.d
+    if c.qkv_bias:
+        block += (c.H + 2 * c.G) * c.e
+    if c.qk_norm:
+        block += 2 * c.e
+    return c.L * block + c.d
 
 
 def token_weights(c):
@@ -100,7 +105,8 @@ def token_weights(c):
 
 def learning_weights(c, with_head):
     """Weights that an update changes: the head only if a loss is on the logits."""
-    return c.count() - (0 if c.tied or with_head else c.V * c.d)
+    head = c.V * c.d if with_head and not c.tied else 0
+    return trunk_weights(c) + c.V * c.d + head
 
 
 def causal_pairs(length):
@@ -170,7 +176,11 @@ def update(c, lengths, terms, size, checkpointing):
     losses, AdamW. A backward is two forwards."""
     forward = forward_flops(c, lengths)
     weights = trunk_weights(c)
-    again = forward if checkpointing else 0
+
+    # A block is computed again up to its last product, whose result no gradient needs.
+    again = 0
+    if checkpointing:
+        again = forward - c.L * 2 * c.ff * c.d * sum(lengths)
     parts = [
         Part(bytes=weights * size, flops=forward),
         Part(bytes=2 * weights * size + 4 * weights, flops=3 * forward, flops_again=again),
