@@ -53,6 +53,7 @@ import torch
 
 import kernels
 from configs import checks
+from kernels import decode_products
 from losses import HiddenTerm
 from model import PRESETS, Linear, Model
 from output_losses import OutputTerm, make_objective
@@ -245,6 +246,12 @@ def decode_plainly(decode):
         decode()
 
 
+def decode_by_library(decode):
+    """Every product by the matrix library, and none by kernels/decode_products.py's own kernel."""
+    with mock.patch.object(decode_products, 'MOST_ROWS', 0):
+        decode()
+
+
 def never_fused(h):
     """In place of kernels.fused: PyTorch's references run on every device."""
     return False
@@ -286,12 +293,11 @@ def decode_cases(args, env):
             # What takes a minute or more to compile: on a GPU for the first context only, on a CPU for those
             # who name it.
             first = context == args.context[0]
-            lines = decode_ways(model, theirs, args, B, context, static=on_cpu or first)
+            lines = our_decode(model, args, B, context, on_cpu)
+            lines |= their_decode(theirs, args, B, context, static=on_cpu or first)
             if (first and not on_cpu) or (on_cpu and args.case):
                 make = partial(made_of, CompiledDecode, model, B, context, args.vocab)
                 lines |= made_first(make, {'compiled references': call})
-            if not on_cpu:
-                lines.pop('nn.Linear')
             work = limits.decode(c, B, context, env.dtype.itemsize)
             for name, case in lines.items():
                 full_name = f'{B} x {context}, {name}'.removesuffix(', ')
@@ -303,16 +309,24 @@ def made_of(kind, model, *inputs):
     return kind(model(), *inputs)
 
 
-def decode_ways(model, theirs, args, B, context, static):
-    """The lines of B rows of one context that need no compiler of ours."""
-    c = PRESETS[args.model]
+def our_decode(model, args, B, context, on_cpu):
+    """A decode step of ours, and one with other products. On a GPU each has a CUDA graph of its own."""
     make = partial(made_of, Decode, model, B, context, args.vocab)
-    lines = made_first(make, {'': call, 'nn.Linear': decode_plainly})
-    if installed('transformers'):
-        kinds = {'transformers': False, 'transformers static': True} if static else {'transformers': False}
-        for name, with_static_cache in kinds.items():
-            make = partial(made_of, TransformersDecode, theirs, c, B, context, STEPS, with_static_cache)
-            lines |= made_first(make, {name: call})
+    lines = made_first(make, {'': call})
+    if on_cpu:
+        return lines | made_first(make, {'nn.Linear': decode_plainly})
+    return lines | made_first(make, {"the library's products": decode_by_library})
+
+
+def their_decode(theirs, args, B, context, static):
+    """That of transformers with its dynamic cache, and with its static one."""
+    if not installed('transformers'):
+        return {}
+    c = PRESETS[args.model]
+    lines = {}
+    for name in ('transformers', 'transformers static')[:1 + static]:
+        make = partial(made_of, TransformersDecode, theirs, c, B, context, STEPS, name.endswith('static'))
+        lines |= made_first(make, {name: call})
     return lines
 
 
