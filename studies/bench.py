@@ -138,7 +138,8 @@ def work_of_update(args, env, lengths, terms):
 def equal_answers(args, env):
     """`rows` answers of `tokens` random tokens after prompts of 32 -> Rollout."""
     B = args.rows
-    ids = torch.randint(PRESETS[args.model].V, (B, PROMPT + args.tokens)).to(env.device)
+    vocab = args.vocab or PRESETS[args.model].V
+    ids = torch.randint(vocab, (B, PROMPT + args.tokens)).to(env.device)
     prompt_len = torch.full((B,), PROMPT, device=env.device)
     resp_len = torch.full((B,), args.tokens, device=env.device)
     return Rollout(ids, prompt_len, resp_len, torch.ones(B, dtype=torch.bool), torch.arange(B))

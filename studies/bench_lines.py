@@ -38,7 +38,7 @@ def line_of(args, env, name, case):
         gpu = limits.GPUS[args.expect]
         got = {'limit': limits.limit(case.work, gpu), 'expected': limits.expected(case.work, gpu)}
     elif args.count:
-        got = counted(case, PRESETS[args.model].V)
+        got = counted(case, PRESETS[args.model].V, args.vocab)
     else:
         got = measure(case, args.repeat, env.device)
         if case.work:

@@ -200,10 +200,11 @@ class Waits(TorchFunctionMode):
 
 class Bytes(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes, forward or backward, and the tensors that
-    have an axis of length V."""
-    def __init__(self, V):
+    have an axis of a vocabulary's length. vocabularies: these lengths."""
+    def __init__(self, *vocabularies):
         super().__init__()
-        self.V, self.alive, self.peak, self.made, self.largest, self.wide = V, 0, 0, 0, 0, 0
+        self.vocabularies = set(vocabularies)
+        self.alive, self.peak, self.made, self.largest, self.wide = 0, 0, 0, 0, 0
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -216,22 +217,22 @@ class Bytes(TorchDispatchMode):
                 self.alive += own.nbytes()
                 self.made += own.nbytes()
                 self.peak, self.largest = max(self.peak, self.alive), max(self.largest, own.nbytes())
-                self.wide += self.V in x.shape
+                self.wide += not self.vocabularies.isdisjoint(x.shape)
         return out
 
     def free(self, size):
         self.alive -= size
 
 
-def counted(case, V):
-    """Run a case twice -> what it did the second time, whatever the machine."""
+def counted(case, *vocabularies):
+    """Run a case twice -> what it did the second time, whatever the machine. vocabularies: see Bytes."""
     case.call()                              # makes what is made once
     forwards = []
     hook = register_module_forward_pre_hook(
         lambda module, args: forwards.append(1) if isinstance(module, torch.nn.Embedding) else None)
     with ExitStack() as stack:
         stack.callback(hook.remove)
-        waits, made = stack.enter_context(Waits()), stack.enter_context(Bytes(V))
+        waits, made = stack.enter_context(Waits()), stack.enter_context(Bytes(*vocabularies))
         case.call()
     return {'peak_mb': made.peak / MB, 'made_mb': made.made / MB, 'largest_mb': made.largest / MB,
             'V-axis': made.wide, 'forwards': len(forwards) / case.steps, 'waits': waits.count / case.steps}

@@ -31,7 +31,7 @@ from studies.bench import (
 from studies.peers import liger_scheme
 from studies.toy import folder_of
 from support.jsonl import read_rows
-from support.runtime import run, start
+from support.runtime import ROOT, run, start
 
 
 def bench(out, *args):
@@ -310,6 +310,8 @@ def test_every_command_for_a_gpu_takes_less_than_nine_minutes(capsys):
     assert {command.split()[0] for command in GPU_COMMANDS} == set(TABLES)
     main(arguments(['commands', '--device', 'cpu']))
     assert re.findall('studies.bench (.*)', capsys.readouterr().out) == list(GPU_COMMANDS)
+    shown = (ROOT / 'docs/speed.md').read_text().split('## On a GPU')[1]
+    assert re.findall('\npython -m studies.bench (.*)', shown) == list(GPU_COMMANDS)
 
 
 @pytest.mark.parametrize('what', TABLES)
@@ -333,8 +335,9 @@ def test_the_vocabulary_is_the_tokenizer_s():
     assert vocab_of('--model', 'smollm2') is None
 
 
-@pytest.mark.parametrize('what, name', [('head', 'full KL'), ('update', 'OPD full KL'), ('step', 'OPD full KL')])
+@pytest.mark.parametrize('what, name', [('head', 'full KL'), ('update', 'OPD sampled'), ('step', 'OPD full KL')])
 def test_the_vocabulary_reaches_the_objective(what, name, here, monkeypatch):
+    """And the texts of an update have no other ids: on a GPU one of them ends the process."""
     seen = []
 
     def log_probs(h, W, temperature, *more, function=output_losses.log_probs):
@@ -342,8 +345,8 @@ def test_the_vocabulary_reaches_the_objective(what, name, here, monkeypatch):
         seen.append(logp.exp()[:, 17:].sum().item())
         return logp
     monkeypatch.setattr(output_losses, 'log_probs', log_probs)
-    here(what, *SMALL, '--vocab', '17', '--case', name)
-    assert seen and not any(seen)
+    row, = here(what, *SMALL, '--vocab', '17', '--case', name).values()
+    assert 'error' not in row and seen and not any(seen)
 
 
 def test_the_vocabulary_reaches_the_sampler(monkeypatch):
@@ -384,6 +387,12 @@ def test_counts_of_the_loss_path(here):
     got = here('loss', '--model', 'smollm2', '--rows', '40', '--tokens', '200', '--count')
     assert got['fused']['peak/payload'] < 2 < got['selected rows']['peak/payload'] < got['stacked fp32']['peak/payload'] / 4
     assert not any(r['V-axis'] or r['waits'] for r in got.values())
+
+
+def test_tensors_of_either_vocabulary_are_counted(here):
+    """The tokenizer's is shorter than the embedding's."""
+    counts = [here('head', *SMALL, '--vocab', str(vocab), '--count')['full KL']['V-axis'] for vocab in (0, 17)]
+    assert counts[0] == counts[1] > 0
 
 
 def test_counts_of_an_update_and_a_token(here):
