@@ -371,7 +371,11 @@ def rollout_cases(args, env):
     few = [min(8, args.tokens)] * len(prompts)
     cases['8 tokens, naive'] = Case(partial(batches, few, slow), tokens=sum(few))
     for name, case in cases.items():
-        lengths = {'equal': [args.tokens] * len(prompts), 'spread': spread}.get(name.split(':')[0], few)
+        lengths = few
+        if name.startswith('equal'):
+            lengths = [args.tokens] * len(prompts)
+        if name.startswith('spread'):
+            lengths = spread
         case.work = limits.rollout(model.config, PROMPT, lengths, B, env.dtype.itemsize)
     return cases
 
@@ -458,10 +462,12 @@ def main(args):
 def show_table(args, env):
     """A table, or those of its lines that --case names."""
     args = sized(args, env)
-    alone = env.device.type == 'cpu' and not args.count and len(args.case or [0, 0]) > 1
-    small = {}
-    if alone:                                # only the names are wanted here
-        small = {'model': 'toy', 'vocab': None, 'rows': 1, 'tokens': 2}
+
+    # On a CPU each of several lines is measured in a process of its own. Only the names are wanted here then,
+    # and a toy has the same.
+    one_line = args.case is not None and len(args.case) == 1
+    alone = env.device.type == 'cpu' and not args.count and not one_line
+    small = {'model': 'toy', 'vocab': None, 'rows': 1, 'tokens': 2} if alone else {}
     cases = TABLES[args.what](Namespace(**vars(args) | small), env)
     names = args.case or list(cases)
     if args.expect and not args.case:        # lines of the same work have the same limit
