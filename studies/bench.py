@@ -63,7 +63,7 @@ from studies import limits
 from studies.bench_bridge import fits, pairing
 from studies.bench_lines import about_line, keep_row, tabulate
 from studies.bench_losses import BOUND, head_cases, loss_cases
-from studies.measure import Case, machine, made_first
+from studies.measure import Case, made_first
 from studies.peers import TransformersDecode, TransformersUpdate, installed, transformers_model
 from support.command_help import OneLineParser
 from support.optimizer import adamw
@@ -470,16 +470,23 @@ def show_table(args, env):
     small = {'model': 'toy', 'vocab': None, 'rows': 1, 'tokens': 2} if alone else {}
     cases = TABLES[args.what](Namespace(**vars(args) | small), env)
     names = args.case or list(cases)
-    if args.expect and not args.case:        # lines of the same work have the same limit
-        names = [name for i, name in enumerate(names)
-                 if cases[name].work not in [cases[before].work for before in names[:i]]]
     for name in names:
         if name not in cases:
             raise UserError(f'--case {shown(name)}: no line of this table; choose one of {", ".join(cases)}')
+    if args.expect:
+        names = of_different_work(names, cases)
     sizes = ', '.join(f'{key} {getattr(args, key)}' for key in USES[args.what])
-    where = limits.GPUS[args.expect].name if args.expect else machine(env)
-    print(f'{args.what}: {args.model}, {sizes}; {where}, {str(env.dtype)[6:]}', flush=True)
+    print(f'{args.what}: {args.model}, {sizes}')
     tabulate(args, env, names, None if alone else cases)
+
+
+def of_different_work(names, cases):
+    """Of lines that do the same work in several ways, and so have the same limit, the name of the first."""
+    chosen = []
+    for name in names:
+        if cases[name].work not in [cases[before].work for before in chosen]:
+            chosen.append(name)
+    return chosen
 
 
 # What is measured where nothing is said: on two CPU cores a few minutes a table; on a GPU the paper's shapes;

@@ -45,7 +45,7 @@ def line_of(args, env, name, case):
             here = speeds(env)
             got['limit'] = limits.limit(case.work, here)
             got['limit/seconds'] = got['limit'] / got['seconds']
-            got |= {'copy_tb_s': here.copy / 1e12, 'product_tflop_s': here.product / 1e12}
+            got |= {'copy_gb_s': here.copy / 1e9, 'product_tflop_s': here.product / 1e12}
 
     # What the peak is compared to.
     if case.gradients:
@@ -89,11 +89,22 @@ def text_of(row, columns):
     return f'{row["case"]:36}' + ''.join(f'{cell:>14}' for cell in cells)
 
 
+def where_of(args, env, measures):
+    """The machine in words. measures: does this process measure seconds? Then it first measures the machine,
+    before a line has filled its memory."""
+    if not args.expect and not measures:
+        return machine(env)
+    found = limits.GPUS[args.expect] if args.expect else speeds(env)
+    return f'{found.name}: copy {found.copy / 1e9:.4g} GB/s, product {found.product / 1e12:.3g} TFLOP/s'
+
+
 def tabulate(args, env, names, cases):
     """Measure the lines with these names, one after another.
 
     cases: of the same names, for this process; None: each in a process of its own.
     """
+    where = where_of(args, env, measures=cases is not None and not args.count)
+    print(f'{where}; {str(env.dtype)[6:]}', flush=True)
     rows = []
     first = None
     columns = []

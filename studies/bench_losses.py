@@ -189,12 +189,14 @@ def head_cases(args, env):
         ways['Liger'] = lambda x: liger(x.h, x.W, x.h_t, x.W_t)
 
     # The payload is the head's gradient and one chunk of logits.
-    chunk = args.chunk or rows_at_once(c.V, env.device)
-    payload = 4 * c.V * (c.d + chunk)
-    cases = made_first(partial(HeadInputs, args, env), ways, payload=payload,
+    def payload(chunk):
+        return 4 * c.V * (c.d + min(chunk, args.rows))
+
+    usual = payload(args.chunk or rows_at_once(c.V, env.device))
+    cases = made_first(partial(HeadInputs, args, env), ways, payload=usual,
                        work=limits.head(c, args.rows, vocab, size))
     cases |= made_first(partial(ByteInputs, args, env), {'next byte': partial(head_of_bytes, args.chunk)},
-                        payload=payload, work=limits.head(c, args.rows, vocab, size, teacher_states=2))
+                        payload=usual, work=limits.head(c, args.rows, vocab, size, teacher_states=2))
     for name in (f'full KL, {BOUND} rows at once', f'top-16, {BOUND} rows at once'):
-        cases[name].payload = 4 * c.V * (c.d + min(BOUND, args.rows))
+        cases[name].payload = payload(BOUND)
     return cases

@@ -76,7 +76,7 @@ def test_every_line_of_every_table(what, here):
 def test_a_process_for_each_line(tmp_path):
     """What a line's process has measured reaches the table and the file."""
     lines = bench(tmp_path / 'x', 'step', *SMALL, '--case', 'rollout alone', 'OPRD').splitlines()
-    assert 'peak_mb' in lines[1] and [line.split('  ')[0] for line in lines[2:]] == ['rollout alone', 'OPRD']
+    assert 'peak_mb' in lines[2] and [line.split('  ')[0] for line in lines[3:]] == ['rollout alone', 'OPRD']
     rows = read_rows(tmp_path / 'x')
     assert [row['case'] for row in rows] == ['rollout alone', 'OPRD'] and all(row['seconds'] > 0 for row in rows)
 
@@ -319,8 +319,8 @@ def test_what_is_expected_of_a_gpu_needs_none(what, here, capsys):
     """At the paper's shapes, whose models do not fit here, and nothing is written among what was measured."""
     assert here(what, '--expect', 'h200') == {}
     lines = capsys.readouterr().out.splitlines()
-    assert 'H200' in lines[0] and lines[1].split()[-2:] == ['limit', 'expected'] and len(lines) > 2
-    for line in lines[2:]:
+    assert 'H200' in lines[1] and lines[2].split()[-2:] == ['limit', 'expected'] and len(lines) > 3
+    for line in lines[3:]:
         limit, expected = map(float, line.split()[-2:])
         assert 0 < limit <= expected < 60
 
@@ -340,8 +340,8 @@ def test_the_vocabulary_reaches_the_objective(what, name, here, monkeypatch):
     """And the texts of an update have no other ids: on a GPU one of them ends the process."""
     seen = []
 
-    def log_probs(h, W, temperature, *more, function=output_losses.log_probs):
-        logp = function(h, W, temperature, *more)
+    def log_probs(*args, function=output_losses.log_probs, **how):
+        logp = function(*args, **how)
         seen.append(logp.exp()[:, 17:].sum().item())
         return logp
     monkeypatch.setattr(output_losses, 'log_probs', log_probs)
