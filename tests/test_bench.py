@@ -325,6 +325,28 @@ def test_what_is_expected_of_a_gpu_needs_none(what, here, capsys):
         assert 0 < limit <= expected < 60
 
 
+@pytest.mark.parametrize('command, lines, unit', [
+    ('decode --batch 1', ['1 x 1024', '1 x 8192', '1 x 16352'], 1e-3), ('decode --batch 2', ['2 x 1024', '2 x 8192', '2 x 16352'], 1e-3),
+    ('decode --batch 16', ['16 x 1024', '16 x 8192', '16 x 16352'], 1e-3), ('loss', ['rows alone'], 1e-3), ('head', ['full KL'], 1e-3),
+    ('head --vocab 0', ['top-16'], 1e-3), ('update', ['OPRD'], 1), ('update', ['OPD full KL'], 1), ('update --rows 2', ['OPRD'], 1),
+    ('rollout', ['equal: refilled', 'spread: refilled'], 1), ('step', ['rollout alone'], 1), ('step', ['OPRD'], 1), ('step', ['OPD full KL'], 1),
+])
+def test_the_document_shows_what_is_expected(command, lines, unit):
+    """A figure of docs/speed.md that no command gives any more."""
+    env = without_machine(start('cpu'))
+    args = sized(arguments(command.split()), env)
+    cases = TABLES[args.what](args, env)
+    pairs = []
+    for line in (ROOT / 'docs/speed.md').read_text().split('## On a GPU')[1].splitlines():
+        cells = [cell.strip() for cell in line.split('|')]
+        if len(cells) == 8 and f'`{command}`' in cells[2]:
+            pairs.append([[float(x) for x in re.findall(r'\d+\.\d+', cell)] for cell in cells[4:6]])
+    wanted = []
+    for function in (limits.limit, limits.expected):
+        wanted.append([function(cases[name].work, limits.GPUS['h200']) / unit for name in lines])
+    assert any(pair == [pytest.approx(values, rel=8e-3) for values in wanted] for pair in pairs), (pairs, wanted)
+
+
 # ---- what is compared ------------------------------------------------------------------------------
 
 def test_the_vocabulary_is_the_tokenizer_s():
