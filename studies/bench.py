@@ -1,42 +1,51 @@
 """
 Speed and memory, ours beside its peers, on random weights at true shapes. Downloads nothing.
 
+    python -m studies.bench decode                a token for every row, by rows and context
     python -m studies.bench loss                  Eq. (6) alone: fused, and two ways under autograd
     python -m studies.bench head                  losses under the LM head
     python -m studies.bench update                one update at equal lengths: OPRD, OPD, both
-    python -m studies.bench decode                a token for every row, by rows and context
     python -m studies.bench rollout               answers of equal and of very different lengths
     python -m studies.bench step                  a whole step: rollout, teacher, student, AdamW
     python -m studies.bench bridge                the toy's bridge in closed form beside 20 epochs of AdamW:
                                                   model forwards, seconds, held-out cosine at every rank
     python -m studies.bench pair --tokenizers A B --data problems.parquet
                                                   text pairing: bytes a second, share of exact positions
-    python -m studies.bench all                   the first six, one after the other, sizes of this machine
-    python -m studies.bench ... --device cpu --count  no seconds: bytes, tensors of vocabulary size, forwards,
-                                                  waits for the device; the same numbers on every machine
+    python -m studies.bench commands              how to run the first six on a GPU: commands of less than
+                                                  nine minutes, with the seconds that each may take
+    python -m studies.bench all                   the first six, one after the other; on a GPU those commands
 
-A table's lines are also printed as JSON, with machine, versions and dtype. Peak is what a case needs beyond
-its inputs: the allocator's figure on CUDA; the process's resident set on a CPU, where each line is measured
-in a process of its own, so that none inherits another's memory (the libraries' own buffers count too);
-tensors alive at once with --count. Seconds are the median and the range of the repeats; decode's are of one
-token. `limit` is the share of what reading every weight and key once takes at the measured copy bandwidth.
+    python -m studies.bench head --case 'full KL' 'top-16'         these lines of a table alone
+    python -m studies.bench head --device cpu --count              counts in place of seconds: bytes, tensors
+                                                  of vocabulary size, forwards, waits for the device; the same
+                                                  on every machine
+    python -m studies.bench head --expect h200    nothing runs: the limit on a GPU that is not at hand
 
-Peers: `transformers` is its model of the same weights, with generate() or its caches. `whole logits` is the
-plain text under autograd. `Liger's scheme` is that of Liger-Kernel 0.8's fused linear JSD written in plain
-torch: its rule for the chunk, its tensors, with the KL of Eq. (4) for its kernel; on CUDA, with liger-kernel
-installed, the kernel itself is measured too.
+Each line is printed, and appended as JSON to out/bench.jsonl (--out), the moment it is measured; a line that
+fails is one with its error. Peak is what a case needs beyond its inputs: the allocator's figure on CUDA; the
+process's resident set on a CPU, where each line is measured in a process of its own, so that none inherits
+another's memory (the libraries' own buffers count too); tensors alive at once with --count. Seconds are the
+median and the range of the repeats; decode's are of one token. `limit` is the least time that the work can
+take with the machine's measured copy bandwidth and matrix product, see studies/limits.py.
+
+Peers (studies/peers.py): transformers' model of the same weights, with generate() or its caches; Liger-Kernel
+or its scheme; `whole logits`, the readable loss under autograd. A vocabulary that the tokenizer does not fill
+(--vocab) is cut for our lines, as distill.py does it, and not for the peers, which have no such option.
+
+Simpler than usual: one process, no harness; what is not measured is made when the first line asks for it.
+What it does not do: several GPUs, servers such as vLLM.
+
+Letters: B rows, T tokens, K supervised rows, L layers, d width, V vocabulary.
 """
-import argparse
 import importlib.util
-import json
 import random
-import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from argparse import Namespace
+from dataclasses import replace
 from functools import cache, partial
+from operator import call
 from pathlib import Path
 from unittest import mock
 
@@ -44,25 +53,30 @@ import torch
 
 import kernels
 from configs import checks
-from cross_tokenizer.next_byte import ByteTable, NextByte
-from cross_tokenizer.pairing import pair_text
-from formats.huggingface import hf_config, hf_tensors
-from formats.problems import load_problems
-from formats.tokenizer import load_tokenizer, same_vocabulary
-from kernels.layer_loss import layer_rows_reference
-from losses import HiddenTerm, layer_loss, oprd_loss, row_distance
+from kernels import decode_products
+from losses import HiddenTerm
 from model import PRESETS, Linear, Model
-from output_losses import HeadLoss, HeadRows, OutputTerm, make_objective, opd_rows, rows_at_once
-from rollout import Rollout, Sampling, Slots, naive, sample, stream
+from output_losses import OutputTerm, make_objective
+from rollout import Replay, Rollout, Sampling, Slots, naive, sample, stream
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
-from studies.children import log_text, run_logged, show_failure
-from studies.measure import MB, Case, counted, machine, measure
+from studies import limits
+from studies.bench_bridge import fits, pairing
+from studies.bench_lines import about_line, keep_row, tabulate
+from studies.bench_losses import BOUND, head_cases, loss_cases
+from studies.measure import Case, made_first
+from studies.peers import TransformersDecode, TransformersUpdate, installed, transformers_model
 from support.command_help import OneLineParser
 from support.optimizer import adamw
-from support.provenance import versions
 from support.runtime import ROOT, UserError, gathered, run, shard, shown, start
 
-# ---- models of a shape -----------------------------------------------------------------------------
+# ---- models and inputs -----------------------------------------------------------------------------
+
+# Ids that the tokenizer of a model knows, where its embedding has more rows.
+TOKENIZER_SIZE = {'r1_1p5b': 151_665, 'qwen3_1p7b': 151_669, 'qwen3_4b': 151_669}
+
+PROMPT = 32                     # tokens of every prompt
+LAST_K = 2000                   # supervised positions of an answer, the paper's
+
 
 def random_model(c, env, seed=0):
     """A model of a shape, its weights as torch makes them, on the device and in the dtype at once."""
@@ -71,285 +85,250 @@ def random_model(c, env, seed=0):
         return Model(c).to(env.dtype).requires_grad_(False).eval()
 
 
-def transformers_model(model, env):
-    """The same weights in transformers' model of the family."""
-    peer = importlib.import_module('transformers')
-    config = peer.AutoConfig.for_model(**hf_config(model.config))
-    with env.device:
-        theirs = peer.AutoModelForCausalLM.from_config(config, dtype=env.dtype).eval().requires_grad_(False)
-    left = theirs.load_state_dict(hf_tensors(model.config, dict(model.named_parameters())), strict=False)
-    assert set(left.missing_keys) <= {'lm_head.weight'} and not left.unexpected_keys, left
-    theirs.tie_weights()
-    return theirs
-
-
-def read_bytes(model, rows, context):
-    """What a token for each of `rows` answers cannot but read: every weight but the embedding's other rows,
-    and every key and value."""
-    c, size = model.config, model.embed.weight.element_size()
-    weights = sum(p.numel() for p in model.parameters()) - (0 if c.tied else c.V * c.d)
-    return size * (weights + rows * context * 2 * c.L * c.G * c.e)
-
-
-# ---- loss: hidden states alone ---------------------------------------------------------------------
-
-def loss_cases(args, env):
-    """Eq. (6) over every layer of a model, its blocks left out: `rows` supervised rows of `tokens`."""
-    c, g = PRESETS[args.model], torch.Generator().manual_seed(0)
-    N, K = args.tokens, min(args.rows, args.tokens)
-    h, target = (torch.randn(1, N, c.d, generator=g).to(env.device, env.dtype) for _ in range(2))
-    at = torch.arange(N - K, N, device=env.device)
-    w = torch.full((K,), 1 / K, device=env.device)
-    h.requires_grad_()
-    payload = c.L * K * c.d * h.element_size()
-
-    def fused():
-        h_t = [target[0, at] for _ in range(c.L)]
-        x, total = h, 0.0
-        for l in range(c.L):
-            x, loss, _ = layer_loss(x, h_t[l], at, w)
-            total = total + loss / c.L
-        return torch.autograd.grad(total, h)[0]
-
-    def selected():
-        rows = [target[0, at] for _ in range(c.L)]
-        return torch.autograd.grad(oprd_loss([h.view_as(h)[0, at] for _ in range(c.L)], rows, w), h)[0]
-
-    def stacked():
-        s, t = (torch.stack([x.view_as(x)] * c.L).float() for x in (h, target))            # (L, 1, N, d)
-        each = row_distance(s.flatten(0, 2), t.flatten(0, 2)).view(c.L, N)
-        return torch.autograd.grad((each[:, at] * w).sum() / c.L, h)[0]
-
-    def rows_alone(rows):
-        spent = target[0, :K].clone()
-
-        def call():
-            for _ in range(c.L):
-                rows(h.detach()[0], spent, at, w, 'mse')
-        return call
-
-    cases = {'fused': fused, 'selected rows': selected, 'stacked fp32': stacked,
-             'rows alone': rows_alone(kernels.layer_rows),
-             'rows alone, reference': rows_alone(layer_rows_reference)}
-    if env.device.type == 'cuda':
-        cases['rows alone, compiled reference'] = rows_alone(torch.compile(layer_rows_reference))
-    return {name: Case(call, payload=payload) for name, call in cases.items()}
-
-
-# ---- head: losses under the LM head --------------------------------------------------------------
-
-def liger_scheme(h, W, h_t, W_t, w):
-    """Liger's chunking: ceil(V / d) chunks, their size rounded up to a power of two; per chunk both
-    logits, both log-softmaxes, the softmax, the loss and its gradient in fp32."""
-    K, (V, d) = len(h), W.shape
-    size = min(K, 1 << (-(-K // -(-V // d)) - 1).bit_length())
-    d_W, d_h, total = torch.zeros_like(W), torch.zeros_like(h), 0.0
-    for at in range(0, K, size):
-        rows = slice(at, at + size)
-        z_s, z_t = ((a @ b.t()).float() / 1.0 for a, b in ((h[rows], W), (h_t[rows], W_t)))
-        logp, logq, p = z_s.log_softmax(-1), z_t.log_softmax(-1), z_s.softmax(-1)
-        each = p * (logp - logq)
-        total += (w[rows, None] * each).sum()
-        logp.copy_(each.add_(p).mul_(w[rows, None]))                         # dD/dlog p, in place
-        grad = ((logp - p * logp.sum(-1, keepdim=True)) / 1.0).to(h.dtype)
-        d_h[rows] = grad @ W
-        d_W.addmm_(grad.t(), h[rows])
-    return total, d_h, d_W
-
-
-def head_cases(args, env):
-    """Losses and gradients of rows of a student and a teacher of one shape, forward and backward."""
-    c, g = PRESETS[args.model], torch.Generator().manual_seed(0)
-    h, h_t = (torch.randn(args.rows, c.d, generator=g).to(env.device, env.dtype) for _ in range(2))
-    W, W_t = (torch.empty(c.V, c.d, dtype=env.dtype).normal_(std=c.d**-0.5, generator=g).to(env.device)
-              for _ in range(2))
-    y = torch.zeros(args.rows, dtype=torch.long, device=env.device)
-    w = torch.full((args.rows,), 1 / args.rows, device=env.device)
-    h.requires_grad_()
-    W.requires_grad_()
-
-    def ours(kind, **how):
-        objective = make_objective(kind, chunk=args.chunk, **how)
-        batch = HeadRows(h_t, W_t, y, w, torch.zeros_like(y), None, None)
-        loss, _ = HeadLoss.apply(h, W, objective, batch)
-        torch.autograd.grad(loss, (h, W))
-
-    def whole():
-        loss = (w * opd_rows((h @ W.t()).float(), (h_t @ W_t.t()).float(), y, 'full')).sum()
-        torch.autograd.grad(loss, (h, W))
-
-    def liger():
-        peer = importlib.import_module('liger_kernel.ops.fused_linear_jsd').LigerFusedLinearJSDFunction
-        loss = peer.apply(h, W, h_t, W_t, None, 1.0)                         # beta 1: reverse KL
-        torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, (h, W))
-
-    def next_byte(written, inside, both):
-        batch = HeadRows(both, W_t, y, w, torch.zeros_like(y), inside, written)
-        loss, _ = HeadLoss.apply(h, W, NextByte(table, table, chunk=args.chunk), batch)
-        torch.autograd.grad(loss, (h, W))
-    rng = random.Random(0)                   # words of 1 to 8 of 64 bytes; 6 rows in 100 inside a token
-    words = [bytes(rng.choices(range(64), k=rng.randint(1, 8))) for _ in range(c.V)]
-    table = ByteTable(words, [], c.V, env.device)
-    inside = torch.tensor([rng.random() < 0.06 for _ in range(args.rows)], device=env.device)
-    written = [rng.choice(words)[:1 if part else None] for part in inside.tolist()]
-    scheme = partial(liger_scheme, h.detach(), W.detach(), h_t, W_t, w)
-    cases = {'full KL': partial(ours, 'full'), 'full KL, forward': partial(ours, 'full', direction='forward'),
-             'top-16': partial(ours, 'topk'), 'sampled': partial(ours, 'sampled'),
-             'next byte': partial(next_byte, written, inside, torch.cat([h_t, h_t])),
-             "Liger's scheme": scheme, 'whole logits': whole}
-    peer = env.device.type == 'cuda' and importlib.util.find_spec('liger_kernel')
-    cases |= {'Liger': liger} if peer else {}
-    chunk = args.chunk or rows_at_once(env.device)
-    ideal = 4 * c.V * (c.d + chunk)          # the head's gradient and one chunk of logits
-    return {name: Case(call, payload=ideal) for name, call in cases.items()}
+def prompts_of(args):
+    """`rows` random prompts of 32 ids."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(PRESETS[args.model].V, (args.rows, PROMPT), generator=generator).tolist()
 
 
 # ---- update, step: teacher, student, AdamW -----------------------------------------------------------
 
-def trainer(args, env):
-    """-> student, and update(rollout, oprd weight, opd weight, ...): steps 3 to 6 of distill.py."""
-    c = PRESETS[args.model]
-    student, teacher = (random_model(c, env, seed) for seed in (0, 1))
-    student = student.float().train().requires_grad_(True)
-    student.checkpointing = args.checkpointing
-    shard(student, env)
-    opt, layer_map = adamw(student, 1e-6, (0.9, 0.999), 1e-8, 0.0), {l: l for l in range(1, c.L + 1)}
+class Trainer:
+    """A student, its teacher and AdamW."""
+    def __init__(self, args, env):
+        c = PRESETS[args.model]
+        self.args = args
+        self.student = random_model(c, env, 0).float().train().requires_grad_(True)
+        self.teacher = random_model(c, env, 1)
+        self.student.checkpointing = args.checkpointing
+        shard(self.student, env)
+        self.opt = adamw(self.student, 1e-6, (0.9, 0.999), 1e-8, 0.0)
+        self.layer_map = {l: l for l in range(1, c.L + 1)}
 
-    def update(roll, oprd, opd, kind='full'):
-        weights = position_weights(position_mask(roll, 'last_k', 2000))
-        output = OutputTerm(make_objective(kind, chunk=args.chunk), teacher)
-        objective = Objective(layer_map, HiddenTerm('mse'), output)
-        accumulate(student, teacher, cut_rollout(roll, weights, args.budget), objective, oprd, opd)
-        opt.step()
-        opt.zero_grad()
-    return student, update
+    def rollout(self, prompts, lengths):
+        """Step 2 of distill.py at forced lengths -> Rollout."""
+        with gathered(self.student) as sampler:
+            return sample(sampler, prompts, max_new_tokens=lengths, stop=[], vocab=self.args.vocab,
+                          poll_every=32 * self.args.count)
+
+    def update(self, roll, terms):
+        """Steps 3 to 6 of distill.py. terms: weight of OPRD, weight of OPD, kind of OPD, rows at once."""
+        oprd_weight, opd_weight, kind, chunk = terms
+        weights = position_weights(position_mask(roll, 'last_k', LAST_K))
+        output = OutputTerm(make_objective(kind, chunk=chunk, vocab=self.args.vocab), self.teacher)
+        objective = Objective(self.layer_map, HiddenTerm('mse'), output)
+        micro_batches = cut_rollout(roll, weights, self.args.budget)
+        accumulate(self.student, self.teacher, micro_batches, objective, oprd_weight, opd_weight)
+        self.opt.step()
+        self.opt.zero_grad()
+
+
+def work_of_update(args, env, lengths, terms):
+    """Prompt and answer of these lengths, and the terms that are trained -> the limit's parts, bytes of the
+    float32 gradients."""
+    c = PRESETS[args.model]
+    oprd_weight, opd_weight, _, _ = terms
+    vocab = args.vocab or c.V
+    rows = sum(min(length - PROMPT, LAST_K) for length in lengths)
+    what = limits.Terms(rows, hidden=oprd_weight > 0, vocab=vocab if opd_weight else 0)
+    parts = limits.update(c, lengths, what, env.dtype.itemsize, args.checkpointing)
+    return parts, 4 * limits.learning_weights(c, opd_weight > 0)
+
+
+def equal_answers(args, env):
+    """`rows` answers of `tokens` random tokens after prompts of 32 -> Rollout."""
+    B = args.rows
+    vocab = args.vocab or PRESETS[args.model].V
+    ids = torch.randint(vocab, (B, PROMPT + args.tokens)).to(env.device)
+    prompt_len = torch.full((B,), PROMPT, device=env.device)
+    resp_len = torch.full((B,), args.tokens, device=env.device)
+    return Rollout(ids, prompt_len, resp_len, torch.ones(B, dtype=torch.bool), torch.arange(B))
 
 
 def update_cases(args, env):
     """One update on `rows` answers of `tokens` tokens after prompts of 32."""
-    student, update = trainer(args, env)
-    B, P, T = args.rows, 32, args.tokens
-    prompt, answer = (torch.full((B,), n, device=env.device) for n in (P, T))
-    ids = torch.randint(student.config.V, (B, P + T)).to(env.device)
-    roll = Rollout(ids, prompt, answer, torch.ones(B, dtype=torch.bool), torch.arange(B))
-    terms = {'OPRD': (1.0, 0.0, 'full'), 'OPD sampled': (0.0, 1.0, 'sampled'),
-             'OPD top-16': (0.0, 1.0, 'topk'), 'OPD full KL': (0.0, 1.0, 'full'),
-             'OPRD + top-16': (1.0, 1.0, 'topk')}
-    cases = {name: partial(update, roll, oprd, opd, kind=kind) for name, (oprd, opd, kind) in terms.items()}
+    roll = cache(partial(equal_answers, args, env))
+    lengths = [PROMPT + args.tokens] * args.rows
+    trained = {
+        'OPRD': (1.0, 0.0, 'full', args.chunk),
+        'OPD sampled': (0.0, 1.0, 'sampled', args.chunk),
+        'OPD top-16': (0.0, 1.0, 'topk', args.chunk),
+        'OPD full KL': (0.0, 1.0, 'full', args.chunk),
+        f'OPD full KL, {BOUND} rows at once': (0.0, 1.0, 'full', BOUND),
+        'OPRD + top-16': (1.0, 1.0, 'topk', args.chunk),
+    }
 
-    @cache
-    def peers():
-        """transformers' student and teacher, AdamW, and the supervised rows with their weights."""
-        both = [transformers_model(random_model(student.config, env, seed), env) for seed in (0, 1)]
-        theirs = both[0].float().train().requires_grad_(True)
-        if args.checkpointing:
-            theirs.gradient_checkpointing_enable()
-        w = position_weights(position_mask(roll, 'last_k', 2000)).flatten()
-        at = w.nonzero().squeeze(-1)
-        return theirs, both[1], adamw(theirs, 1e-6, (0.9, 0.999), 1e-8, 0.0), at, w[at]
+    def way(terms):
+        return lambda trainer: trainer.update(roll(), terms)
 
-    def transformers():
-        """The step as one would write it: all hidden states kept, Eq. (6) by autograd."""
-        theirs, teacher, opt, at, w = peers()
-        theirs, teacher = theirs.model, teacher.model                        # without the head
-        with torch.autocast(env.device.type, env.dtype, enabled=env.dtype != torch.float32):
-            with torch.no_grad():
-                h_t = [h.flatten(0, 1)[at] for h in teacher(ids, output_hidden_states=True).hidden_states[1:]]
-            h_s = [h.flatten(0, 1)[at] for h in theirs(ids, output_hidden_states=True).hidden_states[1:]]
-        oprd_loss(h_s, h_t, w).backward()
-        opt.step()
-        opt.zero_grad()
-    cases = {name: Case(call, tokens=B * (P + T)) for name, call in cases.items()}
-    if importlib.util.find_spec('transformers'):
-        cases['transformers, Eq. (6)'] = Case(transformers, tokens=B * (P + T), ready=peers)
+    cases = made_first(partial(Trainer, args, env), {name: way(terms) for name, terms in trained.items()})
+    for name, terms in trained.items():
+        cases[name].work, cases[name].gradients = work_of_update(args, env, lengths, terms)
+
+    if installed('transformers'):
+        update = made_first(partial(transformers_update, args, env, roll), {'transformers, Eq. (6)': call})
+        update['transformers, Eq. (6)'].work = cases['OPRD'].work
+        update['transformers, Eq. (6)'].gradients = cases['OPRD'].gradients
+        cases |= update
+    for case in cases.values():
+        case.tokens = sum(lengths)
     return cases
+
+
+def transformers_update(args, env, roll):
+    """The same update by transformers, as a function of no arguments."""
+    c = PRESETS[args.model]
+    trainer = TransformersUpdate(random_model(c, env, 0), random_model(c, env, 1), env, args.checkpointing)
+    weights = position_weights(position_mask(roll(), 'last_k', LAST_K)).flatten()
+    at = weights.nonzero().squeeze(-1)                                       # (K,)
+    return partial(trainer, roll().ids, at, weights[at])
 
 
 def step_cases(args, env):
     """A whole step at forced lengths: 1/rows, 2/rows ... of `tokens`, the same for every objective."""
-    student, update = trainer(args, env)
-    prompts, most = prompts_of(args), [max(1, args.tokens * (i + 1) // args.rows) for i in range(args.rows)]
+    c = PRESETS[args.model]
+    prompts = prompts_of(args)
+    lengths = [max(1, args.tokens * (i + 1) // args.rows) for i in range(args.rows)]
+    texts = [PROMPT + length for length in lengths]
+    trained = {'OPRD': (1.0, 0.0, 'full', args.chunk), 'OPD top-16': (0.0, 1.0, 'topk', args.chunk),
+               'OPD full KL': (0.0, 1.0, 'full', args.chunk)}
 
-    def step(*terms, most=most, **how):
-        with gathered(student) as sampler:
-            roll = sample(sampler, prompts, max_new_tokens=most, stop=[], poll_every=32 * args.count)
-        update(roll, *terms, **how)
-    cases = {'OPRD': partial(step, 1.0, 0.0), 'OPD top-16': partial(step, 0.0, 1.0, kind='topk'),
-             'OPD full KL': partial(step, 0.0, 1.0, kind='full')}
-    short = {'most': [2] * args.rows}        # compiles the kernels
-    return {name: Case(call, tokens=sum(most), ready=partial(call, **short)) for name, call in cases.items()}
+    def way(terms):
+        return lambda trainer: trainer.update(trainer.rollout(prompts, lengths), terms)
+
+    ways = {name: way(terms) for name, terms in trained.items()}
+    ways['rollout alone'] = lambda trainer: trainer.rollout(prompts, lengths)
+
+    def make():
+        """The kernels are compiled by short steps."""
+        trainer = Trainer(args, env)
+        for terms in trained.values():
+            trainer.update(trainer.rollout(prompts, [2] * args.rows), terms)
+        return trainer
+
+    cases = made_first(make, ways, tokens=sum(lengths))
+    sampled = limits.rollout(c, PROMPT, lengths, args.rows, env.dtype.itemsize)
+    cases['rollout alone'].work = sampled
+    for name, terms in trained.items():
+        updated, cases[name].gradients = work_of_update(args, env, texts, terms)
+        cases[name].work = sampled + updated
+    return cases
 
 
 # ---- decode, rollout -------------------------------------------------------------------------------
 
-def prompts_of(args):
-    """`rows` random prompts of 32 ids."""
-    g = torch.Generator().manual_seed(0)
-    return torch.randint(PRESETS[args.model].V, (args.rows, 32), generator=g).tolist()
+STEPS = 32                      # decode steps of a call, as many as between two polls on CUDA
+
+
+class Decode:
+    """A token for each of B rows that hold `context` tokens, sampling included. What keys the cache holds
+    does not change the time, so no text is read."""
+    def __init__(self, model, B, context, vocab):
+        self.context = context
+        self.slots = Slots(model, B, context, context + STEPS, 32768, Sampling(stop=[], vocab=vocab))
+        self.slots.done[:] = False
+        self.slots.max_count[:] = STEPS + 1
+
+    def rewind(self):
+        """Forget the tokens of the call before."""
+        self.slots.cache.length.fill_(self.context)
+        self.slots.count.zero_()
+        self.slots.reserve(self.context, STEPS)
+
+    @torch.no_grad()
+    def __call__(self):
+        self.rewind()
+        self.slots.decode(STEPS)
+
+
+def decode_plainly(decode):
+    """Without model.Linear's way of multiplying a few rows."""
+    with mock.patch.object(Linear, 'forward', torch.nn.Linear.forward):
+        decode()
+
+
+def decode_by_library(decode):
+    """Every product by the matrix library, and none by kernels/decode_products.py's own kernel."""
+    with mock.patch.object(decode_products, 'MOST_ROWS', 0):
+        decode()
+
+
+def never_fused(h):
+    """In place of kernels.fused: PyTorch's references run on every device."""
+    return False
+
+
+class CompiledDecode(Decode):
+    """The same step with PyTorch's references in place of our kernels, compiled as a whole by torch.compile;
+    on CUDA it is then recorded in a CUDA graph like ours. Compiling takes minutes, on a CPU many."""
+    def __init__(self, *inputs):
+        super().__init__(*inputs)
+        self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False)
+        self.replay = Replay() if self.slots.ids.is_cuda else call
+
+    def step(self):
+        """All columns of the cache are read, and the mask hides those beyond an answer: a number that grows
+        with the answer would be compiled anew at every step."""
+        self.slots.cache.longest = self.slots.cache.room
+        self.slots.decode_step()
+
+    @torch.no_grad()
+    def __call__(self):
+        self.rewind()
+        with mock.patch.object(kernels, 'fused', never_fused):
+            # The model computes its rotary frequencies once: before the step is compiled.
+            self.slots.model.rope_frequencies(self.slots.cache.limit, self.slots.ids.device)
+            for _ in range(STEPS):
+                self.replay(self.compiled)
 
 
 def decode_cases(args, env):
-    """A token for each of b rows that hold a context: 32 steps, sampling included, as between two looks."""
-    model, steps, cases = random_model(PRESETS[args.model], env), 32, {}
-    c = model.config
-    theirs = cache(lambda: transformers_model(model, env))
-
-    @cache
-    def filled(b, context):
-        """Slots as if `context` tokens had been read; what keys they hold does not change the time."""
-        p = Slots(model, b, context, context + steps, args.budget, Sampling(stop=[]))
-        p.done[:], p.max_count[:] = False, steps + 1
-        return p
-
-    def ours(b, context):
-        p = filled(b, context)
-        p.cache.length.fill_(context)
-        p.count.zero_()
-        p.reserve(context, steps)
-        with torch.no_grad():
-            p.decode(steps)
-
-    def plainly(b, context):
-        """Without the packed weights of model.Linear."""
-        with mock.patch.object(Linear, 'forward', torch.nn.Linear.forward):
-            ours(b, context)
-
-    @cache
-    def compiled(b, context):
-        """transformers' static cache, and its model compiled for it on CUDA, as generate() does."""
-        peer = importlib.import_module('transformers')
-        kv = peer.StaticCache(config=theirs().config, max_cache_len=context + steps)
-        cuda = env.device.type == 'cuda'
-        return torch.compile(theirs().forward, mode='reduce-overhead') if cuda else theirs(), kv
-
-    @torch.no_grad()
-    def transformers(b, context, static):
-        forward, kv = compiled(b, context) if static else (
-            theirs(), importlib.import_module('transformers').DynamicCache())
-        empty = torch.zeros(b, c.G, context, c.e, dtype=env.dtype, device=env.device)
-        if static:
-            kv.reset()
-        for l in range(c.L):                 # as if read
-            kv.update(empty, empty, l)
-        ids = torch.ones(b, 1, dtype=torch.long, device=env.device)
-        for t in range(steps):
-            at = torch.full((b, 1), context + t, device=env.device)
-            z = forward(input_ids=ids, position_ids=at, past_key_values=kv, use_cache=True).logits
-            ids = z[:, -1].float().softmax(-1).multinomial(1)
-
-    for b in args.batch:
+    """A token for each of b rows that hold a context."""
+    c = PRESETS[args.model]
+    on_cpu = env.device.type == 'cpu'
+    model = cache(partial(random_model, c, env))
+    theirs = cache(lambda: transformers_model(model(), env))
+    cases = {}
+    for B in args.batch:
         for context in args.context:
-            size = dict(steps=steps, tokens=b, reads=read_bytes(model, b, context))
-            cases[f'{b} x {context}'] = Case(partial(ours, b, context), **size)
-            if env.device.type == 'cpu':
-                cases[f'{b} x {context}, nn.Linear'] = Case(partial(plainly, b, context), **size)
-            if importlib.util.find_spec('transformers'):
-                # on CUDA the static cache for one shape only: each takes a minute to compile
-                first = env.device.type == 'cpu' or (b, context) == (args.batch[0], args.context[0])
-                for static in (False, True)[:1 + first]:
-                    name = f'{b} x {context}, transformers' + ' static' * static
-                    cases[name] = Case(partial(transformers, b, context, static), **size, ready=theirs)
+            # What takes a minute or more to compile: on a GPU for the first context only, on a CPU for those
+            # who name it.
+            first = context == args.context[0]
+            lines = our_decode(model, args, B, context, on_cpu)
+            lines |= their_decode(theirs, args, B, context, static=on_cpu or first)
+            if (first and not on_cpu) or (on_cpu and args.case):
+                make = partial(made_of, CompiledDecode, model, B, context, args.vocab)
+                lines |= made_first(make, {'compiled references': call})
+            work = limits.decode(c, B, context, env.dtype.itemsize)
+            for name, case in lines.items():
+                full_name = f'{B} x {context}, {name}'.removesuffix(', ')
+                cases[full_name] = replace(case, steps=STEPS, tokens=B, work=work)
     return cases
+
+
+def made_of(kind, model, *inputs):
+    return kind(model(), *inputs)
+
+
+def our_decode(model, args, B, context, on_cpu):
+    """A decode step of ours, and one with other products. On a GPU each has a CUDA graph of its own."""
+    make = partial(made_of, Decode, model, B, context, args.vocab)
+    lines = made_first(make, {'': call})
+    if on_cpu:
+        return lines | made_first(make, {'nn.Linear': decode_plainly})
+    return lines | made_first(make, {"the library's products": decode_by_library})
+
+
+def their_decode(theirs, args, B, context, static):
+    """That of transformers with its dynamic cache, and with its static one."""
+    if not installed('transformers'):
+        return {}
+    c = PRESETS[args.model]
+    lines = {}
+    for name in ('transformers', 'transformers static')[:1 + static]:
+        make = partial(made_of, TransformersDecode, theirs, c, B, context, STEPS, name.endswith('static'))
+        lines |= made_first(make, {name: call})
+    return lines
 
 
 def rollout_cases(args, env):
@@ -360,7 +339,7 @@ def rollout_cases(args, env):
     theirs = cache(lambda: transformers_model(model, env))
     rng, B = random.Random(0), args.batch[-1]
     spread = [min(args.tokens, 1 + int(rng.expovariate(5 / args.tokens))) for _ in prompts]
-    how = dict(stop=[], temperature=0.0)
+    how = dict(stop=[], temperature=0.0, vocab=args.vocab)
 
     def refilled(most):
         requests = [(p, i, 0) for i, p in enumerate(prompts)]
@@ -403,150 +382,124 @@ def rollout_cases(args, env):
     bound = Case(products, tokens=args.tokens * len(prompts))
     cases['equal: matrix products alone'] = bound
     few = [min(8, args.tokens)] * len(prompts)
-    return cases | {'8 tokens, naive': Case(partial(batches, few, slow), tokens=sum(few))}
-
-
-# ---- pair: the student's answers in the teacher's tokens -------------------------------------------
-
-def pairing(args, env):
-    """Cut the questions of a problem set as the student would, pair them with the teacher's tokens."""
-    if not (args.tokenizers and args.data):
-        raise UserError('pair: give --tokenizers STUDENT TEACHER and --data PROBLEMS')
-    tok_s, tok_t = (load_tokenizer(path) for path in args.tokenizers)
-    texts = [p.question for p in load_problems(args.data, tok_s, args.rows)]
-    texts = [t if isinstance(t, str) else ''.join(m['content'] for m in t) for t in texts]
-    answers = [tok_s.encode(t, special=False) for t in texts]
-    size = sum(len(tok_s.pieces[i]) for answer in answers for i in answer)
-    same, seconds = same_vocabulary(tok_s, tok_t), []
-    for _ in range(args.repeat):
-        began = time.perf_counter()
-        inside = [pair_text(answer, tok_s, [0], tok_t, same=same)[2] for answer in answers]
-        seconds.append(time.perf_counter() - began)
-    count = sum(map(len, inside))
-    align = 1 - sum(int(x.sum()) for x in inside) / count
-    rate = size / MB / statistics.median(seconds)
-    print(f'pair: {len(answers)} texts, {size / MB:.2f} MB, {count} positions, {align:.3f} of them exact; '
-          f'{rate:.2f} MB/s on one core; {machine(env)}')
-    return {'texts': len(answers), 'bytes': size, 'align': align, 'mb_per_s': rate}
-
-
-# ---- bridge: one pass beside Algorithm 1 -----------------------------------------------------------
-
-def fits(args, env):
-    """Stage 1 of the toy in closed form and as Algorithm 1 does it, on the same answers."""
-    made, keys = {}, [f'bridge_prompts={args.rows}', f'device={args.device}', *args.keys]
-    print(f'bridge: configs/toy_bridge.py, {args.rows} prompts; {machine(env)}')
-    with tempfile.TemporaryDirectory() as tmp:
-        for fit in ('ridge', 'adamw'):
-            out = Path(tmp) / fit
-            if fit == 'adamw':
-                out.mkdir()
-                shutil.copy(Path(tmp) / 'ridge/rollouts.jsonl', out)
-            log = Path(tmp) / f'{fit}.log'
-            command = ['bridge.py', 'configs/toy_bridge.py', f'bridge={out}', f'bridge_fit={fit}', *keys]
-            if run_logged(command, log) != 0:
-                raise UserError(show_failure('bridge.py', log_text(log)))
-            made[fit] = json.loads((out / 'bridge.json').read_text())
-    got, ranks = {}, list(made['ridge']['layers']['1']['cos'])
-    for fit, m in made.items():
-        cos = {r: statistics.fmean(v['cos'][r] for v in m['layers'].values()) for r in ranks}
-        got[fit] = {'forwards': m['forwards per answer'], 'seconds': m['seconds'], 'cos': cos}
-    print(f'{"":8}{"forwards":>9}{"seconds":>9}' + ''.join(f'{"r=" + r:>7}' for r in ranks))
-    for fit, m in got.items():
-        cells = ''.join(f'{x:7.3f}' for x in m['cos'].values())
-        print(f'{fit:8}{m["forwards"]:9.0f}{m["seconds"]:9.1f}{cells}')
-    more, longer = (got['adamw'][k] / got['ridge'][k] for k in ('forwards', 'seconds'))
-    print(f'AdamW: {more:.0f}x the forwards, {longer:.0f}x the seconds; both fits give every rank at once')
-    return got
+    cases['8 tokens, naive'] = Case(partial(batches, few, slow), tokens=sum(few))
+    for name, case in cases.items():
+        lengths = few
+        if name.startswith('equal'):
+            lengths = [args.tokens] * len(prompts)
+        if name.startswith('spread'):
+            lengths = spread
+        case.work = limits.rollout(model.config, PROMPT, lengths, B, env.dtype.itemsize)
+    return cases
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def line_of(args, env, name, case):
-    """Measure a line of a table -> what its JSON line holds."""
-    V = PRESETS[args.model].V
-    got = counted(case, V) if args.count else measure(case, args.repeat, env.device)
-    if case.payload:
-        got |= {'payload_mb': case.payload / MB, 'peak/payload': got['peak_mb'] * MB / case.payload}
-    asked = {k: v for k, v in vars(args).items() if k not in ('device', 'dtype')}
-    where = {'machine': machine(env), 'dtype': str(env.dtype)[6:]} | versions(env)
-    return asked | {'case': name} | got | where
-
-
-def in_a_process(name):
-    """`line_of` in a process of its own, for a resident set that nobody else has swollen."""
-    p = subprocess.run([sys.executable, '-m', 'studies.bench', *sys.argv[1:], '--case', name],
-                       capture_output=True, text=True, cwd=ROOT)
-    if p.returncode:
-        raise RuntimeError(show_failure(name, p.stderr))
-    return json.loads(p.stdout.strip().splitlines()[-1])
-
-
-COLUMNS = {'peak_mb': '.0f', 'made_mb': '.0f', 'largest_mb': '.1f', 'V-axis': 'd', 'forwards': '.2f',
-           'waits': '.2f', 'peak/payload': '.2f', 'seconds': '.4g', 'low': '.4g', 'high': '.4g',
-           'tok/s': '.1f', 'limit': '.0%'}
-
-
-def tabulate(args, env, cases_of):
-    """Measure every line, print the table as it grows and then its JSON."""
-    alone = env.device.type != 'cuda' and not args.count       # in processes of their own
-    small = argparse.Namespace(**vars(args) | {'model': 'toy', 'rows': 1, 'tokens': 2}) if alone else args
-    sizes = ', '.join(f'{k} {getattr(args, k)}' for k in USES[args.what])
-    print(f'{args.what}: {args.model}, {sizes}; {machine(env)}, {str(env.dtype)[6:]}')
-    lines, first = [], None
-    for name, case in cases_of(small, env).items():
-        try:
-            r = in_a_process(name) if alone else line_of(args, env, name, case)
-        except (RuntimeError, torch.OutOfMemoryError) as e:
-            print(f'{name:28}  {str(e).splitlines()[0][:90]}', flush=True)
-            continue
-        columns = [k for k in COLUMNS if k in r]
-        if not lines:
-            titles = columns + ['time'] * ('seconds' in r)
-            print(f'{"":28}' + ''.join(f'{k:>13}' for k in titles))
-            first = r
-        cells = [format(r[k], COLUMNS[k]) for k in columns]
-        cells += [f"{r['seconds'] / first['seconds']:.2f}x"] if 'seconds' in r else []
-        lines.append(r)
-        print(f'{name:28}' + ''.join(f'{c:>13}' for c in cells), flush=True)
-    for lengths in ('equal', 'spread'):
-        told = {r['answers'] for r in lines if 'answers' in r and r['case'].startswith(lengths)}
-        if told:
-            print(f'answers, {lengths}: ' + ('the same in every line' if len(told) == 1 else 'they differ'))
-    print('\n'.join(map(json.dumps, lines)))
-
-
-USES = {'loss': ['rows', 'tokens'], 'head': ['rows', 'chunk'], 'update': ['rows', 'tokens'],
-        'decode': ['batch', 'context'], 'rollout': ['rows', 'tokens', 'batch'], 'step': ['rows', 'tokens']}
-TABLES = {'loss': loss_cases, 'head': head_cases, 'update': update_cases, 'decode': decode_cases,
+USES = {'loss': ['rows', 'tokens'], 'head': ['rows', 'chunk', 'vocab'], 'update': ['rows', 'tokens', 'vocab'],
+        'decode': ['batch', 'context', 'vocab'], 'rollout': ['rows', 'tokens', 'batch', 'vocab'],
+        'step': ['rows', 'tokens', 'vocab']}
+TABLES = {'decode': decode_cases, 'loss': loss_cases, 'head': head_cases, 'update': update_cases,
           'rollout': rollout_cases, 'step': step_cases}
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+# On a GPU, in the order in which their answers are wanted.
+GPU_COMMANDS = ('decode --batch 1', 'decode --batch 2', 'decode --batch 16', 'loss', 'head', 'head --vocab 0',
+                'update', 'update --rows 2', 'rollout', 'step')
+
+# How the seconds of a command are estimated: generously, so that none is cut off.
+START = 60                      # libraries, models, kernels of Triton
+COMPILE = 100                   # a line for which torch.compile is called
+SLOWER = 3                      # times as long as `expected`
+PEER_LAUNCH = 2e-4              # seconds for each of our launches, for transformers: 30 ms a token
+
+
+def seconds_of(command, env, gpu):
+    """Seconds that a command may take on a GPU."""
+    args = sized(arguments(command.split()), env)
+    seconds = START
+    for name, case in TABLES[args.what](args, env).items():
+        runs = args.repeat + (args.repeat > 1)
+        of_a_step = SLOWER * limits.expected(case.work, gpu)
+        if 'transformers' in name:
+            of_a_step += PEER_LAUNCH * sum(part.launches for part in case.work)
+        seconds += runs * case.steps * of_a_step
+        if 'compiled' in name or 'static' in name:
+            seconds += COMPILE
+    return seconds
+
+
+def show_commands(args, env):
+    """The commands for a GPU, each with the seconds that it may take."""
+    gpu = limits.GPUS[args.expect or 'h200']
+    env = without_machine(env)
+    print(f'seconds on {gpu.name}, estimated')
+    for command in GPU_COMMANDS:
+        print(f'{seconds_of(command, env, gpu):7.0f}  python -m studies.bench {command}')
+
+
+def run_all(env):
+    """All tables, each in a process of its own."""
+    commands = GPU_COMMANDS if env.device.type == 'cuda' else tuple(TABLES)
+    began = time.monotonic()
+    for command in commands:
+        words = [sys.executable, '-m', 'studies.bench', *command.split(), *sys.argv[2:]]
+        child = subprocess.Popen(words, cwd=ROOT)
+        try:
+            child.wait()
+        except KeyboardInterrupt:
+            return child.wait()              # Ctrl-C has reached it too: it says so, once
+        print(f'[{time.monotonic() - began:.0f} s]\n', flush=True)
+
+
+def without_machine(env):
+    """An Env whose tensors have shapes and no memory, in the dtype of a GPU."""
+    return replace(env, device=torch.device('meta'), dtype=torch.bfloat16)
 
 
 def main(args):
     env = start(args.device, args.dtype)
-    if args.what == 'all':
-        began = time.monotonic()
-        more = [['update', '--rows', '2']] if env.device.type == 'cuda' else []        # Table 3's 2 x 16k
-        for what in [*([t] for t in TABLES), *more]:
-            child = subprocess.Popen([sys.executable, '-m', 'studies.bench', *what, *sys.argv[2:]], cwd=ROOT)
-            try:
-                child.wait()
-            except KeyboardInterrupt:
-                return child.wait()          # Ctrl-C has reached it too: it says so, once
-            print(f'[{time.monotonic() - began:.0f} s]\n', flush=True)
-        return
-    args = sized(args, env)
-    if args.what in ('pair', 'bridge'):
-        got = (pairing if args.what == 'pair' else fits)(args, env)
-        print(json.dumps({'what': args.what, 'machine': machine(env)} | got | versions(env)))
-    elif args.case:
-        cases = TABLES[args.what](args, env)
-        if args.case not in cases:
-            raise UserError(f'--case {shown(args.case)}: no line of this table; choose one of '
-                            f'{", ".join(cases)}')
-        print(json.dumps(line_of(args, env, args.case, cases[args.case])))
+    if args.what == 'commands':
+        show_commands(args, env)
+    elif args.what == 'all':
+        return run_all(env)
+    elif args.what in ('pair', 'bridge'):
+        args = sized(args, env)
+        got = {'pair': pairing, 'bridge': fits}[args.what](args, env)
+        keep_row(args.out, about_line(args, env, args.what) | got)
     else:
-        tabulate(args, env, TABLES[args.what])
+        show_table(args, without_machine(env) if args.expect else env)
+
+
+def show_table(args, env):
+    """A table, or those of its lines that --case names."""
+    args = sized(args, env)
+
+    # On a CPU each of several lines is measured in a process of its own. Only the names are wanted here then,
+    # and a toy has the same.
+    one_line = args.case is not None and len(args.case) == 1
+    alone = env.device.type == 'cpu' and not args.count and not one_line
+    small = {'model': 'toy', 'vocab': None, 'rows': 1, 'tokens': 2} if alone else {}
+    cases = TABLES[args.what](Namespace(**vars(args) | small), env)
+    names = args.case or list(cases)
+    for name in names:
+        if name not in cases:
+            raise UserError(f'--case {shown(name)}: no line of this table; choose one of {", ".join(cases)}')
+    if args.expect:
+        names = of_different_work(names, cases)
+    sizes = ', '.join(f'{key} {getattr(args, key)}' for key in USES[args.what])
+    print(f'{args.what}: {args.model}, {sizes}')
+    tabulate(args, env, names, None if alone else cases)
+
+
+def of_different_work(names, cases):
+    """Of lines that do the same work in several ways, and so have the same limit, the name of the first."""
+    chosen = []
+    for name in names:
+        if cases[name].work not in [cases[before].work for before in chosen]:
+            chosen.append(name)
+    return chosen
 
 
 # What is measured where nothing is said: on two CPU cores a few minutes a table; on a GPU the paper's shapes;
@@ -555,7 +508,8 @@ CPU = {'loss': dict(model='r1_1p5b', rows=250, tokens=2048, repeat=3),
        'head': dict(model='r1_1p5b', rows=2048), 'update': dict(rows=2, tokens=224, repeat=2),
        'decode': dict(batch=[1, 4, 16], context=[128], repeat=3), 'rollout': dict(rows=64, tokens=160),
        'step': dict(rows=4, tokens=128), 'bridge': dict(rows=512), 'pair': dict(rows=2000, repeat=3)}
-GPU = {'loss': dict(rows=2000, tokens=16384), 'head': dict(repeat=3), 'update': dict(rows=1, tokens=16352),
+GPU = {'loss': dict(rows=2000, tokens=16384), 'head': dict(repeat=5),
+       'update': dict(rows=1, tokens=16352, repeat=3),
        'decode': dict(batch=[1, 2, 16], context=[1024, 8192, 16352]),
        'rollout': dict(rows=32, tokens=128, repeat=2), 'step': dict(rows=16, tokens=16352)}
 COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': dict(tokens=96),
@@ -564,42 +518,54 @@ COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': 
 
 
 def sized(args, env):
-    """Sizes that were not given."""
-    cuda = env.device.type == 'cuda'
-    usual = dict(model='r1_1p5b' if cuda else 'smollm2', repeat=1, rows=1, tokens=1, batch=[16], context=[1])
-    for sizes, here in ((CPU, True), (GPU, cuda), (COUNT, args.count)):
-        usual |= sizes.get(args.what, {}) if here else {}
-    for key, value in usual.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    """The arguments with the sizes that were not given."""
+    on_gpu = env.device.type in ('cuda', 'meta')
+    usual = dict(repeat=1, rows=1, tokens=1, batch=[16], context=[1])
+    usual['model'] = 'r1_1p5b' if on_gpu else 'smollm2'
+    for sizes, applies in ((CPU, True), (GPU, on_gpu), (COUNT, args.count)):
+        if applies:
+            usual |= sizes.get(args.what, {})
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    args = Namespace(**vars(args) | usual | given)
     if min(args.rows, args.tokens, args.repeat, *args.batch, *args.context) < 1 or args.chunk < 0:
         raise UserError('rows, tokens, batch, context and repeat begin at 1')
-    args.checkpointing = args.checkpointing or cuda
+
+    # Ids that are drawn and compared; None: all.
+    if args.vocab is None:
+        args.vocab = TOKENIZER_SIZE.get(args.model, 0)
+    if not 0 <= args.vocab <= PRESETS[args.model].V:
+        raise UserError(f'--vocab {args.vocab}: {args.model} has {PRESETS[args.model].V} ids; give fewer, or '
+                        '0 for all')
+    args.vocab = args.vocab or None
+    args.checkpointing = args.checkpointing or on_gpu
     return args
 
 
-def arguments():
+def arguments(words=None):
     """The command line."""
     p = OneLineParser('studies/bench.py', 'WHAT [--option VALUE ...]')
-    p.add_argument('what', choices=[*TABLES, 'bridge', 'pair', 'all'])
+    p.add_argument('what', choices=[*TABLES, 'bridge', 'pair', 'commands', 'all'])
     p.add_argument('--model', choices=PRESETS, help='shape')
     p.add_argument('--rows', type=int, help='loss, head: supervised rows; update, rollout, step: answers; '
                    'bridge: prompts; pair: texts')
     p.add_argument('--tokens', type=int, help='of an answer; loss: all rows')
     p.add_argument('--batch', type=int, nargs='+', help='decode: rows; rollout: answers at a time')
     p.add_argument('--context', type=int, nargs='+', help='decode: tokens that a row holds')
+    p.add_argument('--vocab', type=int, help='ids that the tokenizer knows; 0: all')
     p.add_argument('--chunk', type=int, default=0, help='rows under the head at once; 0: by the free memory')
     p.add_argument('--budget', type=int, default=32768, help='tokens of a micro-batch')
     p.add_argument('--checkpointing', action='store_true', help='recompute blocks (on CUDA always)')
     p.add_argument('--repeat', type=int, help='timed runs; more than one are preceded by one that is not')
     p.add_argument('--count', action='store_true', help='count instead of timing')
+    p.add_argument('--expect', choices=limits.GPUS, help='measure nothing: the limit on this GPU')
     p.add_argument('--tokenizers', nargs=2, metavar=('STUDENT', 'TEACHER'), help='pair: folders or hub ids')
     p.add_argument('--data', help='pair: a problem set')
     p.add_argument('--keys', nargs='*', default=[], help='bridge: key=value of the config')
     p.add_argument('--device', choices=checks['device'], default='auto')
     p.add_argument('--dtype', choices=checks['dtype'], default='auto')
-    p.add_argument('--case', help='measure one line only')
-    return p.parse_args()
+    p.add_argument('--case', nargs='+', help='measure these lines only')
+    p.add_argument('--out', type=Path, default=Path('out/bench.jsonl'), help='JSON lines are appended to it')
+    return p.parse_args(words)
 
 
 if __name__ == '__main__':
