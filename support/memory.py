@@ -34,6 +34,7 @@ FILE_BYTES = 2**28              # of a file of the resume state (checkpoints.FIL
 SHARD_BYTES = 5 * 10**9         # of a file of a model's folder (huggingface.save_model)
 ROOM = 1024                     # tokens that a new cache has beyond the longest prompt (rollout.ROOM)
 PREFILL = 32768                 # prompt tokens that are read at once (rollout.stream)
+PACKED_FROM = 2**18             # numbers of a matrix that is packed for sampling (model.PACKED_FROM)
 PIECE = 2048                    # tokens of a recomputed block's MLP at once (kernels.mlp_in_pieces.PIECE)
 
 
@@ -305,13 +306,27 @@ def phases(plan):
 
 def gathered(plan, side):
     """What the 'student' or the 'teacher' needs beside its shards while it writes -> {what: bytes}: all its
-    weights in the dtype of forwards. The group that is gathered last exists twice."""
-    is_sharded = {'student': plan.sharded, 'teacher': plan.teacher_sharded}[side]
-    if not is_sharded:
+    weights in the dtype of forwards, and on a CPU its large matrices once more. The group that is gathered
+    last exists twice."""
+    c = getattr(plan, side)
+    parts = {}
+    if {'student': plan.sharded, 'teacher': plan.teacher_sharded}[side]:
+        weights = weights_of(c)
+        last_group = max(weights.block, weights.head) if plan.S > 1 else 0
+        parts[f'{side} weights, gathered for sampling'] = plan.s * (weights.total + last_group)
+    return parts | packed(plan, c)
+
+
+def packed(plan, c):
+    """The matrices of a model (its ModelConfig) that a CPU packs for sampling (model.Model.packed) -> {what:
+    bytes}."""
+    if plan.cuda:
         return {}
-    weights = weights_of(getattr(plan, side))
-    last_group = max(weights.block, weights.head) if plan.S > 1 else 0
-    return {f'{side} weights, gathered for sampling': plan.s * (weights.total + last_group)}
+    block = (c.d * (c.H + 2 * c.G) * c.e, c.H * c.e * c.d, c.d * 2 * c.ff, c.ff * c.d)
+    numbers = c.L * sum(size for size in block if size >= PACKED_FROM)
+    if c.V * c.d >= PACKED_FROM:
+        numbers += c.V * c.d
+    return {'matrices, packed for sampling': plan.s * numbers}
 
 
 def eval_sampler(plan, c):
@@ -381,8 +396,8 @@ def bridge_phases(plan):
     states += batch.tokens * max(forward_work(student, s), forward_work(teacher, s))
     states += 8 * K * (student.d + teacher.d)
     return {
-        'collect': models | sampler(student, s, work.answers, work.answers, work.prompt, work.new, work.vocab,
-                                    plan.cfg['top_p']),
+        'collect': models | packed(plan, student) | sampler(
+            student, s, work.answers, work.answers, work.prompt, work.new, work.vocab, plan.cfg['top_p']),
         'fit': models | moments | {'a micro-batch': states},
         'judge': models | moments | bridge | {'a micro-batch': states + 8 * 8 * K * R},
     }

@@ -13,7 +13,7 @@ import rollout
 from configs import default
 from formats.huggingface import save_model
 from kernels import mlp_in_pieces
-from model import PRESETS, Model, ModelConfig, rotary
+from model import PACKED_FROM, PRESETS, Linear, Model, ModelConfig, rotary
 from output_losses import make_objective
 from rollout import Rollout, sample
 from step import Objective, position_mask, position_weights
@@ -192,9 +192,24 @@ def test_sampling_holds_as_many_bytes_as_are_counted(V, top_p):
     assert sum(need.values()) == pytest.approx(counted.peak, rel=0.15)
 
 
+@pytest.mark.parametrize('tied', [False, True])
+def test_packed_matrices_are_counted(tied):
+    """On a CPU a second copy of the large ones, the head among them; on a GPU none."""
+    decoder = tiny_model(V=5000, L=2, d=64, H=4, G=2, e=16, ff=3000, tied=tied)
+    c = decoder.config
+    cpu = Plan(default, c, c, {}, None, Env(0, 1, 0, torch.device('cpu'), torch.float32, 1))
+    gpu = replace(cpu, env=replace(cpu.env, device=torch.device('cuda')))
+    linear = [module for module in decoder.modules() if isinstance(module, Linear)]
+    large = [module for module in linear if module.weight.numel() >= PACKED_FROM]
+    assert 0 < len(large) < len(linear)
+    assert sum(memory.packed(cpu, c).values()) == sum(module.weight.nbytes for module in large)
+    assert memory.packed(gpu, c) == {}
+
+
 def test_what_is_copied_is_what_it_was_copied_from():
     assert ROOM == rollout.ROOM
     assert PIECE == mlp_in_pieces.PIECE
+    assert memory.PACKED_FROM == PACKED_FROM
     assert inspect.signature(rollout.stream).parameters['budget'].default == PREFILL
 
 
