@@ -229,9 +229,9 @@ class Linear(nn.Linear):
     """nn.Linear, which can keep its weights a second time for the products of a decode step on a CPU.
 
     With few rows nn.Linear spends most of its time on bringing the weights into the order in which its inner
-    loop reads them. `pack` does this once, with oneDNN, and two rows or more are then multiplied by the
-    packed copy. For one row there is nothing to reorder. The copy does not follow the weights when these
-    change, so only a twin that lives for one call of the sampler has it: see `Model.packed`.
+    loop reads them, and with one row it uses one thread. `pack` brings them into oneDNN's order once, and
+    all products are then made with this copy. The copy does not follow the weights when these change, so
+    only a twin that lives for one call of the sampler has it: see `Model.packed`.
     """
     packed = None               # the weights in oneDNN's order; None: not packed
 
@@ -240,7 +240,7 @@ class Linear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
 
     def forward(self, x):
-        if self.packed is None or x.numel() == x.shape[-1]:                  # or one row
+        if self.packed is None:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 

@@ -166,9 +166,7 @@ class Slots:
     def __init__(self, model, B, longest_prompt, limit, budget, sampling):
         weight = model.embed.weight
         device = weight.device
-
-        # On a CPU the products of a step with several rows are faster by packed weights.
-        self.model = model.packed() if B > 1 else model
+        self.model = model.packed()          # on a CPU a step's products are faster by packed weights
         self.budget = budget
         self.sampling = sampling
 

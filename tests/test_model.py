@@ -219,11 +219,10 @@ needs_onednn = pytest.mark.skipif(not onednn_runs(torch.zeros(1)), reason='oneDN
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_packed_weights_multiply_any_number_of_rows(bias, dtype, monkeypatch):
-    """A bias or the last rows of an odd shape could be lost in oneDNN's blocks. One row is nn.Linear's, bit for bit."""
+    """A bias or the last rows of an odd shape could be lost in oneDNN's blocks."""
     if not onednn_runs(torch.zeros(1, dtype=dtype)):
         pytest.skip(f'this processor has no instructions for {dtype}')
     layer = Linear(83, 165, bias=bias).to(dtype).requires_grad_(False)
-    plain = torch.nn.Linear.forward
     layer.pack()
     for shape in [(3, 83), (1, 1, 83), (2, 83), (16, 1, 83), (4, 5, 83), (6, 83), (333, 83), (83,)]:
         x = torch.randn(shape).to(dtype)
@@ -237,12 +236,10 @@ def test_packed_weights_multiply_any_number_of_rows(bias, dtype, monkeypatch):
             terms += layer.bias.double().abs()
         bound = 84 * torch.finfo(torch.float32).eps * terms + torch.finfo(dtype).eps * exact.abs()
         assert y.shape == exact.shape and y.dtype == dtype and ((y.double() - exact).abs() <= bound).all(), shape
-        one_row = x.numel() == 83
-        assert not one_row or torch.equal(y, plain(layer, x))
 
     # And it is the packed copy that multiplies.
     monkeypatch.setattr(torch.nn.Linear, 'forward', lambda *_: pytest.fail('nn.Linear was called'))
-    layer(torch.zeros(2, 83, dtype=dtype))
+    layer(torch.zeros(1, 83, dtype=dtype))
 
 
 @needs_onednn
