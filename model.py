@@ -40,7 +40,7 @@ def gelu_tanh(x):
     return F.gelu(x, approximate='tanh')
 
 
-RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)              # of torch's checkpoint
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)              # options of torch's checkpoint
 FAMILIES = ('qwen3', 'qwen2', 'llama', 'phi3')
 ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_pytorch_tanh': gelu_tanh}       # by Hugging Face's names
 
@@ -116,8 +116,8 @@ def frequencies(c, length):
     if kind == 'linear':
         inv /= rope['factor']
 
-    # Waves that turn often within the original context keep their frequency, waves that turn seldom are
-    # divided by the factor, and in between there is a ramp.
+    # A frequency with many turns within the original context is kept, one with few turns is divided by the
+    # factor, and in between `keep` falls linearly from 1 to 0.
     if kind == 'llama3':
         turns = rope['original_max_position_embeddings'] * inv / (2 * math.pi)           # (R/2,)
         low = rope['low_freq_factor']
@@ -170,15 +170,16 @@ class Cache:
       may come whole or in pieces.
     - decode: the caller has set `length` (B,). Each row has its own length, and a forward takes one more
       token per row. The caller increases `length` afterwards.
-    limit: the longest that a row may become.
+    limit: the most tokens that a row may ever hold.
     """
     def __init__(self, c, B, T, device, dtype, limit=0):
         self.kv = [torch.zeros(B, 2, c.G, T, c.e, device=device, dtype=dtype) for _ in range(c.L)]
         self.read = 0
         self.length = None
-        self.arrived = torch.zeros(B, c.G, dtype=torch.int32, device=device)     # counters of kernels.attend
+        # Counters that kernels.attend needs, one for each row and key head; zero between two calls.
+        self.arrived = torch.zeros(B, c.G, dtype=torch.int32, device=device)
         self.limit = max(T, limit)
-        self.longest = 0                     # an upper bound of `length` that the host knows without a sync
+        self.longest = 0                     # an upper bound of `length`, which the host knows without a wait
 
     @property
     def room(self):
@@ -186,7 +187,8 @@ class Cache:
         return self.kv[0].shape[3]
 
     def change(self, new):
-        """Replace each layer's tensor kv by new(kv), one after another: only one layer exists twice."""
+        """Replace each layer's tensor kv by new(kv). The layers take turns, so that only one of them is in
+        memory twice."""
         for layer, kv in enumerate(self.kv):
             self.kv[layer] = new(kv)
 
@@ -202,7 +204,7 @@ class Cache:
         for kv, other_kv in zip(self.kv, other.kv, strict=True):
             kv[rows, :, :, :other_kv.shape[3]] = other_kv[other_rows]
 
-    def rows(self, keep):
+    def keep_rows(self, keep):
         """Keep (or repeat) the rows with the numbers `keep` (B',)."""
         self.change(lambda kv: kv[keep])
         self.length = self.length[keep]
@@ -222,27 +224,28 @@ class Norm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-PACKED_FROM = 2**18             # numbers in a matrix; a smaller one stays in the caches and gains nothing
+# Fewest numbers of a matrix that is packed. A smaller one stays in the processor's caches and gains nothing.
+PACKED_FROM = 2**18
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which can keep its weights a second time for the products of a decode step on a CPU.
+    """nn.Linear, which can keep a second copy of its weights for the products of a decode step on a CPU.
 
     With few rows nn.Linear spends most of its time on bringing the weights into the order in which its inner
     loop reads them, and with one row it uses one thread. `pack` brings them into oneDNN's order once, and
     all products are then made with this copy. The copy does not follow the weights when these change, so
-    only a twin that lives for one call of the sampler has it: see `Model.packed`.
+    only a second Model, which exists for one call of the sampler, has it: see `Model.packed`.
     """
-    packed = None               # the weights in oneDNN's order; None: not packed
+    packed_weight = None        # the weights in oneDNN's order; None: not packed
 
     def pack(self):
         """Pack the weights. oneDNN chooses their order for 16 rows, but they can multiply any number."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
+        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
 
     def forward(self, x):
-        if self.packed is None:
+        if self.packed_weight is None:
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed_weight, self.bias, 'none', [], '')
 
 
 def onednn_runs(weight):
@@ -252,7 +255,7 @@ def onednn_runs(weight):
     if not weight.is_cpu or not installed:
         return False
 
-    # Every x86 processor has the instructions for float32, not every one those for bfloat16.
+    # Every x86 processor has the instructions for float32, but not every one has those for bfloat16.
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
@@ -329,7 +332,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the states it reads. `forward` reads T tokens a row;
-    `decode` computes the same for one token a row, and `lean` for many tokens of which little is kept."""
+    `decode` computes the same for one token a row, and `forward_in_pieces` keeps less for the backward."""
     def __init__(self, c):
         super().__init__()
         self.norm1 = Norm(c.d, c.eps)
@@ -341,15 +344,16 @@ class Block(nn.Module):
         if cache is not None and cache.length is not None:
             return self.decode(h, rope, cache, layer, mask)
         if recomputed and in_pieces(h, self):
-            return self.lean(h, rope)
+            return self.forward_in_pieces(h, rope)
         h = h + self.attn(self.norm1(h), rope, cache, layer)
         return h + self.mlp(self.norm2(h))
 
-    def lean(self, h, rope):
+    def forward_in_pieces(self, h, rope):
         """`forward` of a block that is recomputed in the backward: h (B, T, d) -> (B, T, d).
 
-        All that a backward needs of one block, at once, would be most of an update's memory. So its MLP is
-        taken in pieces, and the result of its first norm is computed once more where it is needed.
+        If all tensors that the backward needs of one block existed at once, they would be most of an update's
+        memory. So the MLP is computed in pieces of tokens, and the result of the first norm is not kept: the
+        backward computes it once more.
         """
         q, k, v = self.attn.heads(checkpoint(self.normed_qkv, h, **RECOMPUTE), rope)
         v = v.clone()                        # a view would keep all of qkv
@@ -366,29 +370,29 @@ class Block(nn.Module):
         c = attn.config
         norms = (attn.q_norm.weight, attn.k_norm.weight) if c.qk_norm else (None, None)
 
-        # The norm of the heads, their rotation, the write into the cache and attention are one kernel.
+        # One kernel norms the heads, rotates them, writes keys and values into the cache, and attends.
         qkv = kernels.norm_product(h, self.norm1, attn.qkv).view(len(h), c.H + 2 * c.G, c.e)
         y = kernels.attend(qkv, cache.kv[layer], cache.length, *rope, *norms, c.eps, cache.longest, mask,
                            cache.arrived)                                    # (B, H e)
         h = kernels.add_product(h, y[:, None], attn.out)
 
-        # Norm, gate and up, and the activation are one kernel. Both sums may be written over h.
+        # Norm, gate and up, and the activation are one kernel. `add_product` may write its sum over h.
         x = kernels.norm_product(h, self.norm2, self.mlp.gate_up, self.mlp.activation)   # (B, 1, ff)
         return kernels.add_product(h, x, self.mlp.down)
 
 
 class Head(Linear):
-    """States (K, d) -> logits (K, V); or, given a function loss(states, weight), what that returns.
+    """States (K, d) -> logits (K, V); or, given a function loss(states, weight), the value of this function.
 
-    So a loss can take the vocabulary in pieces, and it needs to know nothing about FSDP, which gathers the
-    weight for the time of a call.
+    With such a function a loss can compute the logits of a few rows at a time. It need not know about FSDP,
+    which gathers the weight before a call of this module and frees it afterwards.
     """
     def forward(self, h, loss=None):
         return super().forward(h) if loss is None else loss(h, self.weight)
 
 
 def decode_mask(cache, like):
-    """Which cached tokens may each row's new token see? 0 there, -inf beyond -> (B, 1, 1, longest)."""
+    """Which cached tokens may each row's new token see? -> (B, 1, 1, longest): 0 for these, else -inf."""
     column = torch.arange(cache.longest, device=like.device)
     visible = column <= cache.length[:, None]                                # (B, longest)
     mask = torch.zeros_like(visible, dtype=like.dtype)
@@ -417,18 +421,19 @@ class Model(nn.Module):
     def trunk(self, ids, cache=None, tap=None, last=None):
         """ids (B, T) -> final-normed states (B, T, d).
 
-        tap: called as tap(l, h) -> h after each block l = 1..L; what it returns goes on. For l = L it sees
-        the final-normed state, as the last of Hugging Face's hidden_states is. last: stop after this block.
+        tap: called as tap(l, h) -> h after each block l = 1..L; the next block reads what it returns. For
+        l = L it gets the final-normed state, which is also the last of Hugging Face's hidden_states. last:
+        stop after this block.
         """
         L = self.config.L
         T = ids.shape[1]
         h = self.embed(ids)                                                  # (B, T, d)
 
-        # Where do these tokens stand? In decode at each row's length, otherwise behind what has been read.
+        # The positions of these tokens: in decode each row's length, otherwise those after the tokens read.
         mask = None
         if cache is not None and cache.length is not None:
             assert T == 1, f'{T} tokens for rows of different lengths; give one token per row'
-            cache.longest = min(cache.longest + 1, cache.room)               # finished rows stay at the end
+            cache.longest = min(cache.longest + 1, cache.room)               # a finished row does not grow
             position = cache.length                                          # (B,)
             if not kernels.fused(h):         # the Triton kernel reads the lengths itself
                 mask = decode_mask(cache, h)
@@ -450,7 +455,7 @@ class Model(nn.Module):
                 h = block(h, rope)
             if tap and l < L:
                 h = tap(l, h)
-            if l == last and l < L:          # nobody asked for the blocks above
+            if l == last and l < L:          # the blocks above are not needed
                 return h
 
         if cache is not None and cache.length is None:
@@ -464,9 +469,9 @@ class Model(nn.Module):
         """`frequencies` for sequences of up to `length` tokens on a device, computed once.
 
         longrope has other frequencies beyond the original context. transformers decides by the length of
-        each forward, and so contradicts its own cache when an answer grows past that context. Here, as in
-        vLLM, the longest sequence to come decides: `max_length`, which whoever knows it sets before the
-        first forward.
+        each forward, so when an answer grows past that context, its new queries do not fit the keys that are
+        already in the cache. Here, as in vLLM, the longest sequence to come decides. The caller sets it as
+        `max_length` before the first forward.
         """
         beyond = length > self.config.rope.get('original_max_position_embeddings', math.inf)
         key = (beyond, device)
@@ -486,8 +491,8 @@ class Model(nn.Module):
         """States after the blocks in `layers`, ascending numbers 1..L -> a list of (K, d), one for each.
 
         at: flat positions (K,) of (B*T,); None: all of them, as (B, T, d). tap: called as tap(l, h) -> (h,
-        out) in place of choosing rows; the list then holds its outs. Results are returned and not kept
-        aside, because FSDP hangs its backward hooks on what a forward returns.
+        out) in place of choosing rows; the list then holds its outs. The states are returned, and not stored
+        in an attribute, because FSDP attaches its backward hooks to what a forward returns.
         """
         L = self.config.L
         layers = list(layers)
@@ -532,9 +537,9 @@ class Model(nn.Module):
         return twin.requires_grad_(False).eval()
 
     def packed(self):
-        """A Model of the same weights for sampling: where oneDNN runs, a twin that has packed its large
-        matrices (see `Linear`), anywhere else this model itself. The packed copies take as much memory again
-        as the matrices."""
+        """A Model of the same weights for sampling: where oneDNN runs, a second Model that has packed its
+        large matrices (see `Linear`), anywhere else this model itself. The packed copies take as much memory
+        again as the matrices."""
         large = []
         for name, module in self.named_modules():
             if isinstance(module, Linear) and module.weight.numel() >= PACKED_FROM:
@@ -542,7 +547,7 @@ class Model(nn.Module):
         if not large or not onednn_runs(self.embed.weight):
             return self
 
-        # A twin, because the copies are right only as long as the weights stay what they are.
+        # This model trains on, and the packed copies are right only until its weights change.
         twin = self.plain()
         for name in large:
             twin.get_submodule(name).pack()

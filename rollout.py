@@ -300,7 +300,7 @@ class Slots:
     def compact(self, slots):
         """Keep only these slots, numbered from 0 again: a smaller batch makes a cheaper step."""
         rows = self.tensor(slots)
-        self.cache.rows(rows)
+        self.cache.keep_rows(rows)
         self.ids = self.ids[rows]
         self.token = self.token[rows]
         self.count = self.count[rows]

@@ -1,6 +1,6 @@
 """
-Fused kernels for the places where a training step spends its memory bandwidth, and where a sampled
-token would launch many small kernels.
+Fused kernels for two places: where a training step is limited by memory bandwidth, and where a decode step
+would otherwise launch many small kernels.
 
 Each file holds one function twice: a PyTorch reference implementation, which runs everywhere and is
 the one to read, and a Triton kernel with the same result. The functions below choose: the kernel
@@ -9,9 +9,14 @@ is nothing to set.
 
     layer_rows                  kernels/layer_loss.py          Eq. (6)
     bridge_rows, bridge_back    kernels/bridge_loss.py         Eqs. (14), (15)
-    attend                      kernels/decode_attention.py    a decode step's attention over the cache
-    norm_product, add_product   kernels/decode_products.py     its matrix products
-    sample_next                 kernels/decode_sampling.py     its random numbers, tokens and records
+    attend                      kernels/decode_attention.py    a decode step: attention over the cache
+    norm_product, add_product   kernels/decode_products.py     a decode step: matrix products
+    sample_next                 kernels/decode_sampling.py     a decode step: draw the tokens, record them
+
+kernels/mlp_in_pieces.py is not among them: it saves memory, with PyTorch's operations on every device.
+
+Letters: h states of the student, h_t those of the teacher, at the flat positions of the supervised rows, w a
+weight for each of these rows. The named files explain all other arguments.
 """
 import functools
 import importlib.util
@@ -62,27 +67,32 @@ def bridge_back(g, grad, at, P_s, inside, scale):
         bridge_loss.bridge_back_reference(g, grad, at, P_s, inside, scale)
 
 
-def attend(qkv, *rest, **more):
-    """One token a row over the cache: see kernels/decode_attention.py."""
+def attend(qkv, *others, **named):
+    """Attention of one new token per row over the cache. The arguments are those of
+    kernels/decode_attention.py."""
     if fused(qkv):
-        return decode_attention.decode_attention(qkv, *rest, **more)
-    return decode_attention.decode_attention_reference(qkv, *rest, **more)
+        return decode_attention.decode_attention(qkv, *others, **named)
+    return decode_attention.decode_attention_reference(qkv, *others, **named)
 
 
 def norm_product(h, norm, linear, activation=None):
     """linear(norm(h)), gated if there is an activation: see kernels/decode_products.py."""
     if not fused(h):
         return decode_products.norm_product_reference(h, norm, linear, activation)
+
+    # With few rows one kernel does everything. SiLU is the only activation that it knows.
     swiglu = activation is F.silu
     if decode_products.norm_product_fits(h) and (swiglu or activation is None):
         return decode_products.norm_product_triton(h, norm, linear, swiglu)
+
+    # With more rows norm and product are PyTorch's, and SiLU and gating are one kernel.
     if swiglu:
         return decode_products.swiglu_triton(linear(norm(h)))
     return decode_products.norm_product_reference(h, norm, linear, activation)
 
 
 def add_product(h, x, linear):
-    """h + linear(x), on a GPU written over h: see kernels/decode_products.py."""
+    """h + linear(x); on a GPU the result is written over h: see kernels/decode_products.py."""
     if fused(h):
         return decode_products.add_product_in_place(h, x, linear)
     return decode_products.add_product_reference(h, x, linear)

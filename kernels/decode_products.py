@@ -1,27 +1,27 @@
 """
-The matrix products of one decode step, each with what stands before or behind it in a block:
+The matrix products of one decode step, each with the operations before or after it in a block:
 
     norm_product    y = linear(norm(h))                          the queries, keys and values
                     y = activation(gate) * up                    the MLP, where linear(norm(h)) = [gate, up]
-    add_product     h + linear(x)                                the way back into the states, twice a block
+    add_product     h + linear(x)                                attention's and the MLP's result, added to h
 
-With few rows the weights are read for little arithmetic, and a kernel of a few microseconds takes about as
-long to launch as to run. So what counts is the number of kernels: these products and the attention between
-them (kernels/decode_attention.py) are five a block, where PyTorch's operations are twelve.
+With few rows each of these kernels runs for a few microseconds, which is about as long as its launch takes.
+So the number of kernels matters. These products and the attention between them (kernels/decode_attention.py)
+are five kernels a block. With PyTorch's operations in place of these products they would be eleven.
 
-`norm_product_kernel` uses that RMSNorm is a factor on each row, so it can come after the product:
+RMSNorm multiplies each row by one factor. `norm_product_kernel` can therefore apply it after the product:
 
     linear(norm(h)) = W (s * h) / sqrt(|h|^2 / d + eps) + bias
 
-where s is the weight of the norm. One pass over h gives the product and |h|^2. Gate and up are rows i and
-i + n of the weights, so the same program has both and multiplies them.
+where s is the weight of the norm. One pass over h gives the product and |h|^2. Column i of gate is computed
+from row i of W, and column i of up from row i + n. One program computes both and multiplies them.
 
 The kernel is for at most 16 rows, which is the smallest side of a matrix unit's tile. With more rows the
-matrix library is better at reading the states, so norm and product are PyTorch's and only `swiglu_kernel`
-remains, which makes eight kernels a block. float16 always takes that way: s * h may be larger than its
-largest number.
+matrix library is better at reading the states. Norm and product are then PyTorch's, `swiglu_kernel` does the
+rest, and a block has eight kernels. float16 is always computed in this second way, because s * h may be
+larger than the largest float16 number.
 
-`add_product_in_place` needs no kernel of its own: the matrix library adds to what is in its output.
+`add_product_in_place` needs no kernel of ours: the matrix library can add a product to its output.
 
 The functions named *_reference are PyTorch, for every device and dtype, and call the modules that they are
 given. kernels/__init__.py chooses. What none of them does: gradients on a GPU.
@@ -36,7 +36,8 @@ MOST_ROWS = 16                  # for norm_product_kernel
 
 
 def norm_product_reference(h, norm, linear, activation=None):
-    """States (B, 1, d) -> linear(norm(h)) (B, 1, n), or with an activation the half of it that it gates.
+    """States (B, 1, d) -> linear(norm(h)) (B, 1, n). With an activation the linear gives [gate, up], of width
+    2 n, and the result is activation(gate) * up (B, 1, n).
 
     norm: a module with weight and eps. linear: a module with weight and bias.
     """
@@ -59,7 +60,8 @@ def add_product_reference(h, x, linear):
 
 
 def add_product_in_place(h, x, linear):
-    """The same on a GPU, written over h: one call of the matrix library, which rounds once."""
+    """The same on a GPU, written over h, by one call of the matrix library. The product is not rounded before
+    it is added, so the result is rounded only once."""
     assert linear.bias is None
     h.view(-1, h.shape[-1]).addmm_(x.flatten(0, 1), linear.weight.t())
     return h
@@ -80,7 +82,8 @@ if triton:
     def norm_product_kernel(h, norm_weight, W, bias, y, B, d, n, eps, GATED: tl.constexpr, M: tl.constexpr,
                             N: tl.constexpr, D: tl.constexpr, CPU: tl.constexpr):
         """Program i computes N columns of y for all rows. W is (n, d), or (2 n, d) if GATED."""
-        # The interpreter stores bfloat16 as integers, and tl.dot would multiply these: use float32 there.
+        # Triton's interpreter stores bfloat16 as integers, and its tl.dot would multiply these integers. So
+        # use float32 there.
         FACTOR: tl.constexpr = tl.float32 if CPU else W.dtype.element_ty
         row = tl.arange(0, M)
         out = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
@@ -108,7 +111,7 @@ if triton:
                 tile = tl.load(weights, mask=exists, other=0.0).to(FACTOR)
                 up = tl.dot(tile, x, up, input_precision='ieee')
 
-        # The norm's factor, and what follows the product.
+        # Apply the norm's factor. Then add the bias, or multiply silu(gate) by up.
         factor = tl.rsqrt(squares / d + eps)[None, :]                        # (1, M)
         product *= factor
         if bias is not None:
@@ -135,7 +138,8 @@ def norm_product_fits(h):
 
 
 def norm_product_triton(h, norm, linear, gated=False):
-    """The same as norm_product_reference, with silu if gated. States and weights are of one dtype."""
+    """The same as norm_product_reference; gated: with silu as the activation. States and weights have one
+    dtype."""
     W = linear.weight
     d = h.shape[-1]
     B = h.numel() // d
@@ -146,8 +150,8 @@ def norm_product_triton(h, norm, linear, gated=False):
                          f'got {[(x.dtype, tuple(x.shape), x.stride()) for x in tensors]}')
     assert not gated or linear.bias is None
 
-    # A narrow output is cut finely, so that every multiprocessor has a part. A tile of the weights has 8 KB;
-    # in float32, which is multiplied without matrix units, it has what the registers hold.
+    # A narrow output has narrow tiles, so that every multiprocessor gets one. A tile of the weights has 8 KB
+    # in bfloat16. Float32 is multiplied without matrix units, and its tile must fit in the registers.
     N = 16 if n <= 4096 else 32
     D = 64 if h.dtype == torch.float32 else 4096 // N
     y = torch.empty(*h.shape[:-1], n, dtype=h.dtype, device=h.device)

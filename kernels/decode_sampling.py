@@ -1,25 +1,25 @@
 """
 The end of a decode step: draw one token for each slot from its logits, and record it in the slot's state.
 
-    u = the slot's uniform number at this position       a function of its key and its count alone
+    u = the slot's uniform number at this position       depends on its key and its number of tokens only
     token = the one at which the cumulative sum of the probabilities passes u
     record the token; if it ends the answer, the slot is done
 
-`sample_next_reference` is the PyTorch reference implementation, for every device; its parts are below it. In
-PyTorch these are 68 operations on small tensors, and each of them is a kernel. `sample_next_triton` does the
-same in two:
+`sample_next_reference` is the PyTorch reference implementation, for every device; the functions that it calls
+are below it. It consists of 68 operations on small tensors, and each of them is a kernel.
+`sample_next_triton` does the same in two kernels:
 
     sum_blocks     each program reads 1024 logits x of a row: their maximum m_j, and s_j = sum exp(x - m_j)
     draw_token     one program a row: the block where the cumulative sum of s_j exp(m_j - max m) passes u
                    of its total, then the token within this block, then the record
 
-So many programs read the logits of a row, and only one block of them is read again. Exponentials are float32
-and the sums over blocks, and over the tokens of the block, are float64. The token is the reference's, unless
-u lies within a rounding of the border between two tokens. At temperature 0 the likeliest token has the mass
-1 and the others have 0, and the same search finds it.
+In this way several programs share the logits of a row, and `draw_token` reads only one block of them again.
+Exponentials are float32. The sums over blocks, and over the tokens of the block, are float64. The token is
+the reference's, unless u is so near to the border between two tokens that rounding decides. At temperature 0
+the likeliest token has the mass 1 and the others have 0, and the same search finds it.
 
-Top-k and top-p need the probabilities in order, and sorting is PyTorch's: then the kernels draw from the
-logarithms of what `distribution` gives, after 8 to 18 more launches.
+Top-k and top-p need sorted probabilities, and PyTorch sorts them. Then `distribution` takes 8 to 18 more
+launches, and the kernels draw from the logarithms of its probabilities.
 
 What the kernels do not do: float64.
 
@@ -113,8 +113,8 @@ def uniform(keys, position):
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Logits (B, V) -> probabilities (B, V) in float32, after temperature, top-k and top-p, in this order.
 
-    A tie at rank k keeps all of the tied tokens. What is removed last is not handed to the others, so a row
-    can sum to less than 1; `pick` multiplies u by the sum.
+    If several tokens tie at rank k, all of them are kept. The probabilities that remain are not normalised
+    again, so a row can sum to less than 1; `pick` multiplies u by the sum.
     """
     p = (logits.float() / temperature).softmax(-1)
     if 0 < top_k < p.shape[-1]:
@@ -133,8 +133,9 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
 def first_above(mass, x):
     """The first column of each row where the cumulative mass (B, n) is above x (B, 1) -> (B, 1).
 
-    The mass rises in this column, so the token there has a positive probability. Rounding can lift x to the
-    total mass, which nothing is above: x is kept just below it. The clamp is for NaN.
+    The cumulative mass increases in this column, so its token has a positive probability. Rounding can make x
+    as large as the total mass, and then no column is above it. So x is kept just below the total. The clamp
+    is for NaN.
     """
     just_below_total = torch.nextafter(mass[:, -1:], torch.zeros_like(x))
     column = torch.searchsorted(mass, torch.minimum(x, just_below_total), right=True)
@@ -162,7 +163,7 @@ def invert_in_blocks(p, u, block_size=512):
     x = u[:, None] * mass[:, -1:]                                            # (B, 1)
     block = first_above(mass[:, 1:].contiguous(), x)                         # (B, 1)
 
-    # What is left of x after the blocks before is looked for within the block.
+    # Subtract the mass of the blocks before it from x, and search within the block for what remains.
     inside = blocks.take_along_dim(block[..., None], 1).squeeze(1)           # (B, 512)
     token = first_above(inside.to(u).cumsum(-1), x - mass.gather(-1, block))
     return block * block_size + token
@@ -171,8 +172,8 @@ def invert_in_blocks(p, u, block_size=512):
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0, vocab=None):
     """One token a row: invert the cumulative distribution of the logits (B, V) at u (B,) in [0, 1) -> (B,).
 
-    The sums are float64. In float32 a sum over 150,000 tokens could end below 1, and a u above it would go
-    to the last token, although top-p removed it. The settings are those of `Sampling`.
+    The sums are float64. In float32 a sum over 150,000 tokens could end below 1, and a u above that sum would
+    give the last token, even if top-p had removed it. The settings are those of `Sampling`.
     """
     logits = logits[:, :vocab]
     if temperature == 0:
@@ -216,7 +217,7 @@ if triton:
         j = tl.program_id(1)
         x = load_block(logits + row * row_stride, j, V, vocab, temperature, N)
 
-        # A block of -inf alone has the sum 0.
+        # If all logits of the block are -inf, so is m, and x - m would be NaN. With -1e38 the sum is 0.
         m = tl.max(x, 0)
         s = tl.sum(tl.exp(x - tl.maximum(m, -1e38)), 0)
         at = row * tl.num_programs(1) + j
@@ -236,7 +237,7 @@ if triton:
         x = u * tl.sum(mass, 0)
         first_above = tl.min(tl.where(has_mass & (cumulative > x), index, N), 0)
 
-        # Rounding can lift x to the total, which nothing is above: then take the last index that has mass.
+        # Rounding can make x as large as the total, and nothing is above it: take the last index with mass.
         last = tl.max(tl.where(has_mass, index, 0), 0)
         found = tl.minimum(first_above, last)
         end = tl.sum(tl.where(index == found, cumulative, 0.0), 0)
@@ -276,8 +277,9 @@ if triton:
             mass = s.to(tl.float64) * tl.exp(m - largest).to(tl.float64)
         j, u = search(mass, u, BLOCKS)
 
-        # Find the token within the block. Its masses are rounded in other ways than their sum in `mass` was.
-        # So u goes on as a part of the whole: what is left of the sum could end beyond the last likely token.
+        # Find the token within the block. The sum of its masses is rounded differently than in sum_blocks. So
+        # the search continues with u, a share of the block's mass. With a remainder of the mass, as in the
+        # reference, it could end behind the last likely token.
         logit = load_block(logits + row * row_stride, j, V, vocab, temperature, N)
         if GREEDY:
             mass = (logit == largest).to(tl.float64)
@@ -308,7 +310,7 @@ def sample_next_triton(state, slots, logits):
     greedy = sampling.temperature == 0
     temperature = 1.0 if greedy else float(sampling.temperature)
 
-    # What top-k and top-p leave: the logarithms of probabilities are logits, and those of 0 are -inf.
+    # With top-k or top-p draw from what they keep. Logarithms of probabilities are logits; log 0 is -inf.
     if not greedy and (sampling.top_k > 0 or sampling.top_p < 1):
         p = distribution(logits[:, :vocab], temperature, sampling.top_k, sampling.top_p)     # (n, vocab)
         logits = p.log()

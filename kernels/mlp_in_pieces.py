@@ -3,10 +3,10 @@ The MLP of a block that is recomputed in the backward, in pieces of tokens.
 
     h + mlp(norm2(h)), (B, T, d) -> (B, T, d)
 
-With recomputed blocks (checkpointing=True) an update keeps one state (B, T, d) a block, and in the backward
-it makes one block's other tensors again. Those of the MLP are ff wide, about six times d: for two sequences
-of 16,384 tokens they are more than the kept states of all 28 blocks of R1-Distill-Qwen-1.5B. Here at most
-PIECE tokens have them at once. `python -m studies.peaks --count` counts both ways.
+With recomputed blocks (checkpointing=True) an update keeps the input (B, T, d) of each block, and in the
+backward it computes the block's other tensors again. Those of the MLP are ff wide, about six times d. For two
+sequences of 16,384 tokens they are larger than the kept inputs of all 28 blocks of R1-Distill-Qwen-1.5B. With
+this file they exist for at most PIECE tokens at once. `python -m studies.peaks --count` counts both ways.
 
 Simpler than a fused kernel: the operations are PyTorch's, and only the last product is differentiated by
 hand. It is used where it saves memory (`in_pieces`); everywhere else a block is as model.Block.forward has
@@ -16,18 +16,19 @@ Letters: B rows, T tokens, T' of them in a piece, d width, ff width of the MLP.
 """
 import torch
 
-# Most tokens of a piece. More would need more memory: the backward of a piece has seven tensors of width ff
-# at once, 0.26 GB for ff = 8,960 in bfloat16. Fewer would lose time: each piece reads the weights again and
-# adds to the sums of their gradients, and 2,048 x 1,536 results of `down` are 192 tiles of 128 x 128, with
-# which the 132 processors of an H100 are just busy.
+# The most tokens of a piece. More tokens would need more memory: the backward of a piece has seven tensors of
+# width ff at once, 0.26 GB for ff = 8,960 in bfloat16. Fewer tokens would take more time: each piece reads
+# the weights again and adds to the sums of their gradients. Also, the 2,048 x 1,536 results of `down` are 192
+# tiles of 128 x 128, which is just enough for the 132 multiprocessors of an H100.
 PIECE = 2048
 
 
 def in_pieces(h, block):
     """Is the MLP of a block that is recomputed taken in pieces? h (B, T, d): the states that it reads.
 
-    Not if they are one piece. Not under torch.compile, whose graph would hold all pieces one after another.
-    And not if a part of the MLP is frozen, for which `piece_gradients` would be longer.
+    It is not if all tokens fit in one piece. It is not under torch.compile, whose graph would contain all
+    pieces one after another. And it is not if a part of the MLP is frozen: `piece_gradients` differentiates
+    by all weights.
     """
     B, T, _ = h.shape
     learns = all(weight.requires_grad for weight in mlp_weights(block))
@@ -35,7 +36,10 @@ def in_pieces(h, block):
 
 
 def pieces(x):
-    """x (B, T, d) -> views (B, T', d) of it, of equal length but for one token, at most PIECE tokens each."""
+    """x (B, T, d) -> views (B, T', d) of it, of at most PIECE tokens each. Their T' differ by at most one.
+
+    Example: B = 2 and T = 2,500 with PIECE = 2,048 give T' = 834, 833 and 833.
+    """
     B, T, _ = x.shape
     count = -(-T // max(1, PIECE // B))
     return x.tensor_split(count, 1)
@@ -47,11 +51,12 @@ def mlp_weights(block):
 
 
 def add_mlp_in_pieces(h, block):
-    """h + mlp(norm2(h)) of a block, (B, T, d) -> (B, T, d). Of all this, h alone is kept for the backward.
+    """h + mlp(norm2(h)) of a block, (B, T, d) -> (B, T, d). Only h is kept for the backward.
 
-    The numbers come after h was kept. A recomputation stops as soon as it has made all that is kept, so it
-    does not multiply here: the backward does, a piece at a time. No product is computed more often than
-    without pieces.
+    `MLPInPieces.apply` keeps h before any number of the result is computed. When torch's checkpoint computes
+    a block again, it stops as soon as it has all kept tensors, so it never reaches the loop below. The
+    backward of MLPInPieces computes what it needs of the MLP itself, a piece at a time. So no product is
+    computed more often than without pieces.
     """
     result = MLPInPieces.apply(h, block, *mlp_weights(block))
     with torch.no_grad():
@@ -61,7 +66,8 @@ def add_mlp_in_pieces(h, block):
 
 
 class MLPInPieces(torch.autograd.Function):
-    """The backward of `add_mlp_in_pieces`. Its forward keeps h and makes room for the result."""
+    """The backward of `add_mlp_in_pieces`. Its forward keeps h and allocates the result, which it does not
+    compute."""
     @staticmethod
     def forward(ctx, h, block, *weights):
         ctx.save_for_backward(h)
@@ -74,14 +80,14 @@ class MLPInPieces(torch.autograd.Function):
         weights = mlp_weights(ctx.block)
         grad_h = torch.empty_like(h)                                         # (B, T, d)
 
-        # A weight's gradient is a sum over all tokens. A piece's part of it is rounded to the dtype of the
-        # weight, as the whole sum would be; the parts are added in float32, and rounded once more.
+        # A weight's gradient is a sum over all tokens. The part of one piece is rounded to the dtype of the
+        # weight, as the whole sum would be. The parts are added in float32, and the sum is rounded once more.
         sums = []
         for weight in weights:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             sums.append(torch.zeros_like(weight, dtype=dtype))
 
-        # The states are also added to the MLP's result, so the result's gradient is a part of theirs.
+        # The result is h + mlp(norm2(h)), so its gradient reaches h directly and through the MLP.
         for piece, grad_piece, grad_h_piece in zip(pieces(h), pieces(grad), pieces(grad_h), strict=True):
             through_mlp, *parts = piece_gradients(ctx.block, piece, grad_piece)
             grad_h_piece.copy_(grad_piece + through_mlp)
@@ -91,9 +97,10 @@ class MLPInPieces(torch.autograd.Function):
 
 
 def piece_gradients(block, h, grad):
-    """Gradients of mlp(norm2(h)): of h (B, T', d), and of the `mlp_weights`. grad (B, T', d): the result's.
+    """Gradients of mlp(norm2(h)) with respect to h (B, T', d) and to the `mlp_weights`.
 
-    The last product is differentiated by hand, because its result is not needed here.
+    grad (B, T', d): the gradient of the result. The last product is differentiated by hand, so that it need
+    not be computed again.
     """
     norm, gate_up, down = mlp_weights(block)
     with torch.enable_grad():

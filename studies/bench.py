@@ -21,19 +21,25 @@ Speed and memory, ours beside its peers, on random weights at true shapes. Downl
                                                   on every machine
     python -m studies.bench head --expect h200    nothing runs: the limit on a GPU that is not at hand
 
-Each line is printed, and appended as JSON to out/bench.jsonl (--out), the moment it is measured; a line that
-fails is one with its error. Peak is what a case needs beyond its inputs: the allocator's figure on CUDA; the
-process's resident set on a CPU, where each line is measured in a process of its own, so that none inherits
-another's memory (the libraries' own buffers count too); tensors alive at once with --count. Seconds are the
-median and the range of the repeats; decode's are of one token. `limit` is the least time that the work can
-take with the machine's measured copy bandwidth and matrix product, see studies/limits.py.
+As soon as a line is measured, it is printed and appended as JSON to out/bench.jsonl (--out). If a line fails,
+its error is recorded. The columns:
+
+    peak_mb       memory that a case needs beyond its inputs: on CUDA the allocator's figure; on a CPU that of
+                  the process's resident set, the libraries' own buffers included, in a process for each line;
+                  with --count the bytes of the tensors that exist at once
+    seconds       the median of the repeats, between `low` and `high`; in the table decode of one token
+    time          seconds, divided by those of the first line
+    limit         the least seconds that the work can take at the machine's copy bandwidth and at the speed of
+                  its matrix product, which are measured too: see studies/limits.py
+    V-axis        with --count: tensors that have an axis of the vocabulary's length
+    waits         with --count: how often the host would wait for its GPU
 
 Peers (studies/peers.py): transformers' model of the same weights, with generate() or its caches; Liger-Kernel
-or its scheme; `whole logits`, the readable loss under autograd. A vocabulary that the tokenizer does not fill
-(--vocab) is cut for our lines, as distill.py does it, and not for the peers, which have no such option.
+or its scheme; `whole logits`, the readable loss under autograd. Some embeddings have more rows than the
+tokenizer has ids (--vocab). Our lines leave the other rows out, as distill.py does. The peers cannot.
 
-Simpler than usual: one process, no harness; what is not measured is made when the first line asks for it.
-What it does not do: several GPUs, servers such as vLLM.
+Simpler than usual: no framework for benchmarks. The inputs of a line are made when it is measured, and this
+is not part of its seconds. What it does not do: several GPUs, servers such as vLLM.
 
 Letters: B rows, T tokens, K supervised rows, L layers, d width, V vocabulary.
 """
@@ -79,7 +85,7 @@ LAST_K = 2000                   # supervised positions of an answer, the paper's
 
 
 def random_model(c, env, seed=0):
-    """A model of a shape, its weights as torch makes them, on the device and in the dtype at once."""
+    """A model of a shape with torch's default weights, made directly on the device and in the dtype."""
     torch.manual_seed(seed)
     with env.device:
         return Model(c).to(env.dtype).requires_grad_(False).eval()
@@ -124,8 +130,8 @@ class Trainer:
 
 
 def work_of_update(args, env, lengths, terms):
-    """Prompt and answer of these lengths, and the terms that are trained -> the limit's parts, bytes of the
-    float32 gradients."""
+    """Lengths of prompts and answers together, and the terms that are trained (see Trainer.update) -> the
+    limits.Part of an update, and the bytes of its float32 gradients."""
     c = PRESETS[args.model]
     oprd_weight, opd_weight, _, _ = terms
     vocab = args.vocab or c.V
@@ -200,7 +206,7 @@ def step_cases(args, env):
     ways['rollout alone'] = lambda trainer: trainer.rollout(prompts, lengths)
 
     def make():
-        """The kernels are compiled by short steps."""
+        """A trainer after one short step of each kind, which compile the kernels."""
         trainer = Trainer(args, env)
         for terms in trained.values():
             trainer.update(trainer.rollout(prompts, [2] * args.rows), terms)
@@ -221,8 +227,8 @@ STEPS = 32                      # decode steps of a call, as many as between two
 
 
 class Decode:
-    """A token for each of B rows that hold `context` tokens, sampling included. What keys the cache holds
-    does not change the time, so no text is read."""
+    """A token for each of B rows that hold `context` tokens, sampling included. The time does not depend on
+    the numbers in the cache, so no prompt is read and they stay zero."""
     def __init__(self, model, B, context, vocab):
         self.context = context
         self.slots = Slots(model, B, context, context + STEPS, 32768, Sampling(stop=[], vocab=vocab))
@@ -242,33 +248,34 @@ class Decode:
 
 
 def decode_plainly(decode):
-    """Without model.Linear's way of multiplying a few rows."""
+    """A decode step with nn.Linear's products, and not those of packed weights (see model.Linear)."""
     with mock.patch.object(Linear, 'forward', torch.nn.Linear.forward):
         decode()
 
 
 def decode_by_library(decode):
-    """Every product by the matrix library, and none by kernels/decode_products.py's own kernel."""
+    """A decode step with every product by the matrix library, and none by our `norm_product_kernel`."""
     with mock.patch.object(decode_products, 'MOST_ROWS', 0):
         decode()
 
 
 def never_fused(h):
-    """In place of kernels.fused: PyTorch's references run on every device."""
+    """Takes the place of kernels.fused, so that PyTorch's references run on every device."""
     return False
 
 
 class CompiledDecode(Decode):
-    """The same step with PyTorch's references in place of our kernels, compiled as a whole by torch.compile;
-    on CUDA it is then recorded in a CUDA graph like ours. Compiling takes minutes, on a CPU many."""
+    """The same step with PyTorch's references in place of our kernels, compiled as a whole by torch.compile.
+    On CUDA the compiled step is recorded in a CUDA graph, like ours. Compiling takes minutes, and even longer
+    on a CPU."""
     def __init__(self, *inputs):
         super().__init__(*inputs)
         self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False)
         self.replay = Replay() if self.slots.ids.is_cuda else call
 
     def step(self):
-        """All columns of the cache are read, and the mask hides those beyond an answer: a number that grows
-        with the answer would be compiled anew at every step."""
+        """One step that reads all columns of the cache; the mask hides those beyond an answer. If `longest`
+        grew with the answer, torch.compile would compile a new graph at every step."""
         self.slots.cache.longest = self.slots.cache.room
         self.slots.decode_step()
 
@@ -276,7 +283,7 @@ class CompiledDecode(Decode):
     def __call__(self):
         self.rewind()
         with mock.patch.object(kernels, 'fused', never_fused):
-            # The model computes its rotary frequencies once: before the step is compiled.
+            # The model keeps its rotary frequencies. They must be computed before the step is compiled.
             self.slots.model.rope_frequencies(self.slots.cache.limit, self.slots.ids.device)
             for _ in range(STEPS):
                 self.replay(self.compiled)
@@ -291,8 +298,8 @@ def decode_cases(args, env):
     cases = {}
     for B in args.batch:
         for context in args.context:
-            # What takes a minute or more to compile: on a GPU for the first context only, on a CPU for those
-            # who name it.
+            # Some lines take a minute or more to compile. On a GPU they are measured for the first context
+            # only, and `compiled references` on a CPU only if --case names it.
             first = context == args.context[0]
             lines = our_decode(model, args, B, context, on_cpu)
             lines |= their_decode(theirs, args, B, context, static=on_cpu or first)
@@ -307,11 +314,13 @@ def decode_cases(args, env):
 
 
 def made_of(kind, model, *inputs):
+    """An object of the class `kind`. model: a function that makes the model when it is first called."""
     return kind(model(), *inputs)
 
 
 def our_decode(model, args, B, context, on_cpu):
-    """A decode step of ours, and one with other products. On a GPU each has a CUDA graph of its own."""
+    """The lines of our decode step, and of the same with other products. On a GPU each has a CUDA graph.
+    model: as in `made_of`."""
     make = partial(made_of, Decode, model, B, context, args.vocab)
     lines = made_first(make, {'': call})
     if on_cpu:
@@ -320,35 +329,47 @@ def our_decode(model, args, B, context, on_cpu):
 
 
 def their_decode(theirs, args, B, context, static):
-    """That of transformers with its dynamic cache, and with its static one."""
+    """The lines of transformers' decode step, with its dynamic cache and, if `static`, its static cache."""
     if not installed('transformers'):
         return {}
     c = PRESETS[args.model]
+    names = ['transformers']
+    if static:
+        names.append('transformers static')
     lines = {}
-    for name in ('transformers', 'transformers static')[:1 + static]:
+    for name in names:
         make = partial(made_of, TransformersDecode, theirs, c, B, context, STEPS, name.endswith('static'))
         lines |= made_first(make, {name: call})
     return lines
 
 
 def rollout_cases(args, env):
-    """`rows` greedy answers, a batch at a time, of `tokens` tokens each, or of lengths spread as an
-    exponential of mean tokens / 5, cut at `tokens`. A finished row of a static batch is computed on."""
+    """`rows` greedy answers in batches. "equal": each has `tokens` tokens. "spread": their lengths are drawn
+    from an exponential distribution of mean tokens / 5, and cut at `tokens`."""
     c = PRESETS[args.model]
-    model, prompts = random_model(c, env), prompts_of(args)
+    model = random_model(c, env)
+    prompts = prompts_of(args)
     theirs = cache(lambda: transformers_model(model, env))
-    rng, B = random.Random(0), args.batch[-1]
+    B = args.batch[-1]
+    rng = random.Random(0)
     spread = [min(args.tokens, 1 + int(rng.expovariate(5 / args.tokens))) for _ in prompts]
     how = dict(stop=[], temperature=0.0, vocab=args.vocab)
 
-    def refilled(most):
+    def refilled(lengths):
+        """Answers of these lengths; a slot whose answer has ended gets the next prompt."""
         requests = [(p, i, 0) for i, p in enumerate(prompts)]
-        got = stream(model, requests, rows=B, max_new_tokens=most, poll_every=32 * args.count, **how)
+        got = stream(model, requests, rows=B, max_new_tokens=lengths, poll_every=32 * args.count, **how)
         return [ids for _, ids, _ in sorted(got)]
 
-    def batches(most, run):
-        return [ids[:n] for i in range(0, len(prompts), B)
-                for ids, n in zip(run(prompts[i:i + B], most[i:i + B]), most[i:i + B], strict=True)]
+    def batches(lengths, run):
+        """Answers of these lengths by run(prompts, lengths), B prompts at a time. `run` may write more
+        tokens, up to the longest of a batch, and these are cut off."""
+        answers = []
+        for first in range(0, len(prompts), B):
+            wanted = lengths[first:first + B]
+            written = run(prompts[first:first + B], wanted)
+            answers += [ids[:length] for ids, length in zip(written, wanted, strict=True)]
+        return answers
 
     @torch.no_grad()
     def products():
@@ -360,33 +381,36 @@ def rollout_cases(args, env):
             for layer in layers:
                 layer(x[layer.in_features])
 
-    def static(some, most):
-        return sample(model, some, max_new_tokens=max(most), poll_every=32 * args.count, **how).answers()
+    def static(batch, lengths):
+        longest = max(lengths)
+        return sample(model, batch, max_new_tokens=longest, poll_every=32 * args.count, **how).answers()
 
-    def slow(some, most):
-        return naive(model, some, max_new_tokens=max(most), **how).answers()
+    def without_cache(batch, lengths):
+        return naive(model, batch, max_new_tokens=max(lengths), **how).answers()
 
-    def transformers(some, most):
-        ids = torch.tensor(some, device=env.device)
-        out = theirs().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(most),
-                                min_new_tokens=max(most), eos_token_id=None, pad_token_id=0, do_sample=False)
+    def transformers(batch, lengths):
+        ids = torch.tensor(batch, device=env.device)
+        longest = max(lengths)
+        out = theirs().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest,
+                                min_new_tokens=longest, eos_token_id=None, pad_token_id=0, do_sample=False)
         return out[:, ids.shape[1]:].tolist()
 
     cases = {}
-    for name, most in (('equal', [args.tokens] * len(prompts)), ('spread', spread)):
-        cases[f'{name}: refilled'] = Case(partial(refilled, most), tokens=sum(most))
-        cases[f'{name}: static batches'] = Case(partial(batches, most, static), tokens=sum(most))
+    equal = [args.tokens] * len(prompts)
+    short = [min(8, args.tokens)] * len(prompts)
+    for name, lengths in (('equal', equal), ('spread', spread)):
+        cases[f'{name}: refilled'] = Case(partial(refilled, lengths), tokens=sum(lengths))
+        cases[f'{name}: static batches'] = Case(partial(batches, lengths, static), tokens=sum(lengths))
         if importlib.util.find_spec('transformers'):
-            peer = partial(batches, most, transformers)
-            cases[f'{name}: transformers'] = Case(peer, tokens=sum(most), ready=theirs)
-    bound = Case(products, tokens=args.tokens * len(prompts))
-    cases['equal: matrix products alone'] = bound
-    few = [min(8, args.tokens)] * len(prompts)
-    cases['8 tokens, naive'] = Case(partial(batches, few, slow), tokens=sum(few))
+            peer = partial(batches, lengths, transformers)
+            cases[f'{name}: transformers'] = Case(peer, tokens=sum(lengths), ready=theirs)
+    cases['equal: matrix products alone'] = Case(products, tokens=sum(equal))
+    cases['8 tokens, naive'] = Case(partial(batches, short, without_cache), tokens=sum(short))
+
     for name, case in cases.items():
-        lengths = few
+        lengths = short
         if name.startswith('equal'):
-            lengths = [args.tokens] * len(prompts)
+            lengths = equal
         if name.startswith('spread'):
             lengths = spread
         case.work = limits.rollout(model.config, PROMPT, lengths, B, env.dtype.itemsize)
@@ -395,6 +419,7 @@ def rollout_cases(args, env):
 
 # ---- the table -----------------------------------------------------------------------------------
 
+# The arguments that a table uses: they are printed above it.
 USES = {'loss': ['rows', 'tokens'], 'head': ['rows', 'chunk', 'vocab'], 'update': ['rows', 'tokens', 'vocab'],
         'decode': ['batch', 'context', 'vocab'], 'rollout': ['rows', 'tokens', 'batch', 'vocab'],
         'step': ['rows', 'tokens', 'vocab']}
@@ -408,11 +433,11 @@ TABLES = {'decode': decode_cases, 'loss': loss_cases, 'head': head_cases, 'updat
 GPU_COMMANDS = ('decode --batch 1', 'decode --batch 2', 'decode --batch 16', 'loss', 'head', 'head --vocab 0',
                 'update', 'update --rows 2', 'rollout', 'step')
 
-# How the seconds of a command are estimated: generously, so that none is cut off.
-START = 60                      # libraries, models, kernels of Triton
-COMPILE = 100                   # a line for which torch.compile is called
-SLOWER = 3                      # times as long as `expected`
-PEER_LAUNCH = 2e-4              # seconds for each of our launches, for transformers: 30 ms a token
+# The estimate of a command's seconds is generous, so that no command is cut off.
+START = 60                      # seconds: to import libraries, make models, compile Triton's kernels
+COMPILE = 100                   # seconds: for a line that calls torch.compile
+SLOWER = 3                      # a step may take so many times the seconds of limits.expected
+PEER_LAUNCH = 2e-4              # seconds of transformers for each launch of ours: 156 launches are 31 ms
 
 
 def seconds_of(command, env, gpu):
@@ -449,7 +474,7 @@ def run_all(env):
         try:
             child.wait()
         except KeyboardInterrupt:
-            return child.wait()              # Ctrl-C has reached it too: it says so, once
+            return child.wait()              # Ctrl-C has reached the child too, and it prints the message
         print(f'[{time.monotonic() - began:.0f} s]\n', flush=True)
 
 
@@ -476,8 +501,8 @@ def show_table(args, env):
     """A table, or those of its lines that --case names."""
     args = sized(args, env)
 
-    # On a CPU each of several lines is measured in a process of its own. Only the names are wanted here then,
-    # and a toy has the same.
+    # On a CPU each of several lines is measured in a process of its own. This process then needs only the
+    # names of the lines, so it makes the cases of the toy, which have the same names.
     one_line = args.case is not None and len(args.case) == 1
     alone = env.device.type == 'cpu' and not args.count and not one_line
     small = {'model': 'toy', 'vocab': None, 'rows': 1, 'tokens': 2} if alone else {}
@@ -494,7 +519,8 @@ def show_table(args, env):
 
 
 def of_different_work(names, cases):
-    """Of lines that do the same work in several ways, and so have the same limit, the name of the first."""
+    """Several lines can do the same work in different ways, and have the same limit -> names, without those
+    whose work is that of an earlier line."""
     chosen = []
     for name in names:
         if cases[name].work not in [cases[before].work for before in chosen]:
@@ -502,8 +528,8 @@ def of_different_work(names, cases):
     return chosen
 
 
-# What is measured where nothing is said: on two CPU cores a few minutes a table; on a GPU the paper's shapes;
-# with --count small ones, for counts do not depend on a machine.
+# Sizes where the command line gives none. CPU: a table takes a few minutes on two cores. GPU: the paper's
+# shapes. COUNT: small ones for --count, whose counts do not depend on the machine.
 CPU = {'loss': dict(model='r1_1p5b', rows=250, tokens=2048, repeat=3),
        'head': dict(model='r1_1p5b', rows=2048), 'update': dict(rows=2, tokens=224, repeat=2),
        'decode': dict(batch=[1, 4, 16], context=[128], repeat=3), 'rollout': dict(rows=64, tokens=160),
@@ -518,7 +544,7 @@ COUNT = {'loss': dict(rows=128, tokens=1024), 'head': dict(rows=512), 'update': 
 
 
 def sized(args, env):
-    """The arguments with the sizes that were not given."""
+    """The arguments, with default sizes where the command line gives none."""
     on_gpu = env.device.type in ('cuda', 'meta')
     usual = dict(repeat=1, rows=1, tokens=1, batch=[16], context=[1])
     usual['model'] = 'r1_1p5b' if on_gpu else 'smollm2'
@@ -528,7 +554,7 @@ def sized(args, env):
     given = {key: value for key, value in vars(args).items() if value is not None}
     args = Namespace(**vars(args) | usual | given)
     if min(args.rows, args.tokens, args.repeat, *args.batch, *args.context) < 1 or args.chunk < 0:
-        raise UserError('rows, tokens, batch, context and repeat begin at 1')
+        raise UserError('rows, tokens, batch, context and repeat begin at 1, chunk at 0')
 
     # Ids that are drawn and compared; None: all.
     if args.vocab is None:

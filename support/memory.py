@@ -149,9 +149,9 @@ def kept_by_block(c, s, cuda):
     return kept
 
 
-def kept_by_lean_block(c, s, cuda):
+def kept_by_block_in_pieces(c, s, cuda):
     """Bytes per token that one block keeps for its backward when it is recomputed with its MLP in pieces
-    (model.Block.lean), beside its input."""
+    (model.Block.forward_in_pieces), beside its input."""
     kept = s * (c.H + 2 * c.G) * c.e                             # q and k, rotated, and a copy of v
     if c.qk_norm:
         kept += (c.H + c.G) * kept_by_norm(c.e, s, cuda)
@@ -497,7 +497,7 @@ def backward_in_pieces(l, plan, batch, rows):
     or of its first norm."""
     c = plan.student
     s = plan.s
-    block = kept_by_lean_block(c, s, plan.cuda)
+    block = kept_by_block_in_pieces(c, s, plan.cuda)
     inputs = l * s * c.d * batch.tokens
 
     # The MLP: the gradients of its result and of its input, and a piece. The gradients of its three matrices

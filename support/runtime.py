@@ -148,16 +148,17 @@ def check_device(device, dtype, local, world):
 ALLOCATOR = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')    # the newer and the older name
 
 def use_gpu(device):
-    """Make this GPU the one of the process, with segments of memory that grow, unless the user's environment
-    says something about the allocator.
+    """Make this GPU the current device of the process, with `expandable_segments` in torch's allocator.
 
-    Segments of fixed sizes end up with gaps, too short for the next tensor, where a cache grows and no two
-    batches are equally long. torch reads the variable when it first allocates, so it need not be set before
-    torch is imported. WSL and Tegra boards have no driver that can do it.
+    With segments of fixed sizes the memory becomes fragmented, because caches grow and no two batches have
+    the same length: there are gaps, and each is too short for the next tensor. Expandable segments grow
+    instead. torch reads the variable when it first allocates, so it need not be set before torch is
+    imported. It is not set where the user's environment already configures the allocator, nor on WSL and on
+    Tegra boards, whose drivers do not support it.
     """
-    given = any(name in os.environ for name in ALLOCATOR)
-    cannot = any(word in platform.release().lower() for word in ('microsoft', 'tegra'))
-    if not given and not cannot:
+    configured = any(name in os.environ for name in ALLOCATOR)
+    unsupported = any(word in platform.release().lower() for word in ('microsoft', 'tegra'))
+    if not configured and not unsupported:
         os.environ[ALLOCATOR[0]] = 'expandable_segments:True'
     torch.cuda.set_device(device)
     try:
@@ -165,17 +166,17 @@ def use_gpu(device):
     except RuntimeError as error:
         if 'CUDA driver error' not in str(error):
             raise
-        raise UserError(f'{device}: {str(error).splitlines()[0]}; its driver may not know segments of memory '
-                        f'that grow, try {ALLOCATOR[0]}=expandable_segments:False') from None
+        raise UserError(f'{device}: {str(error).splitlines()[0]}; its driver may not support expandable '
+                        f'segments, try {ALLOCATOR[0]}=expandable_segments:False') from None
 
 
 def padded_length(T, device):
     """How many columns a tensor of ids on this device has, if its longest row has T tokens.
 
-    On CUDA a multiple of 128: there attention builds a plan for every new length, in 23 to 37 ms, and the
-    lengths of answers never repeat. On other devices T itself. The padding is on the right and attention is
-    causal, so no token sees it. 128 divides the original context of longrope models (4,096), so no length is
-    rounded up beyond it, to other frequencies.
+    On CUDA it is the next multiple of 128, on other devices T itself. On CUDA attention builds a plan for
+    every new length, which takes 23 to 37 ms, and almost every batch would have a new one. The padding is on
+    the right and attention is causal, so no token sees it. longrope models have other frequencies beyond
+    their original context of 4,096 tokens. 128 divides 4,096, so rounding up never crosses it.
     """
     return -(-T // 128) * 128 if torch.device(device).type == 'cuda' else T
 

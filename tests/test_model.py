@@ -250,11 +250,11 @@ def test_only_large_matrices_of_a_twin_are_packed(monkeypatch):
     assert model.packed() is model
     monkeypatch.setattr('model.PACKED_FROM', model.blocks[0].mlp.down.weight.numel())
     twin = model.packed()
-    packed = {name for name, module in twin.named_modules() if isinstance(module, Linear) and module.packed is not None}
+    packed = {name for name, module in twin.named_modules() if isinstance(module, Linear) and module.packed_weight is not None}
     sizes = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, Linear)}
     limit = sizes['blocks.0.mlp.down']
     assert packed == {name for name, size in sizes.items() if size >= limit} and 0 < len(packed) < len(sizes)
-    assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
+    assert all(module.packed_weight is None for module in model.modules() if isinstance(module, Linear))
     assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
     assert model.double().packed() is model  # oneDNN has no float64
 

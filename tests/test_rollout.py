@@ -236,7 +236,7 @@ def test_packed_weights_write_the_naive_answers_and_follow_an_update(monkeypatch
             weight.mul_(1.5)
     after = sample(model, PROMPTS, 2, **HOW)
     assert same(after, naive(model, PROMPTS, 2, **HOW)) and not same(before, after)
-    assert len(multiplied) == 2 and all(twin is not model and twin.head.packed is not None for twin in multiplied)
+    assert len(multiplied) == 2 and all(twin is not model and twin.head.packed_weight is not None for twin in multiplied)
 
 
 def test_the_host_polls_once_in_32_tokens():
