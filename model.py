@@ -266,6 +266,7 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
+        self.grouped = c.H != c.G            # a constant to torch.compile, also if models have other numbers
         self.qkv = Linear(c.d, (c.H + 2 * c.G) * c.e, bias=c.qkv_bias)      # queries, keys, values
         self.out = Linear(c.H * c.e, c.d, bias=False)
         if c.qk_norm:
@@ -305,7 +306,7 @@ class Attention(nn.Module):
             if cache.read:
                 k, v = cache.kv[layer][:, :, :, :end].unbind(1)              # (B, G, end, e) each
                 causal = {'attn_mask': causal_lower_right(T, end)}
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=c.H != c.G, **causal)     # (B, H, T, e)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped, **causal)     # (B, H, T, e)
         return self.out(y.transpose(1, 2).reshape(B, T, c.H * c.e))
 
 
