@@ -30,7 +30,7 @@ without everything that makes it fast: minimal.py.
 Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank of a bridge.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,12 +42,12 @@ from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, load_eval_sets, sample_and_grade, shared_scores, table
 from formats.hub import snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
-from formats.problems import load_problems, prompt_order
+from formats.problems import load_problems, prompt_order, show_solutions
 from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
 from losses import BridgeTerm, HiddenTerm
 from output_losses import OutputTerm, make_objective
-from rollout import sample
+from rollout import collect, sample
 from step import (
     Objective,
     accumulate,
@@ -61,7 +61,16 @@ from studies import figures, toy
 from support.answers import keep_answers
 from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
-from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
+from support.optimizer import (
+    adamw,
+    ever_positive,
+    keep_average,
+    learning_rate,
+    move_average,
+    share_below_eps,
+    teach_average,
+    weight_at,
+)
 from support.preflight import preflight
 from support.profile import ProfilingClock
 from support.progress import Progress
@@ -161,6 +170,10 @@ def prepare(cfg, env):
     held_out = {}
     if cfg['eval_data']:
         held_out = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    # In self-distillation the teacher's prompts have the solution in view.
+    if cfg['teacher_sees'] == 'solution':
+        train = show_solutions(train, tok_t, cfg['solution_text'], cfg['max_prompt_tokens'])
+        print0(f'  {len(train)} of them with a solution that the teacher can read')
     # An answer that the grader does not accept as its own can never be scored.
     for problems in (train, *held_out.values()):
         for line in check_answers(problems):
@@ -198,6 +211,8 @@ def load_models(cfg, setup, env, longest):
     output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
     setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output)
     setup.opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'], cfg['weight_decay'])
+    if cfg['teacher_every']:
+        keep_average(setup.opt)
     setup.student = student
     setup.teacher = teacher
 
@@ -237,6 +252,9 @@ def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
     if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
         tok, stop, vocab = setup.tok_t, setup.tok_t.stop_ids, setup.tok_t.size
         sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    if side == 'teacher' and cfg['teacher_sees'] == 'solution':
+        sets = {name: with_teacher_prompts(show_solutions(problems, tok, cfg['solution_text']))
+                for name, problems in sets.items()}
     # Whole weights on every rank while it samples; each rank answers its share of the problems.
     with gathered(getattr(setup, side)) as model:
         rows = sample_and_grade(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
@@ -246,6 +264,11 @@ def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
                                 label=f'evaluate {side}, step {step}')
     keep_answers(run_folder.out, side, step, rows, list(sets), cfg['eval_show'])
     return shared_scores(rows, sets, cfg['eval_n'])
+
+
+def with_teacher_prompts(problems):
+    """Problems whose prompts are the teacher's, with the solution in view."""
+    return [replace(problem, ids=problem.teacher_ids) for problem in problems]
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -317,6 +340,11 @@ def update(cfg, setup, step):
         group['lr'] = lr
     setup.opt.step()
     setup.opt.zero_grad()
+
+    # A teacher that follows the student takes over its weights, or a moving average of them.
+    if cfg['teacher_every'] and step % cfg['teacher_every'] == 0:
+        move_average(setup.opt, cfg['teacher_decay'])
+        teach_average(setup.opt, setup.student, setup.teacher)
     return lr, float(full(norm))
 
 
@@ -328,7 +356,9 @@ def is_diagnosed(step, steps, every):
 
 def sample_answers(cfg, setup, env, problems, mine, step):
     """Step 2: answers with the numbers `mine`, one to each of these problems -> Rollout. The student writes
-    them, or in a control (answers_by) the teacher."""
+    them, or in a control (answers_by) the teacher, or they are the solutions of the problems."""
+    if cfg['answers_by'] == 'solution':
+        return written_solutions(cfg, setup, env, problems)
     writer = {'student': setup.student, 'teacher': setup.teacher}[cfg['answers_by']]
     slots = [i // cfg['n'] for i in mine]
     samples = [i % cfg['n'] for i in mine]
@@ -343,6 +373,16 @@ def sample_answers(cfg, setup, env, problems, mine, step):
     return roll
 
 
+def written_solutions(cfg, setup, env, problems):
+    """The solutions of the problems as if somebody had sampled them -> Rollout."""
+    answers = []
+    for index, problem in enumerate(problems):
+        ids = setup.tok.encode(problem.solution, special=False) + setup.tok.stop_ids[:1]
+        answers.append((index, ids[:cfg['max_new_tokens']], len(ids) <= cfg['max_new_tokens']))
+    requests = [(problem.ids, 0, 0) for problem in problems]
+    return collect(requests, 1, answers, env.device)
+
+
 def supervised_positions(cfg, setup, roll, problems):
     """Step 3: what a teacher of another vocabulary reads (or None), and the mask of supervised
     positions (B, T)."""
@@ -350,11 +390,11 @@ def supervised_positions(cfg, setup, roll, problems):
     size = {'last_k': cfg['last_k'], 'first_k': cfg['first_k'],
             'last_frac': cfg['last_frac'], 'first_frac': cfg['first_frac']}.get(cfg['positions'], 0)
     mask = position_mask(roll, cfg['positions'], size)
-    if setup.same_ids:
+    if setup.same_ids and cfg['teacher_sees'] == 'prompt':
         return None, mask
 
-    # Another vocabulary: the teacher reads its own rendering of the prompt, and the answer's text.
-    prompts_t = [setup.tok_t.chat(problem.question) for problem in problems]
+    # Another vocabulary, or a solution in view: the teacher reads a prompt of its own, and the answer's text.
+    prompts_t = [problem.teacher_ids or setup.tok_t.chat(problem.question) for problem in problems]
     reading = read_rollout(roll, prompts_t, setup.tok, setup.tok_t, setup.teacher.config.context,
                            cfg['pair'], cfg['teacher_ids'])
     return reading, mask & (reading.column >= 0)         # -1: the teacher has no state there
@@ -495,8 +535,10 @@ def main(cfg):
     if toy.ends_dry_run(cfg):
         return
 
-    # The toy makes its own models and problems, once.
+    # The toy makes its own models and problems, once. A self-teacher is the student, read a second time.
     cfg = toy.prepare(cfg, env)
+    if cfg['teacher'] == 'self':
+        cfg = cfg | {'teacher': cfg['student']}
     setup = prepare(cfg, env)
     if cfg['dry_run']:
         return
@@ -504,6 +546,8 @@ def main(cfg):
         names = log_names(cfg, setup, env.device)
         run_folder = begin(out, asked, may_change, env.rank, names)
         resume(run_folder, setup.student, setup.opt, later)
+        if cfg['teacher_every']:
+            teach_average(setup.opt, setup.student, setup.teacher)
         with tracked(run_folder, cfg['report']):
             run_in_folder(cfg, setup, env, run_folder)
 

@@ -31,7 +31,7 @@ config = dict(
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
-    teacher='',                 # Hugging Face folder or id; frozen
+    teacher='',                 # Hugging Face folder or id; frozen. 'self': the student as it is at the start
     data='',                    # training problems: a file (.parquet, .arrow, .jsonl, .json, .csv, .tsv,
                                 # .txt, .gz), a folder, a data set's id, or several with commas; docs/data.md
     eval_data='',               # held-out problems: files, folders or ids like those of data=, each a set of
@@ -39,11 +39,19 @@ config = dict(
                                 # '' = no evaluation; docs/data.md
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
+    teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
+                                # problem's 'solution' in view (self-distillation, section 5 of the paper)
+    solution_text='{question}\n\nThis is a correct solution:\n{solution}\n\nNow solve the problem in your own '
+                  'words.',     # what the teacher is asked then
+    teacher_every=0,            # steps after which the teacher takes over the student's weights; 0 = never
+    teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with teacher_every=1
+                                # = a moving average
     date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
                                 # which the run was started
 
     # rollout: the student's own answers (section 4.1.1)
-    answers_by='student',       # who writes them; 'teacher': a control, without what the student would say
+    answers_by='student',       # who writes them; controls, without what the student would say: 'teacher', or
+                                # 'solution', those that the problems come with
     prompts_per_step=8,         # prompts of a step, over all ranks
     n=2,                        # answers per prompt
     max_new_tokens=16384,       # longest answer, tokens; one that is cut here is supervised and graded like
@@ -159,6 +167,7 @@ config = dict(
     toy_teacher_layers=0,       # 0 = the student's network, trained on; else another, from its own start
     toy_teacher_width=0,        # likewise
     toy_teacher_tokens='same',  # 'merged': likewise, with another vocabulary for the same text
+    toy_hints=0.0,              # share of the supervised steps whose prompts show the worked answer
     toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
     toy_teacher_lr=1.5e-3,
     toy_train=4096,             # training problems
@@ -174,12 +183,13 @@ checks = dict(
     ranks=(0, 65536), shard_ranks=(0, 65536), timeout=(0.01, 10**5), max_prompt_tokens=natural,
     prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
     temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
+    teacher_sees=('prompt', 'solution'), teacher_every=natural, teacher_decay=(0, 0.999999),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, 1e6, list),
     opd_weight=(0, 1e6, list),
-    opd=('sampled', 'full', 'topk', 'byte', 'supervised'), answers_by=('student', 'teacher'),
+    opd=('sampled', 'full', 'topk', 'byte', 'supervised'), answers_by=('student', 'teacher', 'solution'),
     opd_k=positive, opd_support=('student', 'teacher', 'union'),
     opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,
     student_temperature=(1e-3, 1e3), teacher_temperature=(1e-3, 1e3),
@@ -197,7 +207,7 @@ checks = dict(
     toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=(1, 10**5),
     toy_teacher_layers=(0, 64), toy_teacher_width=(0, 4096), toy_teacher_tokens=('same', 'merged'),
     toy_student_steps=(1, 10**6), toy_teacher_steps=(1, 10**6), toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
-    toy_train=(1, 10**6), toy_eval=(1, 10**5),
+    toy_hints=share, toy_train=(1, 10**6), toy_eval=(1, 10**5),
 )
 
 # Keys that say where and how a run happens, not what it computes: a resumed run may differ in these.

@@ -205,12 +205,12 @@ class Reading:
     length: torch.Tensor        # (B,) how many of them are not padding
     column: torch.Tensor        # (B, T) the teacher's column at each position; -1: it has no state
     inside: torch.Tensor        # (B, T) class 1: the student is inside a teacher token
-    written: dict               # {(row, student's column): bytes, as in pair_text}
+    written: dict | None        # {(row, student's column): bytes, as in pair_text}; None: one vocabulary
     align: float                # share of the answers' positions that are of class 0
 
     def part(self, rows, T, at):
         """The reading of some supervised positions -> (ids (b, T_t), flat positions in them (K,),
-        inside (K,), a list of K bytes written).
+        inside (K,), a list of K bytes written, or None).
 
         rows (b): rows of the rollout. at (K,): flat positions in their first T columns, that is, in
         (b, T).
@@ -220,6 +220,8 @@ class Reading:
         column = self.column[rows, :T].flatten()[at]                         # (K,)
         inside = self.inside[rows, :T].flatten()[at]                         # (K,)
         at_t = at // T * ids.shape[1] + column                               # (K,) flat, in ids
+        if self.written is None:
+            return ids, at_t, inside, None
         written = []
         for flat in at.tolist():
             written.append(self.written.get((rows[flat // T], flat % T), b''))
@@ -272,4 +274,4 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
     if pair == 'exact':
         column[inside] = -1
     tensors = [tensor.to(device) for tensor in (ids, length, column, inside)]
-    return Reading(*tensors, written, align)
+    return Reading(*tensors, None if same else written, align)

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,8 @@ class Problem:
     question: str | list        # a text, or messages
     answer: str | None          # what the last box should hold, or a solution that ends in a box
     ids: list[int]              # the prompt, chat-rendered
+    solution: str | None = None              # a worked solution, or else the answer as the row has it
+    teacher_ids: list[int] | None = None     # the teacher's prompt, where the solution is in view there
 
 
 @dataclass
@@ -130,11 +132,13 @@ def files_of_split(files, folder, split):
 # ---- rows to problems ----------------------------------------------------------------------------
 
 def question_and_answer(row, where):
-    """One row, {column: value} -> (question, column of it, answer, column of it); the last two may be None.
+    """One row, {column: value} -> (question, column of it, answer, column of it, solution); the last three
+    may be None.
 
     Question and answer are each in the first column of QUESTION_COLUMNS and ANSWER_COLUMNS that has a value.
     The last message of a conversation, if it is the assistant's, is an answer too. A column of its own comes
-    before it: what stands there is shorter, and was meant to be graded by.
+    before it: what stands there is shorter, and was meant to be graded by. The solution is the longest text
+    among them all: it is for a teacher that may see one (teacher_sees).
     """
     question, column, last_message = question_of(row, where)
     answers = {name: row.get(name) for name in ANSWER_COLUMNS}
@@ -145,10 +149,15 @@ def question_and_answer(row, where):
         answers['reward_model'] = answers['reward_model'].get('ground_truth')
     answer_column = next((name for name, answer in answers.items() if has_value(answer)), None)
     if answer_column is None:
-        return question, column, None, None
+        return question, column, None, None, None
     answer = answer_text(answers[answer_column], where)
     check_text(answer, where)
-    return question, column, final_answer(answer) or None, answer_column
+
+    # The worked solution is the longest of them.
+    texts = [text for text in answers.values() if isinstance(text, str)]
+    solution = max([answer, *texts], key=len)
+    check_text(solution, where)
+    return question, column, final_answer(answer) or None, answer_column, solution
 
 
 def has_value(cell):
@@ -282,6 +291,39 @@ def folded(question, suffix=''):
     return ' '.join(question.split()).casefold()
 
 
+def with_solution(problem, text):
+    """The question of a problem with its solution in view. text: what is asked, in which {question} and
+    {solution} stand for the two. Of messages, the last one becomes that text."""
+    messages = problem.question
+    question = messages if isinstance(messages, str) else messages[-1]['content']
+    # Not str.format: solutions are full of braces.
+    before, after = text.split('{solution}')
+    asked = before.replace('{question}', question) + problem.solution + after.replace('{question}', question)
+    if isinstance(messages, str):
+        return asked
+    return [*messages[:-1], messages[-1] | {'content': asked}]
+
+
+def show_solutions(problems, tokenizer, text, longest=0):
+    """Problems -> those whose solutions the teacher may see, each with `teacher_ids`. text: see
+    `with_solution`. longest: prompts of more tokens are left out; 0 = no limit."""
+    missing = sum(not problem.solution for problem in problems)
+    if missing:
+        raise UserError(f"teacher_sees='solution': {missing} of {len(problems)} problems have no solution; "
+                        f'delete them, or give it in a column {" or ".join(ANSWER_COLUMNS)}')
+    shown = []
+    for start in range(0, len(problems), PIECE):
+        piece = problems[start:start + PIECE]
+        prompts = tokenizer.chat_all([with_solution(problem, text) for problem in piece])
+        for problem, ids in zip(piece, prompts, strict=True):
+            if not longest or len(ids) <= longest:
+                shown.append(replace(problem, teacher_ids=ids))
+    if not shown:
+        raise UserError(f'all prompts with a solution are longer than {longest} tokens; raise '
+                        'max_prompt_tokens=')
+    return shown
+
+
 def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='', show=True):
     """Problems of a file, folder or hub data set, or of several with commas between -> [Problem], each
     question once.
@@ -302,15 +344,15 @@ def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='
             break
 
         # Their prompts are rendered together, because each request to the renderer takes time.
-        origins = [where for where, _, _ in piece]
-        prompts = tokenizer.chat_all([question for _, question, _ in piece], origins)
-        for (where, question, answer), ids in zip(piece, prompts, strict=True):
+        origins = [where for where, *_ in piece]
+        prompts = tokenizer.chat_all([question for _, question, _, _ in piece], origins)
+        for (where, question, answer, solution), ids in zip(piece, prompts, strict=True):
             if not ids:
                 raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
             if longest and len(ids) > longest:
                 tally.long += 1
             else:
-                problems.append(Problem(question, answer, ids))
+                problems.append(Problem(question, answer, ids, solution))
     if show:
         print0(f'  {tally_line(source, tally, problems, longest)}')
     if not problems:
@@ -325,11 +367,11 @@ def rows_of_files(files):
 
 
 def new_questions(rows, suffix, tally):
-    """(where, question, answer) of the rows whose question was not there before, one by one. Public sets
-    repeat questions (DAPO-Math-17k a hundred times each): the first counts. suffix: added to texts."""
+    """(where, question, answer, solution) of the rows whose question was not there before, one by one. Public
+    sets repeat questions (DAPO-Math-17k a hundred times each): the first counts. suffix: added to texts."""
     seen = set()
     for where, row in rows:
-        question, column, answer, answer_column = question_and_answer(row, where)
+        question, column, answer, answer_column, solution = question_and_answer(row, where)
         tally.rows += 1
         key = json.dumps(question)
         if key in seen:
@@ -341,7 +383,7 @@ def new_questions(rows, suffix, tally):
             tally.answers[answer_column] += 1
         if isinstance(question, str):
             question += suffix
-        yield where, question, answer
+        yield where, question, answer, solution
 
 
 def tally_line(source, tally, problems, longest):

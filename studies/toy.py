@@ -139,7 +139,8 @@ def supervise(model, tok, cfg, name):
     for step in range(1, steps + 1):
         # New problems in every step. All have the same length, so there is no padding.
         batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random())
-        prompts = tok.chat_all([question for question, _, _ in batch])
+        shown = rng.random() < cfg['toy_hints']
+        prompts = tok.chat_all([answer + question if shown else question for question, answer, _ in batch])
         rows = []
         for prompt_ids, (_, answer, _) in zip(prompts, batch, strict=True):
             rows.append(prompt_ids + tok.encode(answer) + tok.stop_ids)

@@ -46,6 +46,7 @@ class Work:
     prompts: int                # prompts of a step on this rank
     answers: int                # B
     prompt: int                 # longest prompt
+    teacher_prompt: int         # of the teacher's prompts, which may show a solution
     new: int                    # longest answer
     eval_answers: int           # answers of an evaluation that are sampled at once on this rank; 0: none
     eval_total: int             # answers of an evaluation on this rank
@@ -60,14 +61,20 @@ def work_of(cfg, world, train, held_out, vocab):
     total = -(-len(held_out) * cfg['eval_n'] // world)
     return Work(
         prompts=min(cfg['prompts_per_step'], answers), answers=answers,
-        prompt=longest_prompt(train), new=cfg['max_new_tokens'],
+        prompt=longest_prompt(train), teacher_prompt=longest_prompt(train, 'teacher'),
+        new=cfg['max_new_tokens'],
         eval_answers=min(cfg['eval_rows'], total), eval_total=total,
         eval_prompt=longest_prompt(held_out),
         eval_new=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'], vocab=vocab)
 
 
-def longest_prompt(problems):
-    return max((len(problem.ids) for problem in problems), default=0)
+def longest_prompt(problems, side='student'):
+    """Tokens of the longest prompt, as the student or the teacher reads it."""
+    longest = 0
+    for problem in problems:
+        seen = problem.teacher_ids if side == 'teacher' else None
+        longest = max(longest, len(seen or problem.ids))
+    return longest
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,8 @@ def phases(plan):
         'AdamW, float32': 8 * plan.learned / plan.S,
         'teacher weights': s * teacher.total / (plan.S if plan.teacher_sharded else 1),
     }
+    if plan.cfg['teacher_every']:
+        lasting["average for the teacher, float32"] = 4 * plan.learned / plan.S
     if plan.cfg['bridge']:
         r = bridge_rank(plan)
         lasting['bridge'] = 4 * len(plan.layer_map) * r * (plan.teacher.d + 2 * plan.student.d)
@@ -288,7 +297,7 @@ def phases(plan):
     total['load'] = max(reading, lasting, key=lambda parts: sum(parts.values()))
 
     # Sampling needs all weights of the model that writes.
-    writer = plan.cfg['answers_by']
+    writer = 'teacher' if plan.cfg['answers_by'] == 'teacher' else 'student'
     total['sample'] = lasting | gathered(plan, writer) | sampler(
         getattr(plan, writer), s, work.answers, work.prompts, work.prompt, work.new, work.vocab,
         plan.cfg['top_p'])
@@ -365,8 +374,9 @@ def saving(plan):
 
 
 def resume_bytes(plan):
-    """Float32 weights and AdamW's two moments, of all ranks."""
-    return 4 * weights_of(plan.student).total + 8 * plan.learned
+    """Float32 weights, AdamW's two moments and the teacher's average, of all ranks."""
+    per_learned = 12 if plan.cfg['teacher_every'] else 8
+    return 4 * weights_of(plan.student).total + per_learned * plan.learned
 
 
 def checkpoint_bytes(plan):
@@ -466,8 +476,9 @@ def teacher_forward(plan, batch, rows):
         fsdp += plan.s * weights_of(plan.student).embed
     if plan.teacher_sharded:
         fsdp += gathered_blocks(plan, plan.teacher)
-    return moment(gradients_before(plan, batch), rows, fsdp,
-                  forward_work(plan.teacher, plan.s) * batch.tokens)
+    work = plan.work
+    tokens = batch.tokens * (work.teacher_prompt + work.new) / (work.prompt + work.new)
+    return moment(gradients_before(plan, batch), rows, fsdp, forward_work(plan.teacher, plan.s) * tokens)
 
 
 def backward_of_block(l, plan, batch, rows):

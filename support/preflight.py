@@ -14,7 +14,7 @@ from formats.huggingface import read_config
 from formats.problems import folded
 from formats.tokenizer import check_ids, disagreement, same_vocabulary, shared_size, stop_set
 from losses import DISTANCES, layer_pairs, layer_set
-from support.memory import GiB, Plan, bridge_phases, peak, phases, work_of
+from support.memory import GiB, Plan, bridge_phases, longest_prompt, peak, phases, work_of
 from support.optimizer import ever_positive, weight_at
 from support.plan import (
     check_folder,
@@ -27,7 +27,7 @@ from support.plan import (
     planned,
     time_lines,
 )
-from support.runtime import UserError, print0
+from support.runtime import UserError, print0, shown
 
 
 def preflight(cfg, env, tok_s, tok_t, train, held_out):
@@ -174,6 +174,7 @@ def check_objective(cfg, same=True):
         weights = [weight_at(step, cfg['steps'], cfg[key]) for key in ('oprd_weight', 'opd_weight')]
         if not any(weights):
             raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there; raise one')
+    check_self_teacher(cfg)
     if cfg['rep_loss'] not in DISTANCES:
         raise UserError(f"rep_loss={cfg['rep_loss']!r}: no such distance in losses.py; "
                         f"choose one of {', '.join(DISTANCES)}")
@@ -189,6 +190,19 @@ def check_objective(cfg, same=True):
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
     return check_output_space(cfg) if ever_positive(cfg['opd_weight']) else []
+
+
+def check_self_teacher(cfg):
+    """Do the keys of a teacher that is the student itself make sense together? Else a UserError."""
+    if cfg['solution_text'].count('{solution}') != 1 or '{question}' not in cfg['solution_text']:
+        raise UserError(f"solution_text={shown(cfg['solution_text'])}: wants {{question}}, and {{solution}} "
+                        'once')
+    if cfg['teacher_every'] and cfg['teacher'] != cfg['student']:
+        raise UserError(f"teacher_every={cfg['teacher_every']}: this teacher is another model than the "
+                        'student; set teacher=self')
+    if cfg['teacher_decay'] and not cfg['teacher_every']:
+        raise UserError(f"teacher_decay={cfg['teacher_decay']}: the teacher never follows the student; set "
+                        'teacher_every=1')
 
 
 def check_output_space(cfg):
@@ -220,9 +234,9 @@ def check_lengths(cfg, student, teacher, train, held_out):
     longest = 0
     for key, problems in (('max_new_tokens', train), ('eval_max_new_tokens', held_out)):
         new = cfg[key] or cfg['max_new_tokens']
-        prompt = max((len(problem.ids) for problem in problems), default=0)
-        longest = max(longest, prompt + new)
         for side, c in (('student', student), ('teacher', teacher)):
+            prompt = longest_prompt(problems, side)
+            longest = max(longest, prompt + new)
             if problems and prompt + new > c.context:
                 raise UserError(f'{side}: reads {c.context} tokens, but the longest prompt has {prompt} and '
                                 f'{key}={cfg[key]} allows {new} more; lower {key}')

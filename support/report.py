@@ -21,7 +21,7 @@ def log_names(cfg, setup, device):
     setup: distill.Setup, with its objective.
     """
     names = ['step', 'loss', *objective_names(cfg, setup.objective), 'len/mean', 'finish', 'tokens']
-    if not setup.same_ids:
+    if not setup.same_ids or cfg['teacher_sees'] == 'solution':
         names.append('align')
     if any(problem.answer is not None for problem in setup.train):
         names.append('acc/rollout')
