@@ -41,11 +41,11 @@ config = dict(
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
     teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
                                 # problem's 'solution' in view (self-distillation, section 5 of the paper)
-    solution_text='{question}\n\nThis is a correct solution:\n{solution}\n\nNow solve the problem in your own '
-                  'words.',     # what the teacher is asked then
+    solution_text='{question}\n\nA correct solution:\n{solution}\n\nNow solve it in your own words.',
+                                # what the teacher is asked then
     teacher_every=0,            # steps after which the teacher takes over the student's weights; 0 = never
-    teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with teacher_every=1
-                                # = a moving average
+    teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with
+                                # teacher_every=1 = a moving average
     date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
                                 # which the run was started
 

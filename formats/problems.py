@@ -307,6 +307,8 @@ def with_solution(problem, text):
 def show_solutions(problems, tokenizer, text, longest=0):
     """Problems -> those whose solutions the teacher may see, each with `teacher_ids`. text: see
     `with_solution`. longest: prompts of more tokens are left out; 0 = no limit."""
+    if text.count('{solution}') != 1 or '{question}' not in text:
+        raise UserError(f'solution_text={shown(text)}: wants {{question}}, and {{solution}} once')
     missing = sum(not problem.solution for problem in problems)
     if missing:
         raise UserError(f"teacher_sees='solution': {missing} of {len(problems)} problems have no solution; "

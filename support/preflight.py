@@ -27,7 +27,7 @@ from support.plan import (
     planned,
     time_lines,
 )
-from support.runtime import UserError, print0, shown
+from support.runtime import UserError, print0
 
 
 def preflight(cfg, env, tok_s, tok_t, train, held_out):
@@ -194,9 +194,6 @@ def check_objective(cfg, same=True):
 
 def check_self_teacher(cfg):
     """Do the keys of a teacher that is the student itself make sense together? Else a UserError."""
-    if cfg['solution_text'].count('{solution}') != 1 or '{question}' not in cfg['solution_text']:
-        raise UserError(f"solution_text={shown(cfg['solution_text'])}: wants {{question}}, and {{solution}} "
-                        'once')
     if cfg['teacher_every'] and cfg['teacher'] != cfg['student']:
         raise UserError(f"teacher_every={cfg['teacher_every']}: this teacher is another model than the "
                         'student; set teacher=self')
