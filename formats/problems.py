@@ -313,17 +313,17 @@ def show_solutions(problems, tokenizer, text, longest=0):
     if missing:
         raise UserError(f"teacher_sees='solution': {missing} of {len(problems)} problems have no solution; "
                         f'delete them, or give it in a column {" or ".join(ANSWER_COLUMNS)}')
-    shown = []
+    with_ids = []
     for start in range(0, len(problems), PIECE):
         piece = problems[start:start + PIECE]
         prompts = tokenizer.chat_all([with_solution(problem, text) for problem in piece])
         for problem, ids in zip(piece, prompts, strict=True):
             if not longest or len(ids) <= longest:
-                shown.append(replace(problem, teacher_ids=ids))
-    if not shown:
+                with_ids.append(replace(problem, teacher_ids=ids))
+    if not with_ids:
         raise UserError(f'all prompts with a solution are longer than {longest} tokens; raise '
                         'max_prompt_tokens=')
-    return shown
+    return with_ids
 
 
 def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='', show=True):
