@@ -46,11 +46,12 @@ from formats.problems import load_problems, prompt_order, show_solutions
 from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
 from losses import BridgeTerm, HiddenTerm
-from output_losses import OutputTerm, make_objective
+from output_losses import OutputTerm, PolicyGradient, RewardTerm, make_objective
 from rollout import collect, sample
 from step import (
     Objective,
     accumulate,
+    advantages,
     cut_rollout,
     diagnose,
     diagnostic_mask,
@@ -97,9 +98,9 @@ from support.trackers import check_trackers, tracked
 
 # ---- what is minimised -----------------------------------------------------------------------
 
-def make_objective_terms(cfg, layer_map, bridge, teacher, output):
+def make_objective_terms(cfg, layer_map, bridge, teacher, output, vocab):
     """The config's choices -> Objective. output: an objective of output_losses or next_byte, or
-    None."""
+    None. vocab: ids that both models know."""
     # Hidden states: through a bridge, or number by number if width and vocabulary are the same.
     hidden = None
     if layer_map and bridge is not None:
@@ -114,7 +115,11 @@ def make_objective_terms(cfg, layer_map, bridge, teacher, output):
     # Output space: the objective together with the teacher's head.
     if output is not None:
         output = OutputTerm(output, teacher)
-    return Objective(layer_map, hidden, output, bridge)
+    reward = None
+    if ever_positive(cfg['reward_weight']):
+        reward = RewardTerm(PolicyGradient(temperature=cfg['student_temperature'], chunk=cfg['head_rows'],
+                                           vocab=vocab))
+    return Objective(layer_map, hidden, output, bridge, reward)
 
 
 def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
@@ -209,7 +214,8 @@ def load_models(cfg, setup, env, longest):
 
     # AdamW allocates its state now, so a run that does not fit fails before the first rollout.
     output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
-    setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output)
+    setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output,
+                                           shared_size(setup.tok, setup.tok_t))
     setup.opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'], cfg['weight_decay'])
     if cfg['teacher_every']:
         keep_average(setup.opt)
@@ -227,7 +233,7 @@ def prepare_teacher(model, cfg, env, longest):
 
 def prepare_student(model, cfg, env, longest):
     """A student that has no weights yet: which of them learn, and FSDP."""
-    if not model.config.tied and not ever_positive(cfg['opd_weight']):
+    if not model.config.tied and not any(ever_positive(cfg[key]) for key in ('opd_weight', 'reward_weight')):
         model.head.requires_grad_(False)     # Eq. (6) never reaches it
     model.checkpointing = cfg['checkpointing']
     prepare_model(model, cfg, longest)
@@ -295,16 +301,20 @@ def train(cfg, setup, env, run_folder):
             clock.lap('sample')
             clock.update_begins()
 
+            verdicts = graded(roll, setup.tok, problems)
+
             # 3. rows: which positions are supervised, with weights that sum to 1 over all ranks.
             reading, mask = supervised_positions(cfg, setup, roll, problems)
             tokens = all_reduce(mask.sum())
             weights = position_weights(mask, cfg['loss_average'], answers, tokens)
             micro_batches = partial(cut_rollout, roll, budget=cfg['token_budget'], reading=reading,
-                                    offset=cfg['position_offset'])
+                                    offset=cfg['position_offset'],
+                                    advantage=answer_advantages(cfg, verdicts, mine, answers, env.device))
 
             # What the objective leaves out is looked at now and then, at a few of the positions.
             oprd_weight = weight_at(step, steps, cfg['oprd_weight'])
             opd_weight = weight_at(step, steps, cfg['opd_weight'])
+            reward_weight = weight_at(step, steps, cfg['reward_weight'])
             looked = {}
             if is_diagnosed(step, steps, cfg['diagnose_every']):
                 share = cfg['diagnose_rows'] / max(1, int(tokens))
@@ -316,15 +326,16 @@ def train(cfg, setup, env, run_folder):
             # 4, 5. teacher and student. FSDP averages gradients over ranks, but these weights already
             # sum to 1 over them, so the gradient is scaled by their number.
             sums = accumulate(student, teacher, micro_batches(weights=weights), setup.objective, oprd_weight,
-                              opd_weight, scale=env.world, lap=clock.lap)
+                              opd_weight, scale=env.world, lap=clock.lap, reward_weight=reward_weight)
 
             # 6. update
             lr, norm = update(cfg, setup, step)
             clock.lap('update')
 
             row = {'step': step,
-                   **objective_metrics(sums, looked, oprd_weight, opd_weight, setup.layer_map, cfg['opd']),
-                   **rollout_metrics(roll, setup.tok, problems, reading), 'lr': lr, 'grad_norm': norm}
+                   **objective_metrics(sums, looked, (oprd_weight, opd_weight, reward_weight),
+                                       setup.layer_map, cfg['opd']),
+                   **rollout_metrics(roll, verdicts, reading), 'lr': lr, 'grad_norm': norm}
             row = finish_step(cfg, setup, env, row | clock.stop(), run_folder, clock)
             stop_or_save(cfg, setup, env, row, run_folder, caught)
 
@@ -450,17 +461,18 @@ def write_student(cfg, student, env, folder, weights):
     save_model(student, folder, snapshot(cfg['student']), weights)
 
 
-def objective_metrics(sums, looked, oprd_weight, opd_weight, layers, opd):
+def objective_metrics(sums, looked, weights, layers, opd):
     """A step's sums, from `accumulate` and `diagnose` -> the numbers to log, over all ranks. What
-    this step did not look at is not there. Entropies and KL in nats. layers: the student's, in the
-    order of the sums. opd: the key, which output-space objective it is."""
+    this step did not look at is not there. Entropies and KL in nats. weights: of the three terms. layers: the
+    student's, in the order of the sums. opd: the key, which output-space objective it is."""
     # Sums over this rank's rows become sums over all rows.
     sums = {name: all_reduce(value).tolist() for name, value in sums.items()}
     looked = {name: all_reduce(value).tolist() for name, value in looked.items()}
 
-    # Eq. (7), and its two terms.
-    row = {'loss': oprd_weight * sums.get('loss/oprd', 0.0) + opd_weight * sums.get('loss/opd', 0.0)}
-    for name in ('loss/oprd', 'loss/opd'):
+    # Eq. (7), and its terms.
+    terms = ('loss/oprd', 'loss/opd', 'loss/reward')
+    row = {'loss': sum(weight * sums.get(name, 0.0) for name, weight in zip(terms, weights, strict=True))}
+    for name in terms:
         if name in sums:
             row[name] = sums[name]
     if 'layer_loss' in sums:
@@ -485,13 +497,30 @@ def objective_metrics(sums, looked, oprd_weight, opd_weight, layers, opd):
     return row
 
 
-def rollout_metrics(roll, tok, problems, reading):
-    """Lengths, finished share and accuracy of a step's answers, over all ranks."""
-    # Problems without a known answer are not graded.
+def graded(roll, tok, problems):
+    """Are the answers right? True, False, or None where the right answer is not known: a list."""
     verdicts = []
     for ids, i in zip(roll.answers(), roll.prompt.tolist(), strict=True):
-        if problems[i].answer is not None:
-            verdicts.append(grade(tok.decode(ids), problems[i].answer))
+        known = problems[i].answer
+        verdicts.append(None if known is None else grade(tok.decode(ids), known))
+    return verdicts
+
+
+def answer_advantages(cfg, verdicts, mine, answers, device):
+    """How much better each of this rank's answers is than others to its prompt -> (B,), or None if nothing is
+    rewarded. mine: the numbers of these answers among all `answers` of the step."""
+    if not ever_positive(cfg['reward_weight']):
+        return None
+    # The n answers to a prompt may have come to different ranks.
+    rewards = torch.zeros(answers, device=device)
+    rewards[list(mine)] = torch.tensor(verdicts, dtype=torch.float32, device=device)
+    return advantages(all_reduce(rewards), cfg['n'], cfg['reward_scale'])[list(mine)]
+
+
+def rollout_metrics(roll, verdicts, reading):
+    """Lengths, finished share and accuracy of a step's answers, over all ranks."""
+    # Problems without a known answer are not graded.
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
     # Counts are summed over ranks first, and divided afterwards: ranks may hold unequal shares.
     written = int(roll.resp_len.sum())
     exact = reading.align * written if reading else 0.0

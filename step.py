@@ -129,14 +129,26 @@ class Rows:
     inside: torch.Tensor        # (K,) True: the student stands inside a teacher token
     written: list | None        # [K] bytes of the teacher's last token that are written; None: one vocabulary
     offset: int = 0             # hidden states are compared so many columns later (position_offset)
+    advantage: torch.Tensor | None = None        # (K,) of the answer over others to its prompt
 
 
-def cut_rollout(roll, weights, budget, reading=None, offset=0):
+def advantages(rewards, n, scale=True):
+    """Rewards (B,) of answers, n to each prompt in a row -> advantages (B,), as GRPO has them: the reward
+    less the mean of the n, and with scale=True over their standard deviation."""
+    groups = rewards.view(-1, n)                                             # (prompts, n)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale:
+        centred = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)
+    return centred.flatten()
+
+
+def cut_rollout(roll, weights, budget, reading=None, offset=0, advantage=None):
     """A rollout and its weights (B, T) -> the Rows of one micro-batch after another.
 
     budget: tokens of a micro-batch.
     reading: what a teacher of another vocabulary reads (pairing.Reading).
     offset: see Rows.
+    advantage: of the answers (B,).
     Every rank yields equally many: FSDP needs as many forwards on each, so a rank
     that has run out of answers repeats its first one with weight 0.
     """
@@ -157,7 +169,9 @@ def cut_rollout(roll, weights, budget, reading=None, offset=0):
         teacher_reads = ids, at, torch.zeros_like(at, dtype=torch.bool), None
         if reading is not None:
             teacher_reads = reading.part(group, T, at)
-        yield Rows(ids, at, flat_weights[at], ids.flatten()[at + 1], at // T, *teacher_reads, offset)
+        row_advantage = None if advantage is None else advantage[group][at // T]         # (K,)
+        yield Rows(ids, at, flat_weights[at], ids.flatten()[at + 1], at // T, *teacher_reads, offset,
+                   row_advantage)
 
 
 # ---- what is minimised -----------------------------------------------------------------------------
@@ -170,20 +184,23 @@ class Objective:
     hidden: object              # losses.HiddenTerm, Eq. (6), or losses.BridgeTerm, Eq. (15)
     output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
     bridge: object = None       # bridge_parts.saved.Bridge
+    reward: object = None       # output_losses.RewardTerm
 
-    def only(self, hidden, output):
+    def only(self, hidden, output, reward=False):
         """The objective with those of its terms for which the flag is set."""
         terms = {}
         if not hidden:
             terms |= {'layer_map': {}, 'hidden': None}
         if not output:
             terms |= {'output': None}
+        if not reward:
+            terms |= {'reward': None}
         return replace(self, **terms)
 
     def student_layers(self, L):
         """The student layers whose states the terms look at, ascending."""
         layers = set(self.layer_map)
-        if self.output is not None:
+        if self.output is not None or self.reward is not None:
             layers.add(L)
         return sorted(layers)
 
@@ -195,6 +212,8 @@ class Objective:
             wanted[l] = rows.teacher_at + rows.offset
         if self.output is not None:
             wanted['head'] = self.output.teacher_positions(rows)
+        if not wanted:                       # a reward has no teacher
+            return {}
         return hidden_rows(teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
 
 
@@ -207,6 +226,7 @@ class LayerPart(NamedTuple):
     cosine: torch.Tensor | None = None       # weighted mean cosine to the teacher
     output: torch.Tensor | None = None       # the output-space term
     statistics: torch.Tensor | None = None   # see output_losses.head_statistics
+    reward: torch.Tensor | None = None       # the reward term
 
 
 def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
@@ -215,26 +235,29 @@ def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
     A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
     not needed any more: no second copy of L x K x d numbers is ever made.
     """
-    output = statistics = hidden_loss = cosine = None
-    if l == student.config.L and objective.output is not None:
+    output = statistics = hidden_loss = cosine = reward = None
+    if l == student.config.L:
         h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
-        output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
+        if objective.output is not None:
+            output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
+        if objective.reward is not None:
+            reward = objective.reward(student.head, h_s, rows)
     if l in objective.layer_map:
         h, hidden_loss, cosine = objective.hidden(l, h, teacher_rows[l], rows)
-    return h, LayerPart(hidden_loss, cosine, output, statistics)
+    return h, LayerPart(hidden_loss, cosine, output, statistics, reward)
 
 
 def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale=1.0,
-               lap=lambda phase: None):
+               lap=lambda phase: None, reward_weight=0.0):
     """Steps 4 and 5: add the gradient of scale * Eq. (7) over a rollout to the student's .grad.
 
-    micro_batches: the rollout's Rows (step.cut_rollout). oprd_weight, opd_weight: of this step; a
-    term of weight 0 does not run. lap: called with the phase that has just ended.
+    micro_batches: the rollout's Rows (step.cut_rollout). oprd_weight, opd_weight, reward_weight: of this
+    step; a term of weight 0 does not run. lap: called with the phase that has just ended.
     -> {name: this rank's sum}; summed over ranks they are what they would be on one rank in one
-    micro-batch: 'loss/oprd', 'loss/opd', 'layer_loss' and 'layer_cosine' (one number for each layer
-    of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
+    micro-batch: 'loss/oprd', 'loss/opd', 'loss/reward', 'layer_loss' and 'layer_cosine' (one number for
+    each layer of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
     """
-    objective = objective.only(oprd_weight > 0, opd_weight > 0)
+    objective = objective.only(oprd_weight > 0, opd_weight > 0, reward_weight > 0)
     layers = objective.student_layers(student.config.L)
     sums = {}
     for rows in micro_batches:
@@ -249,22 +272,23 @@ def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weig
         by_layer = [part.hidden for part in parts if part.hidden is not None]    # in layer_map's order
         hidden_loss = sum(by_layer) / max(1, len(by_layer))
         output_loss = sum(part.output for part in parts if part.output is not None)
+        reward_loss = sum(part.reward for part in parts if part.reward is not None)
 
         # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
-        ((oprd_weight * hidden_loss + opd_weight * output_loss) * scale).backward()
+        loss = oprd_weight * hidden_loss + opd_weight * output_loss + reward_weight * reward_loss
+        (loss * scale).backward()
         lap('student')
         add_to(sums, parts, rows)
-        add_losses(sums, hidden_loss, output_loss)
+        add_losses(sums, {'loss/oprd': hidden_loss, 'loss/opd': output_loss, 'loss/reward': reward_loss})
 
         # L x K x d numbers, which the next micro-batch must not find still in memory.
         del teacher_rows, tap
     return sums
 
 
-def add_losses(sums, hidden_loss, output_loss):
-    """Add the two terms of a micro-batch to a step's sums; a term that did not run is the number
-    0."""
-    for name, loss in (('loss/oprd', hidden_loss), ('loss/opd', output_loss)):
+def add_losses(sums, losses):
+    """Add the terms of a micro-batch, by name, to a step's sums; a term that did not run is the number 0."""
+    for name, loss in losses.items():
         if torch.is_tensor(loss):
             sums[name] = sums.get(name, 0.0) + loss.detach()
 

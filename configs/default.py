@@ -41,8 +41,7 @@ config = dict(
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
     teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
                                 # problem's 'solution' in view (self-distillation, section 5 of the paper)
-    solution_text='{question}\n\nA correct solution:\n{solution}\n\nNow solve it in your own words.',
-                                # what the teacher is asked then
+    solution_text='{question}\n\nSolution:\n{solution}\n\nSolve it in your own words.',    # asked then
     teacher_every=0,            # steps after which the teacher takes over the student's weights; 0 = never
     teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with
                                 # teacher_every=1 = a moving average
@@ -64,6 +63,10 @@ config = dict(
     # knots [[share of the run, weight], ...] with straight lines between: [[0, 1], [0.7, 1], [0.7, 0]] jumps
     oprd_weight=1.0,            # of Eq. (6); the mu of Eq. (7)
     opd_weight=0.0,             # of the output-space term; 0 = LM heads are looked at now and then only
+    reward_weight=0.0,          # beside Eq. (7): of a reward for right answers, 1 or 0, less the mean of the
+                                # n answers to a prompt (GRPO). Its KL to the start is the output-space term
+                                # opd='full' with teacher='self'
+    reward_scale=True,          # divide that by the standard deviation of the n; False: Dr. GRPO
 
     # Eq. (6), hidden states
     rep_loss='mse',             # a distance in losses.py: 'mse' (the paper), 'nmse' (both sides are
@@ -188,7 +191,7 @@ checks = dict(
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, 1e6, list),
-    opd_weight=(0, 1e6, list),
+    opd_weight=(0, 1e6, list), reward_weight=(0, 1e6, list),
     opd=('sampled', 'full', 'topk', 'byte', 'supervised'), answers_by=('student', 'teacher', 'solution'),
     opd_k=positive, opd_support=('student', 'teacher', 'union'),
     opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,

@@ -262,7 +262,7 @@ class Plan:
     @property
     def output(self):
         """Is there an output-space term?"""
-        return ever_positive(self.cfg['opd_weight'])
+        return any(ever_positive(self.cfg[key]) for key in ('opd_weight', 'reward_weight'))
 
     @property
     def learned(self):

@@ -57,6 +57,7 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
         lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'], student.hf.get('kept_layers'))
 
     lines += check_objective(cfg, same)
+    check_self_teacher(cfg)
     if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
         lines.append(f"note: warmup={cfg['warmup']} of {cfg['steps']} steps rounds to 0: the first step has "
                      'the full learning rate')
@@ -165,16 +166,19 @@ def check_objective(cfg, same=True):
     # negative nowhere in it is 0 in all of it. So if any step inside an interval has no loss, the first one
     # in it has none: it is enough to look at the first step, and at the steps at and next to each knot. A
     # knot at share x lies near step x * steps + 1, and rounding moves it by less than a step.
-    schedules = [cfg[key] for key in ('oprd_weight', 'opd_weight') if isinstance(cfg[key], list)]
+    keys = ('oprd_weight', 'opd_weight', 'reward_weight')
+    schedules = [cfg[key] for key in keys if isinstance(cfg[key], list)]
     looked = {1}
     for share in {share for knots in schedules for share, _ in knots}:
         near = int(share * cfg['steps']) + 1
         looked |= {near - 1, near, near + 1}
     for step in sorted(step for step in looked if 1 <= step <= cfg['steps']):
-        weights = [weight_at(step, cfg['steps'], cfg[key]) for key in ('oprd_weight', 'opd_weight')]
+        weights = [weight_at(step, cfg['steps'], cfg[key]) for key in keys]
         if not any(weights):
-            raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there; raise one')
-    check_self_teacher(cfg)
+            raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there, and so is '
+                            'reward_weight; raise one')
+    if ever_positive(cfg['reward_weight']) and cfg['n'] == 1:
+        raise UserError('reward_weight: with n=1 an answer is compared with no other; raise n=')
     if cfg['rep_loss'] not in DISTANCES:
         raise UserError(f"rep_loss={cfg['rep_loss']!r}: no such distance in losses.py; "
                         f"choose one of {', '.join(DISTANCES)}")

@@ -49,6 +49,8 @@ def objective_names(cfg, objective):
         names.append('loss/oprd')
     if has_output and ever_positive(cfg['opd_weight']):
         names.append('loss/opd')
+    if ever_positive(cfg['reward_weight']):
+        names.append('loss/reward')
     if 'loss/oprd' in names:
         names += [f'loss/layer/{l}' for l in layers]
     if has_hidden:

@@ -18,6 +18,7 @@ import bridge
 from configs import load_config
 from distill import main
 from formats.huggingface import hf_config, load_model, read_config, save_model
+from formats.problems import Problem
 from formats.tokenizer import load_tokenizer
 from model import PRESETS, Model
 from studies import toy
@@ -139,7 +140,7 @@ def test_a_prompt_and_its_answer_must_fit_into_both_contexts(key, side):
     """To the last token, of training and of held-out problems. A check that forgets the prompt lets a model read
     beyond its context, where it was never trained."""
     cfg = {'max_new_tokens': 10, 'eval_max_new_tokens': 0 if key == 'max_new_tokens' else 12}
-    train, held_out = [SimpleNamespace(ids=[1] * 7), SimpleNamespace(ids=[1])], [SimpleNamespace(ids=[1] * 5)]
+    train, held_out = [Problem('', None, [1] * 7), Problem('', None, [1])], [Problem('', None, [1] * 5)]
     longest = 17                             # 7 + 10 and 5 + 12
     contexts = {'student': 100, 'teacher': 100} | {side: longest}
 
