@@ -522,10 +522,6 @@ class PolicyGradient(Vocabulary):
     acts and is left out; its KL to the start is an output-space term with a teacher that is the student
     itself.
     """
-    def teacher_size(self, batch):
-        """There is none."""
-        return 0
-
     def loss_and_gradient(self, logp, batch, piece):
         """log p (C, V) -> -A log p (C,), the gradient of w times it with respect to the logits (C, V), and no
         statistics: zeros (4, C)."""
