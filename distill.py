@@ -24,12 +24,13 @@ Run again with the same folder, it resumes. Ctrl-C finishes the step, saves and 
 its ranks 30 s after Ctrl-C: for steps longer than that, start it with --shutdown-timeout=600). The random
 numbers of an answer depend on neither batch, ranks nor restarts. In float32 the answer does not either, up
 to a tie in the last bit; in bfloat16 it can differ with the shape of the batch (rollout.py).
-Simpler than usual: one loop, no trainer. What it does not know yet: several teachers. The algorithm
-without everything that makes it fast: minimal.py.
+Simpler than usual: one loop, no trainer. The algorithm without everything that makes it fast: minimal.py.
+What goes beyond the paper's experiments, such as several teachers, is in extensions/.
 
 Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank of a bridge.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -40,18 +41,38 @@ from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, load_eval_sets, sample_and_grade, shared_scores, table
+from extensions.rewards import RewardTerm, shared_advantages
+from extensions.self_teacher import (
+    check_self_teacher,
+    keep_average,
+    move_average,
+    named_self,
+    show_solutions,
+    teach_average,
+    with_teacher_prompts,
+    written_solutions,
+)
+from extensions.several_teachers import (
+    assign_teachers,
+    configs_of_teachers,
+    keep_on_host,
+    on_device,
+    share_answers,
+    sources_of_teachers,
+)
 from formats.hub import snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
-from formats.problems import load_problems, prompt_order, show_solutions
+from formats.problems import load_problems, prompt_order
 from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
 from losses import BridgeTerm, HiddenTerm
-from output_losses import OutputTerm, PolicyGradient, RewardTerm, make_objective
-from rollout import collect, sample
+from output_losses import OutputTerm, make_objective
+from rollout import sample
 from step import (
+    TERMS,
     Objective,
     accumulate,
-    advantages,
+    add,
     cut_rollout,
     diagnose,
     diagnostic_mask,
@@ -62,16 +83,7 @@ from studies import figures, toy
 from support.answers import keep_answers
 from support.checkpoints import check_resumable, resume, save
 from support.files import owned, write_json
-from support.optimizer import (
-    adamw,
-    ever_positive,
-    keep_average,
-    learning_rate,
-    move_average,
-    share_below_eps,
-    teach_average,
-    weight_at,
-)
+from support.optimizer import adamw, ever_positive, learning_rate, share_below_eps, weight_at
 from support.preflight import preflight
 from support.profile import ProfilingClock
 from support.progress import Progress
@@ -95,47 +107,47 @@ from support.runtime import (
     start,
 )
 from support.trackers import check_trackers, tracked
+from teacher import Teacher
 
 # ---- what is minimised -----------------------------------------------------------------------
 
-def make_objective_terms(cfg, layer_map, bridge, teacher, output, vocab):
-    """The config's choices -> Objective. output: an objective of output_losses or next_byte, or
-    None. vocab: ids that both models know."""
+def make_objective_terms(cfg, teacher, output, vocab):
+    """The config's choices -> the Objective of learning from a Teacher whose model is loaded. output: an
+    objective of output_losses or next_byte, or None. vocab: a softmax runs over the ids below it."""
     # Hidden states: through a bridge, or number by number if width and vocabulary are the same.
     hidden = None
-    if layer_map and bridge is not None:
-        hidden = BridgeTerm(bridge, cfg['bridge_normalise'])
-    elif layer_map:
+    if teacher.layer_map and teacher.bridge is not None:
+        hidden = BridgeTerm(teacher.bridge, cfg['bridge_normalise'])
+    elif teacher.layer_map:
         drift = cfg['positions'] == 'drift'
-        hidden = HiddenTerm(cfg['rep_loss'], drift, teacher.embed.weight.device)
+        hidden = HiddenTerm(cfg['rep_loss'], drift, teacher.model.embed.weight.device)
         if not hidden.fused:
             print0(f"  note: no kernel computes rep_loss={cfg['rep_loss']!r}; its gradient is taken by "
                    'autograd, which is slower')
 
-    # Output space: the objective together with the teacher's head.
+    # Output space: the objective together with the teacher's head. Rewards: no teacher at all.
     if output is not None:
-        output = OutputTerm(output, teacher)
+        output = OutputTerm(output, teacher.model)
     reward = None
     if ever_positive(cfg['reward_weight']):
-        reward = RewardTerm(PolicyGradient(temperature=cfg['student_temperature'], chunk=cfg['head_rows'],
-                                           vocab=vocab))
-    return Objective(layer_map, hidden, output, bridge, reward)
+        reward = RewardTerm(cfg['student_temperature'], cfg['head_rows'], vocab)
+    return Objective(teacher.layer_map, hidden, output, teacher.bridge, reward)
 
 
-def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
+def make_output_objective(cfg, setup, teacher, device):
     """One of Eqs. (3)-(5) or the next-byte KL, as the config says. None: the config asks to compare
     token by token, but the vocabularies differ."""
     # What every objective under the LM heads shares.
     heads = dict(temperature=cfg['student_temperature'], teacher_temperature=cfg['teacher_temperature'],
                  chunk=cfg['head_rows'])
-    vocab = shared_size(tok, tok_t)          # a softmax runs over the ids that both models know
+    vocab = shared_size(setup.tok, teacher.tok)          # a softmax runs over the ids that both models know
 
     # Bytes can be compared between any two vocabularies, tokens only within one.
     if cfg['opd'] == 'byte':
-        student_table = ByteTable(tok.pieces, stop, vocab, device)
-        teacher_table = ByteTable(tok_t.pieces, tok_t.stop_ids, tok_t.size, device)
+        student_table = ByteTable(setup.tok.pieces, setup.stop, vocab, device)
+        teacher_table = ByteTable(teacher.tok.pieces, teacher.tok.stop_ids, teacher.tok.size, device)
         return NextByte(student_table, teacher_table, direction=cfg['kl_direction'], **heads)
-    if not same_ids:
+    if not teacher.same_ids:
         return None
     return make_objective(cfg['opd'], k=cfg['opd_k'], support=cfg['opd_support'], tail=cfg['opd_tail'],
                           direction=cfg['kl_direction'], future=cfg['opd_future'],
@@ -146,81 +158,101 @@ def make_output_objective(cfg, tok, tok_t, stop, same_ids, device):
 
 @dataclass
 class Setup:
-    """What a run needs besides its config. student, teacher, objective and opt are None in a dry
-    run."""
-    tok: object                 # tokenizers
-    tok_t: object
+    """What a run needs besides its config. student and opt are None in a dry run."""
+    tok: object                 # the student's tokenizer
     train: list                 # problems
     held_out: dict              # {name of a set: problems}
-    layer_map: dict             # {student layer: teacher layer}
+    teachers: list              # teacher.Teacher
     stop: list                  # ids that end an answer
-    bridge: object              # Bridge, or None
+    vocab: int                  # ids below it are known to all models
     student: object = None
-    teacher: object = None
-    objective: object = None
     opt: object = None
 
     @property
-    def same_ids(self):
-        """Does the teacher read the student's ids as they are?"""
-        return same_vocabulary(self.tok, self.tok_t)
+    def named_teachers(self):
+        """{name in the log and in the run folder: teacher}: 'teacher', 'teacher2', 'teacher3', ..."""
+        names = ['teacher', *(f'teacher{number}' for number in range(2, len(self.teachers) + 1))]
+        return dict(zip(names, self.teachers, strict=True))
+
+    @property
+    def layers(self):
+        """The student layers that the teachers' states are compared with, ascending."""
+        return max((list(teacher.layer_map) for teacher in self.teachers), key=len)
 
 
 def prepare(cfg, env):
-    """Tokenizers, problems, checks, bridge, models, objective, optimizer -> Setup."""
+    """Tokenizers, problems, checks, bridges, models, objectives, optimizer -> Setup."""
     # Text first: it is small, and most mistakes show here.
-    tok, tok_t = (load_tokenizer(cfg[side], cfg['date'], enable_thinking=cfg['enable_thinking'])
-                  for side in ('student', 'teacher'))
-    train = load_problems(cfg['data'], tok, longest=cfg['max_prompt_tokens'])
+    check_self_teacher(cfg)
+    pairs = configs_of_teachers(cfg)
+    tok, *toks_t = (load_tokenizer(path, cfg['date'], enable_thinking=cfg['enable_thinking'])
+                    for path in (cfg['student'], *(pair['teacher'] for pair in pairs)))
+    train = load_training_problems(cfg, tok, toks_t)
     held_out = {}
     if cfg['eval_data']:
         held_out = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    # In self-distillation the teacher's prompts have the solution in view.
-    if cfg['teacher_sees'] == 'solution':
-        train = show_solutions(train, tok_t, cfg['solution_text'], cfg['max_prompt_tokens'])
-        print0(f'  {len(train)} of them with a solution that the teacher can read')
     # An answer that the grader does not accept as its own can never be scored.
     for problems in (train, *held_out.values()):
         for line in check_answers(problems):
             print0(f'  {line}')
-    # The pair, the objective, the lengths, the memory: a line each, or an error.
+    # The pairs, the objective, the lengths, the memory: a line each, or an error.
     held_out_problems = [problem for problems in held_out.values() for problem in problems]
-    layer_map, stop, longest = preflight(cfg, env, tok, tok_t, train, held_out_problems)
+    layer_maps, stop, longest = preflight(cfg, pairs, env, tok, toks_t, train, held_out_problems)
     # A bridge must have been made for just these two models.
-    bridge = None
-    if cfg['bridge']:
-        shapes = [read_config(cfg[side]) for side in ('student', 'teacher')]
-        about = fingerprint(cfg, *shapes, tok, tok_t)
-        bridge = load_bridge(cfg['bridge'], cfg['bridge_rank'], list(layer_map), about, env.device)
-        layer_map = bridge.layer_map
-        print0(f'  bridge {cfg["bridge"]}: rank {bridge.rank}, layers {layer_map}')
-    setup = Setup(tok, tok_t, train, held_out, layer_map, stop, bridge)
+    teachers = []
+    for pair, tok_t, layer_map in zip(pairs, toks_t, layer_maps, strict=True):
+        bridge = None
+        if pair['bridge']:
+            shapes = [read_config(pair[side]) for side in ('student', 'teacher')]
+            about = fingerprint(pair, *shapes, tok, tok_t)
+            bridge = load_bridge(pair['bridge'], cfg['bridge_rank'], list(layer_map), about, env.device)
+            layer_map = bridge.layer_map
+            print0(f'  bridge {pair["bridge"]}: rank {bridge.rank}, layers {layer_map}')
+        teachers.append(Teacher(tok_t, same_vocabulary(tok, tok_t), layer_map, bridge))
+    setup = Setup(tok, train, held_out, teachers, stop, min(shared_size(tok, tok_t) for tok_t in toks_t))
     if not cfg['dry_run']:
-        load_models(cfg, setup, env, longest)
+        load_models(cfg, pairs, setup, env, longest)
     return setup
 
 
-def load_models(cfg, setup, env, longest):
-    """Fill in a Setup's student, teacher, objective and optimizer. longest: tokens of the longest
-    sequence."""
-    # The teacher runs in the dtype of forwards. The student keeps float32 weights, gradients and
-    # optimizer state; `shard` casts its forwards. Both are cut into shards before they have weights, so
+def load_training_problems(cfg, tok, toks_t):
+    """The training problems, each with the number of its teacher and, in self-distillation, a prompt that
+    shows the solution to this teacher."""
+    train = []
+    sources = sources_of_teachers(cfg['data'], cfg['teacher_share'], len(toks_t))
+    for number, source in enumerate(sources):
+        problems = load_problems(source, tok, longest=cfg['max_prompt_tokens'])
+        train += [replace(problem, teacher=number) for problem in problems]
+    if len(sources) == 1:
+        train = assign_teachers(train, cfg['teacher_share'], len(toks_t), cfg['seed'])
+    if cfg['teacher_sees'] == 'solution':
+        train = show_solutions(train, toks_t, cfg['solution_text'], cfg['max_prompt_tokens'])
+        print0(f'  {len(train)} of them with a solution that the teacher can read')
+    return train
+
+
+def load_models(cfg, pairs, setup, env, longest):
+    """Fill in a Setup's student and optimizer, and its teachers' models and objectives. longest: tokens of
+    the longest sequence."""
+    # A teacher runs in the dtype of forwards. The student keeps float32 weights, gradients and
+    # optimizer state; `shard` casts its forwards. All are cut into shards before they have weights, so
     # each rank reads its own part alone.
-    teacher = load_model(cfg['teacher'], env.dtype, env.device,
-                         partial(prepare_teacher, cfg=cfg, env=env, longest=longest))
-    student = load_model(cfg['student'], torch.float32, env.device,
-                         partial(prepare_student, cfg=cfg, env=env, longest=longest))
+    for pair, teacher in zip(pairs, setup.teachers, strict=True):
+        teacher.model = load_model(pair['teacher'], env.dtype, env.device,
+                                   partial(prepare_teacher, cfg=cfg, env=env, longest=longest))
+        output = make_output_objective(cfg, setup, teacher, env.device)
+        teacher.objective = make_objective_terms(cfg, teacher, output, shared_size(setup.tok, teacher.tok))
+        if cfg['teachers_in_turn']:
+            teacher.host_weights = keep_on_host(teacher.model)
+    setup.student = load_model(cfg['student'], torch.float32, env.device,
+                               partial(prepare_student, cfg=cfg, env=env, longest=longest))
     barrier('reading the models', LONG_WAIT)             # or downloading them, once on each machine
 
     # AdamW allocates its state now, so a run that does not fit fails before the first rollout.
-    output = make_output_objective(cfg, setup.tok, setup.tok_t, setup.stop, setup.same_ids, env.device)
-    setup.objective = make_objective_terms(cfg, setup.layer_map, setup.bridge, teacher, output,
-                                           shared_size(setup.tok, setup.tok_t))
-    setup.opt = adamw(student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'], cfg['weight_decay'])
+    setup.opt = adamw(setup.student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'],
+                      cfg['weight_decay'])
     if cfg['teacher_every']:
         keep_average(setup.opt)
-    setup.student = student
-    setup.teacher = teacher
 
 
 def prepare_teacher(model, cfg, env, longest):
@@ -250,19 +282,21 @@ def prepare_model(model, cfg, longest):
 
 def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
     """Held-out scores of one of the models, the same on every rank; {} without eval_data. Its answers
-    are kept in the run folder."""
-    tok, sets, stop = setup.tok, setup.held_out, setup.stop
-    vocab = shared_size(setup.tok, setup.tok_t)
-    if not sets or (side == 'teacher' and not cfg['eval_teacher']):
+    are kept in the run folder. side: 'student', or a key of setup.named_teachers."""
+    tok, sets, stop, vocab = setup.tok, setup.held_out, setup.stop, setup.vocab
+    if not sets or (side != 'student' and not cfg['eval_teacher']):
         return {}
-    if side == 'teacher' and not setup.same_ids:     # its own prompts and stop tokens
-        tok, stop, vocab = setup.tok_t, setup.tok_t.stop_ids, setup.tok_t.size
-        sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
-    if side == 'teacher' and cfg['teacher_sees'] == 'solution':
-        sets = {name: with_teacher_prompts(show_solutions(problems, tok, cfg['solution_text']))
-                for name, problems in sets.items()}
+    writer = nullcontext(setup.student)
+    if side != 'student':
+        teacher = setup.named_teachers[side]
+        writer = on_device(teacher, env.device)
+        if not teacher.same_ids:             # its own prompts and stop tokens
+            tok, stop, vocab = teacher.tok, teacher.tok.stop_ids, teacher.tok.size
+            sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+        if cfg['teacher_sees'] == 'solution':
+            sets = with_teacher_prompts(sets, tok, cfg['solution_text'])
     # Whole weights on every rank while it samples; each rank answers its share of the problems.
-    with gathered(getattr(setup, side)) as model:
+    with writer as sharded, gathered(sharded) as model:
         rows = sample_and_grade(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
                                 top_p=cfg['eval_top_p'], stop=stop, seed=cfg['seed'], vocab=vocab,
                                 max_new_tokens=cfg['eval_max_new_tokens'] or cfg['max_new_tokens'],
@@ -272,16 +306,11 @@ def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
     return shared_scores(rows, sets, cfg['eval_n'])
 
 
-def with_teacher_prompts(problems):
-    """Problems whose prompts are the teacher's, with the solution in view."""
-    return [replace(problem, ids=problem.teacher_ids) for problem in problems]
-
-
 # ---- the loop ----------------------------------------------------------------------------------
 
 def train(cfg, setup, env, run_folder):
     """The steps that are left, each a line of the log."""
-    student, teacher, steps = setup.student, setup.teacher, cfg['steps']
+    student, steps = setup.student, cfg['steps']
     clock = Clock(env.device)
     if cfg['profile'] and env.rank == 0:
         clock = ProfilingClock(env.device, run_folder.out / 'profile', run_folder.step + 1,
@@ -301,41 +330,44 @@ def train(cfg, setup, env, run_folder):
             clock.lap('sample')
             clock.update_begins()
 
+            # 3. rows: what each teacher reads, and which positions are supervised, with weights that sum
+            # to 1 over all ranks and teachers.
             verdicts = graded(roll, setup.tok, problems)
-
-            # 3. rows: which positions are supervised, with weights that sum to 1 over all ranks.
-            reading, mask = supervised_positions(cfg, setup, roll, problems)
-            tokens = all_reduce(mask.sum())
-            weights = position_weights(mask, cfg['loss_average'], answers, tokens)
-            micro_batches = partial(cut_rollout, roll, budget=cfg['token_budget'], reading=reading,
-                                    offset=cfg['position_offset'],
-                                    advantage=answer_advantages(cfg, verdicts, mine, answers, env.device))
-
-            # What the objective leaves out is looked at now and then, at a few of the positions.
-            oprd_weight = weight_at(step, steps, cfg['oprd_weight'])
-            opd_weight = weight_at(step, steps, cfg['opd_weight'])
-            reward_weight = weight_at(step, steps, cfg['reward_weight'])
+            advantage = answer_advantages(cfg, verdicts, mine, env.device)
+            shares = share_answers(setup.teachers, roll, problems, advantage)
+            for share in shares:
+                share.reading, share.mask = supervised_positions(cfg, setup.tok, share)
+            tokens = all_reduce(sum(share.mask.sum() for share in shares))
+            term_weights = {term: weight_at(step, steps, cfg[f'{term}_weight']) for term in TERMS}
+            sums = {}
             looked = {}
-            if is_diagnosed(step, steps, cfg['diagnose_every']):
-                share = cfg['diagnose_rows'] / max(1, int(tokens))
-                few_weights = weights * diagnostic_mask(roll, mask, step, share)
-                left_out = setup.objective.only(oprd_weight == 0, opd_weight == 0)
-                looked = diagnose(student, teacher, micro_batches(weights=few_weights), left_out)
-                clock.lap('diagnose')
+            for share in shares:
+                weights = position_weights(share.mask, cfg['loss_average'], answers, tokens)
+                objective = share.teacher.objective
+                micro_batches = partial(cut_rollout, share.roll, budget=cfg['token_budget'],
+                                        reading=share.reading, offset=cfg['position_offset'],
+                                        advantage=share.advantage)
+                with on_device(share.teacher, env.device) as teacher:
+                    # What the objective leaves out is looked at now and then, at a few of the positions.
+                    if is_diagnosed(step, steps, cfg['diagnose_every']):
+                        few = diagnostic_mask(share.roll, share.mask, step,
+                                              cfg['diagnose_rows'] / max(1, int(tokens)))
+                        left_out = objective.only([term for term in TERMS if term_weights[term] == 0])
+                        add(looked, diagnose(student, teacher, micro_batches(weights=weights * few), left_out))
+                        clock.lap('diagnose')
 
-            # 4, 5. teacher and student. FSDP averages gradients over ranks, but these weights already
-            # sum to 1 over them, so the gradient is scaled by their number.
-            sums = accumulate(student, teacher, micro_batches(weights=weights), setup.objective, oprd_weight,
-                              opd_weight, scale=env.world, lap=clock.lap, reward_weight=reward_weight)
+                    # 4, 5. teacher and student. FSDP averages gradients over ranks, but these weights
+                    # already sum to 1 over them, so the gradient is scaled by their number.
+                    add(sums, accumulate(student, teacher, micro_batches(weights=weights), objective,
+                                         term_weights, scale=env.world, lap=clock.lap))
 
             # 6. update
             lr, norm = update(cfg, setup, step)
             clock.lap('update')
 
             row = {'step': step,
-                   **objective_metrics(sums, looked, (oprd_weight, opd_weight, reward_weight),
-                                       setup.layer_map, cfg['opd']),
-                   **rollout_metrics(roll, verdicts, reading), 'lr': lr, 'grad_norm': norm}
+                   **objective_metrics(sums, looked, term_weights, setup.layers, cfg['opd']),
+                   **rollout_metrics(roll, verdicts, shares), 'lr': lr, 'grad_norm': norm}
             row = finish_step(cfg, setup, env, row | clock.stop(), run_folder, clock)
             stop_or_save(cfg, setup, env, row, run_folder, caught)
 
@@ -355,7 +387,7 @@ def update(cfg, setup, step):
     # A teacher that follows the student takes over its weights, or a moving average of them.
     if cfg['teacher_every'] and step % cfg['teacher_every'] == 0:
         move_average(setup.opt, cfg['teacher_decay'])
-        teach_average(setup.opt, setup.student, setup.teacher)
+        teach_average(setup.opt, setup.student, setup.teachers[0].model)
     return lr, float(full(norm))
 
 
@@ -369,8 +401,8 @@ def sample_answers(cfg, setup, env, problems, mine, step):
     """Step 2: answers with the numbers `mine`, one to each of these problems -> Rollout. The student writes
     them, or in a control (answers_by) the teacher, or they are the solutions of the problems."""
     if cfg['answers_by'] == 'solution':
-        return written_solutions(cfg, setup, env, problems)
-    writer = {'student': setup.student, 'teacher': setup.teacher}[cfg['answers_by']]
+        return written_solutions(problems, setup.tok, cfg['max_new_tokens'], env.device)
+    writer = {'student': setup.student, 'teacher': setup.teachers[0].model}[cfg['answers_by']]
     slots = [i // cfg['n'] for i in mine]
     samples = [i % cfg['n'] for i in mine]
     progress = Progress('rollout', len(mine), 'answers', rank=env.rank, world=env.world,
@@ -379,34 +411,25 @@ def sample_answers(cfg, setup, env, problems, mine, step):
         roll = sample(sampler, [problem.ids for problem in problems], which=slots, samples=samples, step=step,
                       temperature=cfg['temperature'], top_k=cfg['top_k'], top_p=cfg['top_p'],
                       max_new_tokens=cfg['max_new_tokens'], stop=setup.stop,
-                      vocab=shared_size(setup.tok, setup.tok_t), seed=cfg['seed'], on_poll=progress.update)
+                      vocab=setup.vocab, seed=cfg['seed'], on_poll=progress.update)
     barrier(f'the rollout of step {step}')
     return roll
 
 
-def written_solutions(cfg, setup, env, problems):
-    """The solutions of the problems as if somebody had sampled them -> Rollout."""
-    answers = []
-    for index, problem in enumerate(problems):
-        ids = setup.tok.encode(problem.solution, special=False) + setup.tok.stop_ids[:1]
-        answers.append((index, ids[:cfg['max_new_tokens']], len(ids) <= cfg['max_new_tokens']))
-    requests = [(problem.ids, 0, 0) for problem in problems]
-    return collect(requests, 1, answers, env.device)
-
-
-def supervised_positions(cfg, setup, roll, problems):
-    """Step 3: what a teacher of another vocabulary reads (or None), and the mask of supervised
-    positions (B, T)."""
+def supervised_positions(cfg, tok, share):
+    """Step 3: what the teacher of a share reads if it reads other ids than the student (else None), and the
+    mask of supervised positions (B, T)."""
     # Each rule has a key of its own name for its size; 'all', 'last' and 'drift' need none.
+    roll, teacher = share.roll, share.teacher
     size = {'last_k': cfg['last_k'], 'first_k': cfg['first_k'],
             'last_frac': cfg['last_frac'], 'first_frac': cfg['first_frac']}.get(cfg['positions'], 0)
     mask = position_mask(roll, cfg['positions'], size)
-    if setup.same_ids and cfg['teacher_sees'] == 'prompt':
+    if teacher.same_ids and cfg['teacher_sees'] == 'prompt':
         return None, mask
 
     # Another vocabulary, or a solution in view: the teacher reads a prompt of its own, and the answer's text.
-    prompts_t = [problem.teacher_ids or setup.tok_t.chat(problem.question) for problem in problems]
-    reading = read_rollout(roll, prompts_t, setup.tok, setup.tok_t, setup.teacher.config.context,
+    prompts_t = [problem.teacher_ids or teacher.tok.chat(problem.question) for problem in share.problems]
+    reading = read_rollout(roll, prompts_t, tok, teacher.tok, teacher.model.config.context,
                            cfg['pair'], cfg['teacher_ids'])
     return reading, mask & (reading.column >= 0)         # -1: the teacher has no state there
 
@@ -463,18 +486,19 @@ def write_student(cfg, student, env, folder, weights):
 
 def objective_metrics(sums, looked, weights, layers, opd):
     """A step's sums, from `accumulate` and `diagnose` -> the numbers to log, over all ranks. What
-    this step did not look at is not there. Entropies and KL in nats. weights: of the three terms. layers: the
+    this step did not look at is not there. Entropies and KL in nats. weights: {term: its weight}. layers: the
     student's, in the order of the sums. opd: the key, which output-space objective it is."""
     # Sums over this rank's rows become sums over all rows.
     sums = {name: all_reduce(value).tolist() for name, value in sums.items()}
     looked = {name: all_reduce(value).tolist() for name, value in looked.items()}
 
     # Eq. (7), and its terms.
-    terms = ('loss/oprd', 'loss/opd', 'loss/reward')
-    row = {'loss': sum(weight * sums.get(name, 0.0) for name, weight in zip(terms, weights, strict=True))}
-    for name in terms:
+    row = {'loss': 0.0}
+    for term, weight in weights.items():
+        name = f'loss/{term}'
         if name in sums:
             row[name] = sums[name]
+            row['loss'] += weight * sums[name]
     if 'layer_loss' in sums:
         for l, layer_loss in zip(layers, sums['layer_loss'], strict=True):
             row[f'loss/layer/{l}'] = layer_loss
@@ -506,29 +530,30 @@ def graded(roll, tok, problems):
     return verdicts
 
 
-def answer_advantages(cfg, verdicts, mine, answers, device):
-    """How much better each of this rank's answers is than others to its prompt -> (B,), or None if nothing is
-    rewarded. mine: the numbers of these answers among all `answers` of the step."""
+def answer_advantages(cfg, verdicts, mine, device):
+    """How much better each of this rank's answers is than the others to its prompt -> (B,), or None if nothing
+    is rewarded. mine: the numbers of these answers among those of the step."""
     if not ever_positive(cfg['reward_weight']):
         return None
-    # The n answers to a prompt may have come to different ranks.
-    rewards = torch.zeros(answers, device=device)
-    rewards[list(mine)] = torch.tensor(verdicts, dtype=torch.float32, device=device)
-    return advantages(all_reduce(rewards), cfg['n'], cfg['reward_scale'])[list(mine)]
+    answers = cfg['prompts_per_step'] * cfg['n']
+    return shared_advantages(verdicts, mine, answers, cfg['n'], cfg['reward_scale'], device)
 
 
-def rollout_metrics(roll, verdicts, reading):
+def rollout_metrics(roll, verdicts, shares):
     """Lengths, finished share and accuracy of a step's answers, over all ranks."""
     # Problems without a known answer are not graded.
     verdicts = [verdict for verdict in verdicts if verdict is not None]
     # Counts are summed over ranks first, and divided afterwards: ranks may hold unequal shares.
     written = int(roll.resp_len.sum())
-    exact = reading.align * written if reading else 0.0
+    exact = 0.0
+    for share in shares:                     # a teacher that reads the student's ids reads all bytes with it
+        align = 1.0 if share.reading is None else share.reading.align
+        exact += align * int(share.roll.resp_len.sum())
     counts = [written, int(roll.stopped.sum()), len(roll.ids), sum(verdicts), len(verdicts), exact]
     counts = torch.tensor(counts, dtype=torch.float32, device=roll.ids.device)
     tokens, stopped, answers, right, graded, exact = all_reduce(counts).tolist()
     row = {'len/mean': tokens / answers, 'finish': stopped / answers, 'tokens': tokens}
-    if reading:
+    if any(share.reading is not None for share in shares):
         row['align'] = exact / tokens
     if graded:
         row['acc/rollout'] = 100 * right / graded
@@ -566,8 +591,7 @@ def main(cfg):
 
     # The toy makes its own models and problems, once. A self-teacher is the student, read a second time.
     cfg = toy.prepare(cfg, env)
-    if cfg['teacher'] == 'self':
-        cfg = cfg | {'teacher': cfg['student']}
+    cfg = named_self(cfg)
     setup = prepare(cfg, env)
     if cfg['dry_run']:
         return
@@ -576,7 +600,7 @@ def main(cfg):
         run_folder = begin(out, asked, may_change, env.rank, names)
         resume(run_folder, setup.student, setup.opt, later)
         if cfg['teacher_every']:
-            teach_average(setup.opt, setup.student, setup.teacher)
+            teach_average(setup.opt, setup.student, setup.teachers[0].model)
         with tracked(run_folder, cfg['report']):
             run_in_folder(cfg, setup, env, run_folder)
 
@@ -584,15 +608,16 @@ def main(cfg):
 def run_in_folder(cfg, setup, env, run_folder):
     """Take the steps that are left, write table and figure."""
     if env.rank == 0:
-        note_start(run_folder, start_record(cfg, env, setup.train, setup.held_out))
+        note_start(run_folder, start_record(cfg, configs_of_teachers(cfg), env, setup.train, setup.held_out))
 
-    # At the start, the scores of both models.
+    # At the start, the scores of all models.
     if not run_folder.rows:
         scores = {}
-        for side in ('student', 'teacher'):
+        row = {'step': 0}
+        for side in ('student', *setup.named_teachers):
             scores[side] = evaluate_model(cfg, setup, env, run_folder, 0, side)
-        run_folder.log({'step': 0, **scores_as_logged(scores['student'], 'eval'),
-                        **scores_as_logged(scores['teacher'], 'teacher')})
+            row |= scores_as_logged(scores[side], 'eval' if side == 'student' else side)
+        run_folder.log(row)
         print0('\n'.join(table({side: values for side, values in scores.items() if values})))
 
     # The loop, then table and figure.
@@ -607,7 +632,8 @@ def run_in_folder(cfg, setup, env, run_folder):
 
 def show(results):
     """results.json -> the lines of the result table."""
-    rows = {side: results[side] for side in ('student', 'teacher', 'distilled') if results[side]}
+    sides = [side for side in results if side.startswith(('student', 'teacher', 'distilled'))]
+    rows = {side: results[side] for side in sides if results[side]}
     lines = table(rows)
     if results['rep_cos']:
         lines.append('rep cosine {:.3f} -> {:.3f}'.format(*results['rep_cos']))

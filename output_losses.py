@@ -10,7 +10,6 @@ vocabulary. Tests hold the two equal.
     Eq. (4)   FullKL    the exact KL over the vocabulary
     Eq. (5)   TopK      over a set S of k tokens; the tail decides what is done about the tokens left out
     control   Supervised   -log p of the next token, for answers that the teacher has written
-    reward    PolicyGradient   -A log p, A the advantage of the answer over others to its prompt (GRPO)
 
     HeadLoss    the loop over chunks, for any of them and for cross_tokenizer/next_byte.py
     OutputTerm  an objective as the training loop uses it
@@ -229,7 +228,6 @@ class HeadRows:
     answer: torch.Tensor        # (K,) ascending
     inside: torch.Tensor        # (K,) see step.Rows
     written: list | None        # [K] see step.Rows
-    advantage: torch.Tensor | None = None        # (K,) see step.Rows
 
 
 class HeadLoss(torch.autograd.Function):
@@ -329,19 +327,6 @@ class OutputTerm:
         with whole_head(self.teacher) as teacher_W:
             batch = self.head_rows(teacher_h, teacher_W, rows)
             return student_head(h, lambda h, W: head_statistics(h, W, self.objective, batch))
-
-
-class RewardTerm:
-    """Rewards of whole answers as a term of the training loss. It has no teacher."""
-    def __init__(self, objective):
-        self.objective = objective
-
-    def __call__(self, student_head, h, rows):
-        """Student states (K, d) at rows.at -> the loss."""
-        batch = HeadRows(None, None, rows.next_token, rows.weights, rows.answer, rows.inside, None,
-                         rows.advantage)
-        loss, _ = student_head(h, lambda h, W: HeadLoss.apply(h, W, self.objective, batch))
-        return loss
 
 
 # ---- Eqs. (3)-(5) on a chunk ----------------------------------------------------------------------
@@ -512,26 +497,6 @@ class Supervised(Vocabulary):
         # p - 1 at the token that comes next, p elsewhere
         G = both.p.scatter_add_(-1, next_token, -torch.ones_like(logp_y))
         return -logp_y.squeeze(-1), G.mul_(batch.weights[piece, None]), both.statistics
-
-
-@dataclass
-class PolicyGradient(Vocabulary):
-    """REINFORCE: each token of an answer has the advantage A of the whole answer, a constant.
-
-    GRPO's objective with one update for each rollout. Its ratio p / p_old is then 1, so its clipping never
-    acts and is left out; its KL to the start is an output-space term with a teacher that is the student
-    itself.
-    """
-    def loss_and_gradient(self, logp, batch, piece):
-        """log p (C, V) -> -A log p (C,), the gradient of w times it with respect to the logits (C, V), and no
-        statistics: zeros (4, C)."""
-        next_token = batch.next_token[piece, None]                           # (C, 1)
-        advantage = batch.advantage[piece]
-        D = -advantage * logp.gather(-1, next_token).squeeze(-1)             # (C,)
-        # p - 1 at the token that comes next, p elsewhere
-        G = logp.exp_().scatter_add_(-1, next_token, -torch.ones_like(D)[:, None])
-        G.mul_((batch.weights[piece] * advantage)[:, None])
-        return D, G, D.new_zeros(4, len(D))
 
 
 def make_objective(kind, *, k=16, support='student', tail='reward', direction='reverse', future=False,

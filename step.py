@@ -132,16 +132,6 @@ class Rows:
     advantage: torch.Tensor | None = None        # (K,) of the answer over others to its prompt
 
 
-def advantages(rewards, n, scale=True):
-    """Rewards (B,) of answers, n to each prompt in a row -> advantages (B,), as GRPO has them: the reward
-    less the mean of the n, and with scale=True over their standard deviation."""
-    groups = rewards.view(-1, n)                                             # (prompts, n)
-    centred = groups - groups.mean(1, keepdim=True)
-    if scale:
-        centred = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)
-    return centred.flatten()
-
-
 def cut_rollout(roll, weights, budget, reading=None, offset=0, advantage=None):
     """A rollout and its weights (B, T) -> the Rows of one micro-batch after another.
 
@@ -176,26 +166,30 @@ def cut_rollout(roll, weights, budget, reading=None, offset=0, advantage=None):
 
 # ---- what is minimised -----------------------------------------------------------------------------
 
+# The terms of the loss. The weight of each is a key of the config, such as oprd_weight.
+TERMS = ('oprd', 'opd', 'reward')
+
+
 @dataclass
 class Objective:
-    """Eq. (7). Its terms are made once, before the loop; None: a term that these models do not
-    allow."""
+    """Eq. (7), and what may be added to it. Its terms are made once, before the loop; None: a term that
+    these models do not allow, or that nobody asked for."""
     layer_map: dict             # {student layer: teacher layer}, ascending, of the hidden-state term
     hidden: object              # losses.HiddenTerm, Eq. (6), or losses.BridgeTerm, Eq. (15)
     output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
     bridge: object = None       # bridge_parts.saved.Bridge
-    reward: object = None       # output_losses.RewardTerm
+    reward: object = None       # extensions.rewards.RewardTerm
 
-    def only(self, hidden, output, reward=False):
-        """The objective with those of its terms for which the flag is set."""
-        terms = {}
-        if not hidden:
-            terms |= {'layer_map': {}, 'hidden': None}
-        if not output:
-            terms |= {'output': None}
-        if not reward:
-            terms |= {'reward': None}
-        return replace(self, **terms)
+    def only(self, terms):
+        """The objective with the terms of these names (of TERMS) alone."""
+        left_out = {}
+        if 'oprd' not in terms:
+            left_out |= {'layer_map': {}, 'hidden': None}
+        if 'opd' not in terms:
+            left_out |= {'output': None}
+        if 'reward' not in terms:
+            left_out |= {'reward': None}
+        return replace(self, **left_out)
 
     def student_layers(self, L):
         """The student layers whose states the terms look at, ascending."""
@@ -247,17 +241,16 @@ def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
     return h, LayerPart(hidden_loss, cosine, output, statistics, reward)
 
 
-def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale=1.0,
-               lap=lambda phase: None, reward_weight=0.0):
-    """Steps 4 and 5: add the gradient of scale * Eq. (7) over a rollout to the student's .grad.
+def accumulate(student, teacher, micro_batches, objective, weights, scale=1.0, lap=lambda phase: None):
+    """Steps 4 and 5: add the gradient of scale * the weighted terms over a rollout to the student's .grad.
 
-    micro_batches: the rollout's Rows (step.cut_rollout). oprd_weight, opd_weight, reward_weight: of this
-    step; a term of weight 0 does not run. lap: called with the phase that has just ended.
+    micro_batches: the rollout's Rows (step.cut_rollout). weights: {name of a term: its weight in this
+    step}; a term of weight 0, or without one, does not run. lap: called with the phase that has just ended.
     -> {name: this rank's sum}; summed over ranks they are what they would be on one rank in one
-    micro-batch: 'loss/oprd', 'loss/opd', 'loss/reward', 'layer_loss' and 'layer_cosine' (one number for
-    each layer of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
+    micro-batch: 'loss/oprd', 'loss/opd' and so on for each term that ran, 'layer_loss' and 'layer_cosine'
+    (one number for each layer of the map), 'weight' of the rows, 'statistics' (5,) of the output space.
     """
-    objective = objective.only(oprd_weight > 0, opd_weight > 0, reward_weight > 0)
+    objective = objective.only([term for term in weights if weights[term] > 0])
     layers = objective.student_layers(student.config.L)
     sums = {}
     for rows in micro_batches:
@@ -269,44 +262,54 @@ def accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weig
         tap = partial(take_loss_at_layer, objective=objective, student=student, rows=rows,
                       teacher_rows=teacher_rows)
         parts = student.hidden(rows.ids, layers, tap=tap)
-        by_layer = [part.hidden for part in parts if part.hidden is not None]    # in layer_map's order
-        hidden_loss = sum(by_layer) / max(1, len(by_layer))
-        output_loss = sum(part.output for part in parts if part.output is not None)
-        reward_loss = sum(part.reward for part in parts if part.reward is not None)
+        losses = term_losses(parts)
 
         # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
-        loss = oprd_weight * hidden_loss + opd_weight * output_loss + reward_weight * reward_loss
+        loss = sum(weights[term] * value for term, value in losses.items())
         (loss * scale).backward()
         lap('student')
         add_to(sums, parts, rows)
-        add_losses(sums, {'loss/oprd': hidden_loss, 'loss/opd': output_loss, 'loss/reward': reward_loss})
+        add(sums, {f'loss/{term}': value.detach() for term, value in losses.items()})
 
         # L x K x d numbers, which the next micro-batch must not find still in memory.
         del teacher_rows, tap
     return sums
 
 
-def add_losses(sums, losses):
-    """Add the terms of a micro-batch, by name, to a step's sums; a term that did not run is the number 0."""
-    for name, loss in losses.items():
-        if torch.is_tensor(loss):
-            sums[name] = sums.get(name, 0.0) + loss.detach()
+def term_losses(parts):
+    """What the layers said -> {name of a term: its loss}, of the terms that ran."""
+    losses = {}
+    by_layer = [part.hidden for part in parts if part.hidden is not None]    # in layer_map's order
+    if by_layer:
+        losses['oprd'] = sum(by_layer) / len(by_layer)
+    head = parts[-1]                         # the terms under the LM head are taken at the last layer
+    if head.output is not None:
+        losses['opd'] = head.output
+    if head.reward is not None:
+        losses['reward'] = head.reward
+    return losses
+
+
+def add(sums, new):
+    """Add the numbers of `new` to those of the same names in `sums`."""
+    for name, value in new.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def add_to(sums, parts, rows):
     """Add what the layers of a micro-batch said to a step's sums."""
-    new = {'weight': rows.weights.sum()}
+    new = {}
     cosines = [part.cosine for part in parts if part.cosine is not None]
     losses = [part.hidden.detach() for part in parts if part.hidden is not None]
     statistics = [part.statistics for part in parts if part.statistics is not None]
     if cosines:
         new['layer_cosine'] = torch.stack(cosines)
+        new['weight'] = rows.weights.sum()
     if losses:
         new['layer_loss'] = torch.stack(losses)
     if statistics:
         new['statistics'] = statistics[0]
-    for name, value in new.items():
-        sums[name] = sums.get(name, 0.0) + value
+    add(sums, new)
 
 
 # ---- what the objective leaves out ----------------------------------------------------------------

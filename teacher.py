@@ -9,9 +9,22 @@ A teacher with another vocabulary reads the same text in its own tokens: cross_t
 
 Letters: B answers, T tokens, K supervised positions, d width, r rank of a bridge.
 """
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+
+@dataclass
+class Teacher:
+    """A frozen teacher, and what is needed to learn from it. A dry run loads neither model nor objective."""
+    tok: object                 # its tokenizer
+    same_ids: bool              # it reads the student's ids as they are
+    layer_map: dict             # {student layer: teacher layer}
+    bridge: object              # bridge_parts.saved.Bridge, or None
+    model: object = None
+    objective: object = None    # step.Objective
+    host_weights: dict | None = None         # see extensions.several_teachers.on_device
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ config = dict(
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
-    teacher='',                 # Hugging Face folder or id; frozen. 'self': the student as it is at the start
+    teacher='',                 # Hugging Face folder or id; frozen. 'self': the student as it is at the start.
+                                # Several with commas between: extensions/several_teachers.py
     data='',                    # training problems: a file (.parquet, .arrow, .jsonl, .json, .csv, .tsv,
                                 # .txt, .gz), a folder, a data set's id, or several with commas; docs/data.md
     eval_data='',               # held-out problems: files, folders or ids like those of data=, each a set of
@@ -39,14 +40,20 @@ config = dict(
                                 # '' = no evaluation; docs/data.md
     max_prompt_tokens=1024,     # training prompts of more tokens are left out; 0 = none
     enable_thinking=True,       # what chat templates that know the word (Qwen3) are told
-    teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
-                                # problem's 'solution' in view (self-distillation, section 5 of the paper)
-    solution_text='{question}\n\nSolution:\n{solution}\n\nSolve it in your own words.',    # asked then
-    teacher_every=0,            # steps after which the teacher takes over the student's weights; 0 = never
-    teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with
-                                # teacher_every=1 = a moving average
     date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
                                 # which the run was started
+
+    # teachers that the paper names for later (section 5)
+    teacher_share='data',       # of several teachers, which one reads the answers to a prompt: that of its set in
+                                # 'data'; that of its 'tag', the number in its column `teacher`, from 1; or one
+                                # at random, with weights such as [3,1]
+    teachers_in_turn=False,     # keep one of several teachers at a time on the GPU, the others on the host
+    teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
+                                # problem's 'solution' in view (extensions/self_teacher.py)
+    solution_text='{question}\n\nSolution:\n{solution}\n\nSolve it in your own words.',    # this prompt
+    teacher_every=0,            # steps after which teacher='self' takes over the student's weights; 0 = never
+    teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with
+                                # teacher_every=1 = a moving average
 
     # rollout: the student's own answers (section 4.1.1)
     answers_by='student',       # who writes them; controls, without what the student would say: 'teacher', or
@@ -63,10 +70,9 @@ config = dict(
     # knots [[share of the run, weight], ...] with straight lines between: [[0, 1], [0.7, 1], [0.7, 0]] jumps
     oprd_weight=1.0,            # of Eq. (6); the mu of Eq. (7)
     opd_weight=0.0,             # of the output-space term; 0 = LM heads are looked at now and then only
-    reward_weight=0.0,          # beside Eq. (7): of a reward for right answers, 1 or 0, less the mean of the
-                                # n answers to a prompt (GRPO). Its KL to the start is the output-space term
-                                # opd='full' with teacher='self'
-    reward_scale=True,          # divide that by the standard deviation of the n; False: Dr. GRPO
+    reward_weight=0.0,          # beside Eq. (7): of rewards for right answers (extensions/rewards.py)
+    reward_scale=True,          # divide them by the standard deviation of the n answers to a prompt (GRPO);
+                                # False = do not (Dr. GRPO)
 
     # Eq. (6), hidden states
     rep_loss='mse',             # a distance in losses.py: 'mse' (the paper), 'nmse' (both sides are
@@ -88,7 +94,7 @@ config = dict(
 
     # Eqs. (3)-(5), output space
     opd='topk',                 # 'sampled' (3), 'full' (4), 'topk' (5), or 'byte': KL over the next byte, for
-                                # any two tokenizers; 'supervised': -log p of the teacher's answers, a control
+                                # any two tokenizers; 'supervised': -log p of the answers, a control
     opd_k=16,                   # tokens in the support S of 'topk'
     opd_support='student',      # S: the likeliest tokens of 'student' (5), 'teacher', or their 'union'
     opd_tail='reward',          # 'reward': a token of S earns p (renormalised on S) * (log p - log q)
@@ -171,6 +177,7 @@ config = dict(
     toy_teacher_width=0,        # likewise
     toy_teacher_tokens='same',  # 'merged': likewise, with another vocabulary for the same text
     toy_hints=0.0,              # share of the supervised steps whose prompts show the worked answer
+    toy_specialists=False,      # two teachers, one for sums and one for products, each with its own problems
     toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
     toy_teacher_lr=1.5e-3,
     toy_train=4096,             # training problems
@@ -186,7 +193,7 @@ checks = dict(
     ranks=(0, 65536), shard_ranks=(0, 65536), timeout=(0.01, 10**5), max_prompt_tokens=natural,
     prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
     temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
-    teacher_sees=('prompt', 'solution'), teacher_every=natural, teacher_decay=(0, 0.999999),
+    teacher_share=('data', 'tag', list), teacher_sees=('prompt', 'solution'), teacher_every=natural, teacher_decay=(0, 0.999999),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),

@@ -270,7 +270,7 @@ def read_rollout(roll, prompts_t, tok_s, tok_t, context=None, pair='floor', feed
         for t, token_bytes in written_t.items():
             written[row, first + t] = token_bytes
 
-    align = 1 - int(inside.sum()) / sum(map(len, answers))
+    align = 1 - int(inside.sum()) / max(1, sum(map(len, answers)))
     if pair == 'exact':
         column[inside] = -1
     tensors = [tensor.to(device) for tensor in (ids, length, column, inside)]

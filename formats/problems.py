@@ -61,7 +61,9 @@ class Problem:
     answer: str | None          # what the last box should hold, or a solution that ends in a box
     ids: list[int]              # the prompt, chat-rendered
     solution: str | None = None              # a worked solution, or else the answer as the row has it
-    teacher_ids: list[int] | None = None     # the teacher's prompt, where the solution is in view there
+    tag: object = None                       # the row's column `teacher`
+    teacher: int = 0                         # the number of its teacher (extensions/several_teachers.py)
+    teacher_ids: list[int] | None = None     # the teacher's prompt, if that shows the solution
 
 
 @dataclass
@@ -291,41 +293,6 @@ def folded(question, suffix=''):
     return ' '.join(question.split()).casefold()
 
 
-def with_solution(problem, text):
-    """The question of a problem with its solution in view. text: what is asked, in which {question} and
-    {solution} stand for the two. Of messages, the last one becomes that text."""
-    messages = problem.question
-    question = messages if isinstance(messages, str) else messages[-1]['content']
-    # Not str.format: solutions are full of braces.
-    before, after = text.split('{solution}')
-    asked = before.replace('{question}', question) + problem.solution + after.replace('{question}', question)
-    if isinstance(messages, str):
-        return asked
-    return [*messages[:-1], messages[-1] | {'content': asked}]
-
-
-def show_solutions(problems, tokenizer, text, longest=0):
-    """Problems -> those whose solutions the teacher may see, each with `teacher_ids`. text: see
-    `with_solution`. longest: prompts of more tokens are left out; 0 = no limit."""
-    if text.count('{solution}') != 1 or '{question}' not in text:
-        raise UserError(f'solution_text={shown(text)}: wants {{question}}, and {{solution}} once')
-    missing = sum(not problem.solution for problem in problems)
-    if missing:
-        raise UserError(f"teacher_sees='solution': {missing} of {len(problems)} problems have no solution; "
-                        f'delete them, or give it in a column {" or ".join(ANSWER_COLUMNS)}')
-    with_ids = []
-    for start in range(0, len(problems), PIECE):
-        piece = problems[start:start + PIECE]
-        prompts = tokenizer.chat_all([with_solution(problem, text) for problem in piece])
-        for problem, ids in zip(piece, prompts, strict=True):
-            if not longest or len(ids) <= longest:
-                with_ids.append(replace(problem, teacher_ids=ids))
-    if not with_ids:
-        raise UserError(f'all prompts with a solution are longer than {longest} tokens; raise '
-                        'max_prompt_tokens=')
-    return with_ids
-
-
 def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='', show=True):
     """Problems of a file, folder or hub data set, or of several with commas between -> [Problem], each
     question once.
@@ -346,15 +313,15 @@ def load_problems(source, tokenizer, first=0, longest=0, split='train', suffix='
             break
 
         # Their prompts are rendered together, because each request to the renderer takes time.
-        origins = [where for where, *_ in piece]
-        prompts = tokenizer.chat_all([question for _, question, _, _ in piece], origins)
-        for (where, question, answer, solution), ids in zip(piece, prompts, strict=True):
+        origins = [where for where, _ in piece]
+        prompts = tokenizer.chat_all([problem.question for _, problem in piece], origins)
+        for (where, problem), ids in zip(piece, prompts, strict=True):
             if not ids:
                 raise UserError(f'{where}: the prompt renders to no token; fix it or the template')
             if longest and len(ids) > longest:
                 tally.long += 1
             else:
-                problems.append(Problem(question, answer, ids, solution))
+                problems.append(replace(problem, ids=ids))
     if show:
         print0(f'  {tally_line(source, tally, problems, longest)}')
     if not problems:
@@ -369,7 +336,7 @@ def rows_of_files(files):
 
 
 def new_questions(rows, suffix, tally):
-    """(where, question, answer, solution) of the rows whose question was not there before, one by one. Public
+    """(where, problem without a prompt) of the rows whose question was not there before, one by one. Public
     sets repeat questions (DAPO-Math-17k a hundred times each): the first counts. suffix: added to texts."""
     seen = set()
     for where, row in rows:
@@ -385,7 +352,7 @@ def new_questions(rows, suffix, tally):
             tally.answers[answer_column] += 1
         if isinstance(question, str):
             question += suffix
-        yield where, question, answer, solution
+        yield where, Problem(question, answer, [], solution, row.get('teacher'))
 
 
 def tally_line(source, tally, problems, longest):

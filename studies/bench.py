@@ -124,7 +124,8 @@ class Trainer:
         output = OutputTerm(make_objective(kind, chunk=chunk, vocab=self.args.vocab), self.teacher)
         objective = Objective(self.layer_map, HiddenTerm('mse'), output)
         micro_batches = cut_rollout(roll, weights, self.args.budget)
-        accumulate(self.student, self.teacher, micro_batches, objective, oprd_weight, opd_weight)
+        accumulate(self.student, self.teacher, micro_batches, objective,
+                   {'oprd': oprd_weight, 'opd': opd_weight})
         self.opt.step()
         self.opt.zero_grad()
 

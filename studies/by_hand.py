@@ -82,7 +82,7 @@ def main(positions='all', distance='mse', average='sequence'):
     student.zero_grad()
     objective = Objective({1: 1, 2: 2}, HiddenTerm(distance), output=None)
     micro_batches = cut_rollout(roll, all_weights, budget=1)
-    accumulate(student, teacher, micro_batches, objective, oprd_weight=1.0, opd_weight=0.0)
+    accumulate(student, teacher, micro_batches, objective, {'oprd': 1.0})
     print(f'largest difference to step.accumulate: {(matrix.grad - by_backpropagation).abs().max():.0e}\n')
 
     update(student, matrix)

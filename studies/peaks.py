@@ -282,7 +282,7 @@ def counted_update(c, answers, tokens, piece=PIECE):
         rows = Rows(ids, at, torch.ones(K), at, at, ids, at, at > 0, None)
         layer_map = {l: l for l in range(1, c.L + 1)}
         with Apart({weight.shape for weight in large}) as counter:
-            accumulate(student, teacher, [rows], Objective(layer_map, hidden, None), 1.0, 0.0)
+            accumulate(student, teacher, [rows], Objective(layer_map, hidden, None), {'oprd': 1.0})
     return counter.peak
 
 

@@ -12,7 +12,8 @@ There are 21 tokens, about 5e9 problems and one right answer to each. The studen
 training. The teacher is the same network, trained further with embedding and head frozen, like the paper's
 pair (R1-Distill and JustRL, which share both). A teacher of another depth, width or vocabulary is trained
 from its own random weights; toy_teacher_tokens='merged' has 52 tokens, some of them two symbols long, with
-ids in another order: the same text, other ids.
+ids in another order: the same text, other ids. With toy_specialists=True there are two teachers, each the
+student's network trained further on problems of its own: one on sums (+ and -), one on products (*).
 
 Everything is written as one folder in the layouts that real runs use (two Hugging Face folders, two .jsonl
 files), so the other scripts do not know that it is a toy. What it does not show: anything about language.
@@ -53,14 +54,14 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %
 
 # ---- the task ---------------------------------------------------------------------------------
 
-def problem(rng, ops):
+def problem(rng, ops, operators='+-*'):
     """One problem of `ops` operations -> (question, worked answer, value). Operands are 0..9, factors 2..9,
     because 0 and 1 would let the model forget what came before."""
     value = rng.randrange(10)
     question = str(value)
     work = ''
     for _ in range(ops):
-        op = rng.choice('+-*')
+        op = rng.choice(operators)
         x = rng.randrange(2 if op == '*' else 0, 10)
         result = {'+': value + x, '-': value - x, '*': value * x}[op] % 10
         question += f'{op}{x}'
@@ -69,13 +70,13 @@ def problem(rng, ops):
     return question, f'{work}{BOX}{value}}}', str(value)
 
 
-def problems(n, ops, seed, held_out=False):
+def problems(n, ops, seed, held_out=False, operators='+-*'):
     """n problems of one side of a fixed split. A sixteenth of all questions (by checksum) is held out, so
     no evaluated question is ever trained on, whatever the seeds are."""
     rng = random.Random(f'{seed} {held_out}')
     chosen = []
     while len(chosen) < n:
-        candidate = problem(rng, ops)
+        candidate = problem(rng, ops, operators)
         is_held_out = zlib.crc32(candidate[0].encode()) % 16 == 0
         if is_held_out == held_out:
             chosen.append(candidate)
@@ -122,7 +123,7 @@ def write_tokenizer(folder, tokens='same'):
 
 # ---- the models -------------------------------------------------------------------------------
 
-def supervise(model, tok, cfg, name):
+def supervise(model, tok, cfg, name, operators='+-*'):
     """Supervised training of the model called `name` on worked answers: cross entropy of the answer's
     tokens. AdamW with betas .9 and .95, 5% warm-up, cosine down to 5%, gradient norm clipped at 1."""
     steps = cfg[f'toy_{name}_steps']
@@ -138,8 +139,8 @@ def supervise(model, tok, cfg, name):
     began = time.monotonic()
     for step in range(1, steps + 1):
         # New problems in every step. All have the same length, so there is no padding.
-        batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random())
-        shown = rng.random() < cfg['toy_hints']
+        batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random(), operators=operators)
+        shown = cfg['toy_hints'] > 0 and rng.random() < cfg['toy_hints']
         prompts = tok.chat_all([answer + question if shown else question for question, answer, _ in batch])
         rows = []
         for prompt_ids, (_, answer, _) in zip(prompts, batch, strict=True):
@@ -186,6 +187,13 @@ def unlike(cfg):
 
 
 # ---- the folder -------------------------------------------------------------------------------
+
+def sets(cfg):
+    """{operators: ending of the names of a set of problems and of its teacher}."""
+    if cfg['toy_specialists']:
+        return {'+-': '_sums', '*': '_products'}
+    return {'+-*': ''}
+
 
 def recipe(cfg):
     """Everything in the config that decides what the folder holds."""
@@ -241,12 +249,15 @@ def is_whole(folder, cfg):
         made.pop('sources', None)                    # other code is told by `code_note`, and not refused
         if made != recipe(cfg):
             raise UserError('it was made by another recipe')
-        for side in ('student', 'teacher'):
-            tok = load_tokenizer(folder / side)
-            if load_model(folder / side).config != shape(cfg, tok, side):
-                raise UserError(f'its {side} has another shape than models have now')
-        for name in ('train.jsonl', 'eval.jsonl'):
-            load_problems(folder / name, load_tokenizer(folder / 'student'), show=False)
+        student_tok = load_tokenizer(folder / 'student')
+        if load_model(folder / 'student').config != shape(cfg, student_tok):
+            raise UserError('its student has another shape than models have now')
+        for suffix in sets(cfg).values():
+            tok = load_tokenizer(folder / f'teacher{suffix}')
+            if load_model(folder / f'teacher{suffix}').config != shape(cfg, tok, 'teacher'):
+                raise UserError(f'its teacher{suffix} has another shape than models have now')
+            for name in ('train', 'eval'):
+                load_problems(folder / f'{name}{suffix}.jsonl', student_tok, show=False)
     except UserError as error:
         print0(f'toy: {folder} cannot be used ({error})')
         return False
@@ -269,10 +280,11 @@ def make(folder, cfg, device):
     print0(f'toy: making student and teacher in {folder} (about two minutes on two cores)')
     with whole(folder) as tmp:
         tmp.mkdir(parents=True)
-        train = problems(cfg['toy_train'], cfg['toy_ops'], cfg['seed'])
-        write_problems(tmp / 'train.jsonl', train)
-        held_out = problems(cfg['toy_eval'], cfg['toy_ops'], cfg['seed'], held_out=True)
-        write_problems(tmp / 'eval.jsonl', held_out)
+        for operators, suffix in sets(cfg).items():
+            train = problems(cfg['toy_train'], cfg['toy_ops'], cfg['seed'], operators=operators)
+            write_problems(tmp / f'train{suffix}.jsonl', train)
+            held_out = problems(cfg['toy_eval'], cfg['toy_ops'], cfg['seed'], True, operators)
+            write_problems(tmp / f'eval{suffix}.jsonl', held_out)
 
         # The student.
         write_tokenizer(tmp)
@@ -282,15 +294,18 @@ def make(folder, cfg, device):
         save_model(model, tmp / 'student', source=tmp)
 
         # The teacher: the student trained on with embedding and head frozen, or a network of its own.
-        if unlike(cfg):
-            write_tokenizer(tmp, cfg['toy_teacher_tokens'])
-            tok = load_tokenizer(tmp)
-            model = init_weights(Model(shape(cfg, tok, 'teacher')), cfg['seed'] + 10**6).to(device)
-        else:
-            model.embed.requires_grad_(False)
-            model.head.requires_grad_(False)
-        supervise(model, tok, cfg, 'teacher')
-        save_model(model, tmp / 'teacher', source=tmp)
+        # Specialists are made in the same way, each with its own operators.
+        for operators, suffix in sets(cfg).items():
+            if unlike(cfg):
+                write_tokenizer(tmp, cfg['toy_teacher_tokens'])
+                tok = load_tokenizer(tmp)
+                model = init_weights(Model(shape(cfg, tok, 'teacher')), cfg['seed'] + 10**6).to(device)
+            else:
+                model = load_model(tmp / 'student', torch.float32, device)
+                model.embed.requires_grad_(False)
+                model.head.requires_grad_(False)
+            supervise(model, tok, cfg, 'teacher', operators)
+            save_model(model, tmp / f'teacher{suffix}', source=tmp)
 
         # Each model's folder has its own copy of the tokenizer.
         for file in (*tmp.glob('token*.json'), tmp / 'generation_config.json', tmp / 'chat_template.jinja'):
@@ -312,9 +327,13 @@ def prepare(cfg, env):
     note = code_note(folder)
     if note:
         print0(note)
-    paths = {'student': folder / 'student', 'teacher': folder / 'teacher',
-             'data': folder / 'train.jsonl', 'eval_data': folder / 'eval.jsonl'}
-    return cfg | {key: str(path) for key, path in paths.items() if cfg[key] == 'toy'}
+    names = {'student': ['student'], 'teacher': [], 'data': [], 'eval_data': []}
+    for suffix in sets(cfg).values():
+        names['teacher'].append(f'teacher{suffix}')
+        names['data'].append(f'train{suffix}.jsonl')
+        names['eval_data'].append(f'eval{suffix}.jsonl')
+    paths = {key: ','.join(str(folder / name) for name in names[key]) for key in names if cfg[key] == 'toy'}
+    return cfg | paths
 
 
 def main(cfg):

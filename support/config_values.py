@@ -11,11 +11,11 @@ import re
 from support.fields import Field
 from support.runtime import UserError, shown
 
-# A key that may be a list wants layer numbers where its default is a text, and the knots of a schedule where
-# its default is a number.
+# A key that may be a list wants whole numbers, such as those of layers, where its default is a text, and the
+# knots of a schedule where its default is a number.
 LAYERS = Field(list, 1, 1000, items=Field(int, 1, 1000))
 KNOTS = Field(list, 1, 1000, items=Field(list, 2, 2, items=Field(float, 0, 10**6)))
-GIVE_LAYERS = 'give a list of layer numbers from 1, such as [1,2]'
+GIVE_LAYERS = 'give a list of whole numbers from 1, such as [1,2]'
 GIVE_KNOTS = ('give knots [[share of the run, weight], ...] with ascending shares from 0 to 1, such as '
               '[[0,1],[0.5,0]]')
 

@@ -232,6 +232,7 @@ class Plan:
     layer_map: dict             # {student layer: teacher layer}
     work: Work
     env: object                 # ranks, device and dtype (support.runtime.Env)
+    others: tuple = ()          # ModelConfigs of further teachers, none larger than `teacher`
 
     @property
     def s(self):
@@ -285,8 +286,11 @@ def phases(plan):
         'AdamW, float32': 8 * plan.learned / plan.S,
         'teacher weights': s * teacher.total / (plan.S if plan.teacher_sharded else 1),
     }
+    if plan.others and not (plan.cuda and plan.cfg['teachers_in_turn']):
+        numbers = sum(weights_of(other).total for other in plan.others)
+        lasting["other teachers' weights"] = s * numbers / (plan.S if plan.teacher_sharded else 1)
     if plan.cfg['teacher_every']:
-        lasting["average for the teacher, float32"] = 4 * plan.learned / plan.S
+        lasting['average for the teacher, float32'] = 4 * plan.learned / plan.S
     if plan.cfg['bridge']:
         r = bridge_rank(plan)
         lasting['bridge'] = 4 * len(plan.layer_map) * r * (plan.teacher.d + 2 * plan.student.d)

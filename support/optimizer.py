@@ -70,40 +70,6 @@ def adamw(model, lr, betas, eps, weight_decay):
     return opt
 
 
-# ---- a teacher that follows the student --------------------------------------------------------
-
-def keep_average(opt):
-    """Begin a moving average of the weights that learn, in float32. It lies beside AdamW's moments, so that a
-    checkpoint has it."""
-    for p, state in opt.state.items():
-        state['average'] = p.detach().clone()
-
-
-@torch.no_grad()
-def move_average(opt, decay):
-    """average <- decay * average + (1 - decay) * weight. With decay 0 it is a copy."""
-    for p, state in opt.state.items():
-        state['average'].lerp_(p, 1 - decay)
-
-
-@torch.no_grad()
-def teach_average(opt, student, teacher):
-    """Give the teacher the averages of the student's weights, in its own dtype. A weight that does not learn
-    is the same in both already. Every rank must call this."""
-    theirs = dict(teacher.named_parameters())
-    for name, p in student.named_parameters():
-        if p not in opt.state:
-            continue
-        average = opt.state[p]['average']
-        target = theirs[name]
-        if isinstance(average, DTensor) and isinstance(target, DTensor):     # both are cut alike
-            target.to_local().copy_(average.to_local())
-        elif isinstance(average, DTensor):
-            target.copy_(average.full_tensor())
-        else:
-            target.copy_(average)
-
-
 # ---- what to log -------------------------------------------------------------------------------
 
 def share_below_eps(opt):

@@ -30,12 +30,60 @@ from support.plan import (
 from support.runtime import UserError, print0
 
 
-def preflight(cfg, env, tok_s, tok_t, train, held_out):
-    """Check the pair, the objective, the lengths and the memory: one printed line each, or a UserError.
-    -> ({student layer: teacher layer}, stop ids, length of the longest sequence)."""
+def preflight(cfg, pairs, env, tok_s, toks_t, train, held_out):
+    """Check the pairs, the objective, the lengths and the memory: one printed line each, or a UserError.
+
+    pairs: the config of each teacher (extensions.several_teachers.configs_of_teachers). toks_t: their tokenizers.
+    -> ([{student layer: teacher layer} of each teacher], stop ids, length of the longest sequence).
+    """
     student = read_config(cfg['student'])
-    teacher = read_config(cfg['teacher'])
+    teachers = [read_config(pair['teacher']) for pair in pairs]
     env = planned(cfg, env)
+    lines = []
+    layer_maps = []
+    longest = 0
+    for number, (pair, teacher, tok_t) in enumerate(zip(pairs, teachers, toks_t, strict=True)):
+        own = [problem for problem in train if problem.teacher == number]
+        if len(pairs) > 1:
+            lines.append(f"teacher {number + 1}: {pair['teacher']}, {len(own)} training problems")
+        if not own:
+            raise UserError(f"teacher {number + 1} ({pair['teacher']}) has no training problem; see teacher_share=")
+        layer_map, said = check_teacher(pair, student, teacher, tok_s, tok_t, own, held_out)
+        lines += [line for line in said if line not in lines]
+        layer_maps.append(layer_map)
+        longest = max(longest, check_lengths(cfg, student, teacher, own, held_out))
+
+    if len({tuple(layer_map) for layer_map in layer_maps if layer_map}) > 1:
+        raise UserError(f"layers={cfg['layers']!r} means other student layers for each teacher; give a list")
+    if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
+        lines.append(f"note: warmup={cfg['warmup']} of {cfg['steps']} steps rounds to 0: the first step has "
+                     'the full learning rate')
+    answers = cfg['prompts_per_step'] * cfg['n']
+    if answers < env.world:
+        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} with n={cfg['n']} gives {answers} "
+                        f'answers, fewer than the {env.world} ranks; raise one of them')
+    lines += problem_lines(cfg, train, held_out)
+
+    # Memory: all teachers lie there, and the largest one works.
+    by_size = sorted(range(len(pairs)), key=lambda number: -teachers[number].count())
+    largest, *others = by_size
+    vocab = min(shared_size(tok_s, tok_t) for tok_t in toks_t)
+    work = work_of(cfg, env.world, train, held_out, vocab)
+    lines += cost_lines(Plan(pairs[largest], student, teachers[largest], layer_maps[largest], work, env,
+                             tuple(teachers[number] for number in others)))
+    if cfg['dry_run']:
+        layer_map = layer_maps[0]
+        layers = list(layer_map) if all(l == t for l, t in layer_map.items()) else layer_map
+        lines.append(f"plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers "
+                     f'over {env.world} rank(s); {len(train)} training problems; layers {layers}')
+    print0('\n'.join(f'  {line}' for line in lines))
+    stops = [stop_set(tok_s, tok_t) for tok_t in toks_t]
+    return layer_maps, sorted({number for stop in stops for number in stop}), longest
+
+
+def check_teacher(cfg, student, teacher, tok_s, tok_t, train, held_out):
+    """Do a student and one of its teachers (ModelConfigs) fit together, and the objective with them?
+    -> ({student layer: teacher layer}, lines), or a UserError. train: the problems of this teacher."""
     hidden = ever_positive(cfg['oprd_weight'])
     same = same_vocabulary(tok_s, tok_t)
 
@@ -55,27 +103,7 @@ def preflight(cfg, env, tok_s, tok_t, train, held_out):
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     if layer_map and not cfg['bridge']:                  # a bridge has its own pairs, which distill.py prints
         lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'], student.hf.get('kept_layers'))
-
-    lines += check_objective(cfg, same)
-    check_self_teacher(cfg)
-    if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
-        lines.append(f"note: warmup={cfg['warmup']} of {cfg['steps']} steps rounds to 0: the first step has "
-                     'the full learning rate')
-    answers = cfg['prompts_per_step'] * cfg['n']
-    if answers < env.world:
-        raise UserError(f"prompts_per_step={cfg['prompts_per_step']} with n={cfg['n']} gives {answers} "
-                        f'answers, fewer than the {env.world} ranks; raise one of them')
-    longest = check_lengths(cfg, student, teacher, train, held_out)
-    lines += problem_lines(cfg, train, held_out)
-
-    work = work_of(cfg, env.world, train, held_out, shared_size(tok_s, tok_t))
-    lines += cost_lines(Plan(cfg, student, teacher, layer_map, work, env))
-    if cfg['dry_run']:
-        pairs = list(layer_map) if all(l == t for l, t in layer_map.items()) else layer_map
-        lines.append(f"plan: {cfg['steps']} steps of {cfg['prompts_per_step']} prompts x {cfg['n']} answers "
-                     f'over {env.world} rank(s); {len(train)} training problems; layers {pairs}')
-    print0('\n'.join(f'  {line}' for line in lines))
-    return layer_map, stop_set(tok_s, tok_t), longest
+    return layer_map, lines + check_objective(cfg, same)
 
 
 # ---- layers -----------------------------------------------------------------------------------
@@ -194,16 +222,6 @@ def check_objective(cfg, same=True):
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
     return check_output_space(cfg) if ever_positive(cfg['opd_weight']) else []
-
-
-def check_self_teacher(cfg):
-    """Do the keys of a teacher that is the student itself make sense together? Else a UserError."""
-    if cfg['teacher_every'] and cfg['teacher'] != cfg['student']:
-        raise UserError(f"teacher_every={cfg['teacher_every']}: this teacher is another model than the "
-                        'student; set teacher=self')
-    if cfg['teacher_decay'] and not cfg['teacher_every']:
-        raise UserError(f"teacher_decay={cfg['teacher_decay']}: the teacher never follows the student; set "
-                        'teacher_every=1')
 
 
 def check_output_space(cfg):

@@ -41,7 +41,7 @@ from support.runtime import ROOT, UserError, print0
 # installation other packages' files lie beside them.
 SOURCES = ('bridge.py', 'distill.py', 'eval_math.py', 'losses.py', 'model.py', 'output_losses.py',
            'rollout.py', 'step.py', 'teacher.py', 'bridge_parts/*.py', 'configs/__init__.py',
-           'cross_tokenizer/*.py', 'formats/*.py', 'grading/*.py', 'kernels/*.py', 'studies/toy.py',
+           'cross_tokenizer/*.py', 'extensions/*.py', 'formats/*.py', 'grading/*.py', 'kernels/*.py', 'studies/toy.py',
            'support/*.py')
 
 # The small files of a model folder that decide what the model reads and when it stops.
@@ -144,18 +144,20 @@ def add_sample(sha, file, blocks):
 
 # ---- the record of a start -----------------------------------------------------------------------
 
-def start_record(cfg, env, train, held_out):
+def start_record(cfg, pairs, env, train, held_out):
     """What this start of a run is made by -> dict that JSON can hold.
 
-    cfg: the config, every 'toy' replaced by a path. train: its problems. held_out: {name of a set: problems}.
+    cfg: the config, every 'toy' replaced by a path. pairs: the config of each teacher. train: its problems. held_out: {name of a set: problems}.
     """
     record = {'versions': versions(env), 'sources': source_digests(), 'data': problems_digest(train),
               'eval_data': {name: problems_digest(problems) for name, problems in held_out.items()},
               'problems': {'data': len(train),
                            'eval_data': {name: len(problems) for name, problems in held_out.items()}}}
-    for side in ('student', 'teacher'):
-        record[side] = weights_digest(snapshot(cfg[side], weights=True))
-    record['bridge'] = weights_digest(cfg['bridge']) if cfg['bridge'] else ''
+    record['student'] = weights_digest(snapshot(cfg['student'], weights=True))
+    # Of several teachers all digests, with commas between.
+    record['teacher'] = ','.join(weights_digest(snapshot(pair['teacher'], weights=True)) for pair in pairs)
+    bridges = [pair['bridge'] for pair in pairs if pair['bridge']]
+    record['bridge'] = ','.join(weights_digest(bridge) for bridge in bridges)
     record['commits'] = commits()            # last: by now everything has been read
     return record
 

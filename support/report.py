@@ -18,17 +18,20 @@ def log_names(cfg, setup, device):
     """What a run can measure, in the order of a row: a list of names. support.run_folder adds two of its own.
 
     A step measures some of it. All names are known before the first step, so that every row has the same.
-    setup: distill.Setup, with its objective.
+    setup: distill.Setup, with its objectives.
     """
-    names = ['step', 'loss', *objective_names(cfg, setup.objective), 'len/mean', 'finish', 'tokens']
-    if not setup.same_ids or cfg['teacher_sees'] == 'solution':
+    names = ['step', 'loss']
+    for teacher in setup.teachers:
+        names += [name for name in objective_names(cfg, teacher.objective) if name not in names]
+    names += ['len/mean', 'finish', 'tokens']
+    if cfg['teacher_sees'] == 'solution' or not all(teacher.same_ids for teacher in setup.teachers):
         names.append('align')
     if any(problem.answer is not None for problem in setup.train):
         names.append('acc/rollout')
     names += ['lr', 'grad_norm', 'adam/below_eps']
 
-    # The student is evaluated again and again, the teacher once, before the first step.
-    for side in ('eval', 'teacher') if cfg['eval_teacher'] else ('eval',):
+    # The student is evaluated again and again, its teachers once, before the first step.
+    for side in ('eval', *setup.named_teachers) if cfg['eval_teacher'] else ('eval',):
         names += [f'{side}/{name}' for name in score_names(setup.held_out, cfg['eval_n'])]
 
     # support.runtime.Clock
@@ -39,7 +42,7 @@ def log_names(cfg, setup, device):
 
 
 def objective_names(cfg, objective):
-    """The names of what the two terms of Eq. (7) say: their losses if they ever run, and how far apart the
+    """The names of what the terms of the loss say: their losses if they ever run, and how far apart the
     models are, which is looked at in any case if the models allow it."""
     layers = list(objective.layer_map)
     has_hidden = objective.hidden is not None
@@ -49,7 +52,7 @@ def objective_names(cfg, objective):
         names.append('loss/oprd')
     if has_output and ever_positive(cfg['opd_weight']):
         names.append('loss/opd')
-    if ever_positive(cfg['reward_weight']):
+    if objective.reward is not None:
         names.append('loss/reward')
     if 'loss/oprd' in names:
         names += [f'loss/layer/{l}' for l in layers]
@@ -157,9 +160,16 @@ def summary(rows):
     last = rows[-1]
     cosines = [row['rep/cos'] for row in rows if row.get('rep/cos') is not None]
 
+    # Of several teachers each has its own scores.
+    teachers = {'teacher': scores_of(first, 'teacher')}
+    number = 2
+    while scores_of(first, f'teacher{number}'):
+        teachers[f'teacher{number}'] = scores_of(first, f'teacher{number}')
+        number += 1
+
     # The last step may have been evaluated otherwise than the models before the first one: eval_n= may
     # change when a run goes on.
-    return {'student': scores_of(first, 'eval'), 'teacher': scores_of(first, 'teacher'),
+    return {'student': scores_of(first, 'eval'), **teachers,
             'distilled': scores_of(last, 'eval'), 'steps': last['step'],
             'seconds': last['elapsed'], 'rep_cos': [cosines[0], cosines[-1]] if cosines else []}
 

@@ -121,13 +121,14 @@ def step_sums(student, teacher, roll, weights, layer_map, budget=10**6, scale=1.
     its weight as 'looked'."""
     hidden = BridgeTerm(bridge, normalise) if bridge else HiddenTerm(kind, drift)
     objective = Objective(layer_map, hidden, OutputTerm(output, teacher) if output else None, bridge)
+    term_weights = {'oprd': oprd_weight, 'opd': opd_weight}
     looked = {}
     if probe is not None:
-        left_out = objective.only(oprd_weight == 0, opd_weight == 0)
+        left_out = objective.only([term for term, weight in term_weights.items() if weight == 0])
         looked = diagnose(student, teacher, cut_rollout(roll, weights * probe, budget, reading, offset), left_out)
         looked['looked'] = looked.pop('weight')
     micro_batches = cut_rollout(roll, weights, budget, reading, offset)
-    return accumulate(student, teacher, micro_batches, objective, oprd_weight, opd_weight, scale) | looked
+    return accumulate(student, teacher, micro_batches, objective, term_weights, scale) | looked
 
 
 def flat_sums(sums):

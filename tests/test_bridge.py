@@ -759,7 +759,7 @@ def test_teacher_states_of_the_next_byte_term():
             given.append((teacher_h, rows.written, rows.inside))
             return h.sum() * 0, torch.zeros(5)
     objective = Objective({}, None, Spy(NextByte(None, None), teacher))
-    accumulate(student, teacher, cut_rollout(roll, position_weights(m), 10**6, reading), objective, 0.0, 1.0)
+    accumulate(student, teacher, cut_rollout(roll, position_weights(m), 10**6, reading), objective, {'opd': 1.0})
     (h_t, words, classes), = given
     states = teacher.hidden(ids_t, [4])[0].detach()
     rounding = 64 * torch.finfo(torch.float32).eps * float(states.norm(dim=-1).max())    # rows in another order

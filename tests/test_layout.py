@@ -12,7 +12,7 @@ import pytest
 
 from support.runtime import ROOT
 
-FOLDERS = ('bridge_parts', 'configs', 'kernels', 'paper', 'formats', 'cross_tokenizer', 'grading', 'support', 'studies')
+FOLDERS = ('bridge_parts', 'configs', 'extensions', 'kernels', 'paper', 'formats', 'cross_tokenizer', 'grading', 'support', 'studies')
 ROOT_FILES = sorted(p.name for p in ROOT.glob('*.py'))
 FILES = ROOT_FILES + sorted(str(p.relative_to(ROOT)) for name in FOLDERS for p in (ROOT / name).glob('*.py'))
 RUN_TIME = {'torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'tqdm', 'huggingface_hub', 'jinja2',
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     'bridge_parts': {'bridge_parts', 'formats', 'support'},
     'cross_tokenizer': {'formats', 'support', 'losses', 'output_losses'},
     'grading': {'grading', 'support'},
+    'extensions': {'extensions', 'formats', 'output_losses', 'rollout', 'support'},
     'losses.py': {'kernels'},
     'output_losses.py': {'support'},
     'step.py': {'support', 'teacher'},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     'minimal.py': {'configs', 'formats', 'losses', 'rollout', 'step', 'studies', 'support'},
     'eval_math.py': {'configs', 'formats', 'grading', 'rollout', 'studies', 'support'},
     'bridge.py': {*LIBRARIES, 'bridge_parts', 'configs', 'formats', 'cross_tokenizer', 'studies', 'support'},
-    'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'studies', 'support'},
+    'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'extensions', 'formats', 'grading', 'studies', 'support'},
     'studies': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'kernels', 'studies',
                 'support'},
     'paper': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'paper', 'studies', 'support'},

@@ -41,7 +41,7 @@ def add_gradient(model, group, factor, scale, budget=10**6):
     weights = position_weights(position_mask(roll, 'all')).to(dtype)
     objective = Objective({}, None, None, reward=RewardTerm(PolicyGradient(chunk=3)))
     batches = cut_rollout(roll, weights, budget, advantage=advantages(rewards, len(group), scale))
-    return accumulate(model, None, batches, objective, 0.0, 0.0, factor, reward_weight=1.0)
+    return accumulate(model, None, batches, objective, {'reward': 1.0}, factor)
 
 
 @pytest.mark.parametrize('scale', [False, True])
@@ -104,10 +104,10 @@ def test_a_run_with_rewards_alone_runs_no_teacher_after_its_first_look(toy_dir, 
     phases = []
     real = distill.accumulate
 
-    def noted(student, teacher, batches, objective, *args, **keys):
-        used = objective.only(*(weight > 0 for weight in args[:2]), keys['reward_weight'] > 0)
+    def noted(student, teacher, batches, objective, weights, **keys):
+        used = objective.only([term for term, weight in weights.items() if weight > 0])
         phases.append((used.layer_map, used.output, used.reward is not None))
-        return real(student, teacher, batches, objective, *args, **keys)
+        return real(student, teacher, batches, objective, weights, **keys)
     monkeypatch.setattr(distill, 'accumulate', noted)
     main(load_config(argv(toy_dir, tmp_path / 'r', steps=3, **GRPO)))
     assert phases == [({}, None, True)] * 3
