@@ -31,7 +31,7 @@ Letters: B answers, T tokens, K supervised positions, L layers, d width, r rank 
 """
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,28 +41,10 @@ from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, load_eval_sets, sample_and_grade, shared_scores, table
-from extensions.rewards import RewardTerm, shared_advantages
-from extensions.self_teacher import (
-    check_self_teacher,
-    keep_average,
-    move_average,
-    named_self,
-    show_solutions,
-    teach_average,
-    with_teacher_prompts,
-    written_solutions,
-)
-from extensions.several_teachers import (
-    assign_teachers,
-    configs_of_teachers,
-    keep_on_host,
-    on_device,
-    share_answers,
-    sources_of_teachers,
-)
+from extensions import rewards, self_teacher, several_teachers
 from formats.hub import snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
-from formats.problems import load_problems, prompt_order
+from formats.problems import prompt_order
 from formats.tokenizer import load_tokenizer, same_vocabulary, shared_size
 from grading.grader import grade
 from losses import BridgeTerm, HiddenTerm
@@ -107,7 +89,7 @@ from support.runtime import (
     start,
 )
 from support.trackers import check_trackers, tracked
-from teacher import Teacher
+from teacher import Share, Teacher
 
 # ---- what is minimised -----------------------------------------------------------------------
 
@@ -130,7 +112,7 @@ def make_objective_terms(cfg, teacher, output, vocab):
         output = OutputTerm(output, teacher.model)
     reward = None
     if ever_positive(cfg['reward_weight']):
-        reward = RewardTerm(cfg['student_temperature'], cfg['head_rows'], vocab)
+        reward = rewards.RewardTerm(cfg['student_temperature'], cfg['head_rows'], vocab)
     return Objective(teacher.layer_map, hidden, output, teacher.bridge, reward)
 
 
@@ -174,20 +156,15 @@ class Setup:
         names = ['teacher', *(f'teacher{number}' for number in range(2, len(self.teachers) + 1))]
         return dict(zip(names, self.teachers, strict=True))
 
-    @property
-    def layers(self):
-        """The student layers that the teachers' states are compared with, ascending."""
-        return max((list(teacher.layer_map) for teacher in self.teachers), key=len)
-
 
 def prepare(cfg, env):
     """Tokenizers, problems, checks, bridges, models, objectives, optimizer -> Setup."""
     # Text first: it is small, and most mistakes show here.
-    check_self_teacher(cfg)
-    pairs = configs_of_teachers(cfg)
+    self_teacher.check(cfg)
+    pairs = several_teachers.configs(cfg)
     tok, *toks_t = (load_tokenizer(path, cfg['date'], enable_thinking=cfg['enable_thinking'])
                     for path in (cfg['student'], *(pair['teacher'] for pair in pairs)))
-    train = load_training_problems(cfg, tok, toks_t)
+    train = several_teachers.load_training_problems(cfg, tok, toks_t)
     held_out = {}
     if cfg['eval_data']:
         held_out = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
@@ -215,22 +192,6 @@ def prepare(cfg, env):
     return setup
 
 
-def load_training_problems(cfg, tok, toks_t):
-    """The training problems, each with the number of its teacher and, in self-distillation, a prompt that
-    shows the solution to this teacher."""
-    train = []
-    sources = sources_of_teachers(cfg['data'], cfg['teacher_share'], len(toks_t))
-    for number, source in enumerate(sources):
-        problems = load_problems(source, tok, longest=cfg['max_prompt_tokens'])
-        train += [replace(problem, teacher=number) for problem in problems]
-    if len(sources) == 1:
-        train = assign_teachers(train, cfg['teacher_share'], len(toks_t), cfg['seed'])
-    if cfg['teacher_sees'] == 'solution':
-        train = show_solutions(train, toks_t, cfg['solution_text'], cfg['max_prompt_tokens'])
-        print0(f'  {len(train)} of them with a solution that the teacher can read')
-    return train
-
-
 def load_models(cfg, pairs, setup, env, longest):
     """Fill in a Setup's student and optimizer, and its teachers' models and objectives. longest: tokens of
     the longest sequence."""
@@ -243,7 +204,7 @@ def load_models(cfg, pairs, setup, env, longest):
         output = make_output_objective(cfg, setup, teacher, env.device)
         teacher.objective = make_objective_terms(cfg, teacher, output, shared_size(setup.tok, teacher.tok))
         if cfg['teachers_in_turn']:
-            teacher.host_weights = keep_on_host(teacher.model)
+            teacher.ready = several_teachers.keep_on_host(teacher.model, env.device)
     setup.student = load_model(cfg['student'], torch.float32, env.device,
                                partial(prepare_student, cfg=cfg, env=env, longest=longest))
     barrier('reading the models', LONG_WAIT)             # or downloading them, once on each machine
@@ -252,7 +213,7 @@ def load_models(cfg, pairs, setup, env, longest):
     setup.opt = adamw(setup.student, cfg['lr'], (cfg['beta1'], cfg['beta2']), cfg['adam_eps'],
                       cfg['weight_decay'])
     if cfg['teacher_every']:
-        keep_average(setup.opt)
+        self_teacher.keep_average(setup.opt)
 
 
 def prepare_teacher(model, cfg, env, longest):
@@ -289,12 +250,12 @@ def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
     writer = nullcontext(setup.student)
     if side != 'student':
         teacher = setup.named_teachers[side]
-        writer = on_device(teacher, env.device)
+        writer = teacher.ready(teacher.model)
         if not teacher.same_ids:             # its own prompts and stop tokens
             tok, stop, vocab = teacher.tok, teacher.tok.stop_ids, teacher.tok.size
             sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
         if cfg['teacher_sees'] == 'solution':
-            sets = with_teacher_prompts(sets, tok, cfg['solution_text'])
+            sets = self_teacher.with_teacher_prompts(sets, tok, cfg['solution_text'])
     # Whole weights on every rank while it samples; each rank answers its share of the problems.
     with writer as sharded, gathered(sharded) as model:
         rows = sample_and_grade(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
@@ -333,12 +294,16 @@ def train(cfg, setup, env, run_folder):
             # 3. rows: what each teacher reads, and which positions are supervised, with weights that sum
             # to 1 over all ranks and teachers.
             verdicts = graded(roll, setup.tok, problems)
-            advantage = answer_advantages(cfg, verdicts, mine, env.device)
-            shares = share_answers(setup.teachers, roll, problems, advantage)
+            looks = is_diagnosed(step, steps, cfg['diagnose_every'])
+            term_weights = {term: weight_at(step, steps, cfg[f'{term}_weight']) for term in TERMS}
+            shares = [Share(setup.teachers[0], roll, problems)]
+            if term_weights['reward']:
+                shares[0].advantage = rewards.shared_advantages(cfg, verdicts, mine, env.device)
+            if len(setup.teachers) > 1:
+                shares = several_teachers.split(shares[0], setup.teachers)
             for share in shares:
                 share.reading, share.mask = supervised_positions(cfg, setup.tok, share)
             tokens = all_reduce(sum(share.mask.sum() for share in shares))
-            term_weights = {term: weight_at(step, steps, cfg[f'{term}_weight']) for term in TERMS}
             sums = {}
             looked = {}
             for share in shares:
@@ -347,13 +312,14 @@ def train(cfg, setup, env, run_folder):
                 micro_batches = partial(cut_rollout, share.roll, budget=cfg['token_budget'],
                                         reading=share.reading, offset=cfg['position_offset'],
                                         advantage=share.advantage)
-                with on_device(share.teacher, env.device) as teacher:
+                with share.teacher.ready(share.teacher.model) as teacher:
                     # What the objective leaves out is looked at now and then, at a few of the positions.
-                    if is_diagnosed(step, steps, cfg['diagnose_every']):
+                    if looks:
                         few = diagnostic_mask(share.roll, share.mask, step,
                                               cfg['diagnose_rows'] / max(1, int(tokens)))
                         left_out = objective.only([term for term in TERMS if term_weights[term] == 0])
-                        add(looked, diagnose(student, teacher, micro_batches(weights=weights * few), left_out))
+                        few_rows = micro_batches(weights=weights * few)
+                        add(looked, diagnose(student, teacher, few_rows, left_out))
                         clock.lap('diagnose')
 
                     # 4, 5. teacher and student. FSDP averages gradients over ranks, but these weights
@@ -366,7 +332,8 @@ def train(cfg, setup, env, run_folder):
             clock.lap('update')
 
             row = {'step': step,
-                   **objective_metrics(sums, looked, term_weights, setup.layers, cfg['opd']),
+                   **objective_metrics(sums, looked, term_weights, setup.teachers[0].layer_map,
+                                       cfg['opd']),
                    **rollout_metrics(roll, verdicts, shares), 'lr': lr, 'grad_norm': norm}
             row = finish_step(cfg, setup, env, row | clock.stop(), run_folder, clock)
             stop_or_save(cfg, setup, env, row, run_folder, caught)
@@ -386,8 +353,8 @@ def update(cfg, setup, step):
 
     # A teacher that follows the student takes over its weights, or a moving average of them.
     if cfg['teacher_every'] and step % cfg['teacher_every'] == 0:
-        move_average(setup.opt, cfg['teacher_decay'])
-        teach_average(setup.opt, setup.student, setup.teachers[0].model)
+        self_teacher.move_average(setup.opt, cfg['teacher_decay'])
+        self_teacher.teach_average(setup.opt, setup.student, setup.teachers[0].model)
     return lr, float(full(norm))
 
 
@@ -401,7 +368,7 @@ def sample_answers(cfg, setup, env, problems, mine, step):
     """Step 2: answers with the numbers `mine`, one to each of these problems -> Rollout. The student writes
     them, or in a control (answers_by) the teacher, or they are the solutions of the problems."""
     if cfg['answers_by'] == 'solution':
-        return written_solutions(problems, setup.tok, cfg['max_new_tokens'], env.device)
+        return self_teacher.written_solutions(problems, setup.tok, cfg['max_new_tokens'], env.device)
     writer = {'student': setup.student, 'teacher': setup.teachers[0].model}[cfg['answers_by']]
     slots = [i // cfg['n'] for i in mine]
     samples = [i % cfg['n'] for i in mine]
@@ -427,7 +394,7 @@ def supervised_positions(cfg, tok, share):
     if teacher.same_ids and cfg['teacher_sees'] == 'prompt':
         return None, mask
 
-    # Another vocabulary, or a solution in view: the teacher reads a prompt of its own, and the answer's text.
+    # Another vocabulary, or a solution in view: the teacher reads a prompt of its own, then the answer.
     prompts_t = [problem.teacher_ids or teacher.tok.chat(problem.question) for problem in share.problems]
     reading = read_rollout(roll, prompts_t, tok, teacher.tok, teacher.model.config.context,
                            cfg['pair'], cfg['teacher_ids'])
@@ -530,15 +497,6 @@ def graded(roll, tok, problems):
     return verdicts
 
 
-def answer_advantages(cfg, verdicts, mine, device):
-    """How much better each of this rank's answers is than the others to its prompt -> (B,), or None if nothing
-    is rewarded. mine: the numbers of these answers among those of the step."""
-    if not ever_positive(cfg['reward_weight']):
-        return None
-    answers = cfg['prompts_per_step'] * cfg['n']
-    return shared_advantages(verdicts, mine, answers, cfg['n'], cfg['reward_scale'], device)
-
-
 def rollout_metrics(roll, verdicts, shares):
     """Lengths, finished share and accuracy of a step's answers, over all ranks."""
     # Problems without a known answer are not graded.
@@ -591,7 +549,7 @@ def main(cfg):
 
     # The toy makes its own models and problems, once. A self-teacher is the student, read a second time.
     cfg = toy.prepare(cfg, env)
-    cfg = named_self(cfg)
+    cfg = self_teacher.named(cfg)
     setup = prepare(cfg, env)
     if cfg['dry_run']:
         return
@@ -600,7 +558,7 @@ def main(cfg):
         run_folder = begin(out, asked, may_change, env.rank, names)
         resume(run_folder, setup.student, setup.opt, later)
         if cfg['teacher_every']:
-            teach_average(setup.opt, setup.student, setup.teachers[0].model)
+            self_teacher.teach_average(setup.opt, setup.student, setup.teachers[0].model)
         with tracked(run_folder, cfg['report']):
             run_in_folder(cfg, setup, env, run_folder)
 
@@ -608,7 +566,8 @@ def main(cfg):
 def run_in_folder(cfg, setup, env, run_folder):
     """Take the steps that are left, write table and figure."""
     if env.rank == 0:
-        note_start(run_folder, start_record(cfg, configs_of_teachers(cfg), env, setup.train, setup.held_out))
+        note_start(run_folder, start_record(cfg, several_teachers.configs(cfg), env, setup.train,
+                                         setup.held_out))
 
     # At the start, the scores of all models.
     if not run_folder.rows:

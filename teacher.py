@@ -7,8 +7,12 @@ through a bridge K x r.
 
 A teacher with another vocabulary reads the same text in its own tokens: cross_tokenizer/pairing.py.
 
+A run has one teacher, or several (extensions/several_teachers.py). The class Teacher holds what belongs to
+one of them.
+
 Letters: B answers, T tokens, K supervised positions, d width, r rank of a bridge.
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +28,18 @@ class Teacher:
     bridge: object              # bridge_parts.saved.Bridge, or None
     model: object = None
     objective: object = None    # step.Objective
-    host_weights: dict | None = None         # see extensions.several_teachers.on_device
+    ready: object = nullcontext              # ready(model): a context in which the weights are on the device
+
+
+@dataclass
+class Share:
+    """The answers of a step that a teacher reads, B of them on this rank."""
+    teacher: Teacher
+    roll: object                # rollout.Rollout
+    problems: list              # one for each answer
+    advantage: torch.Tensor | None = None    # (B,) of each answer, where answers are rewarded
+    reading: object = None      # cross_tokenizer.pairing.Reading; None: it reads the student's ids
+    mask: torch.Tensor | None = None         # (B, T) the supervised positions
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ config = dict(
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
-    teacher='',                 # Hugging Face folder or id; frozen. 'self': the student as it is at the start.
+    teacher='',                 # Hugging Face folder or id; frozen. 'self': the student of the start.
                                 # Several with commas between: extensions/several_teachers.py
     data='',                    # training problems: a file (.parquet, .arrow, .jsonl, .json, .csv, .tsv,
                                 # .txt, .gz), a folder, a data set's id, or several with commas; docs/data.md
@@ -44,9 +44,9 @@ config = dict(
                                 # which the run was started
 
     # teachers that the paper names for later (section 5)
-    teacher_share='data',       # of several teachers, which one reads the answers to a prompt: that of its set in
-                                # 'data'; that of its 'tag', the number in its column `teacher`, from 1; or one
-                                # at random, with weights such as [3,1]
+    teacher_share='data',       # which of several teachers reads the answers to a prompt: that of its set in
+                                # 'data'; that of its 'tag', the number in its column `teacher`, from 1; or
+                                # one at random, with weights such as [3,1]
     teachers_in_turn=False,     # keep one of several teachers at a time on the GPU, the others on the host
     teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
                                 # problem's 'solution' in view (extensions/self_teacher.py)
@@ -193,7 +193,8 @@ checks = dict(
     ranks=(0, 65536), shard_ranks=(0, 65536), timeout=(0.01, 10**5), max_prompt_tokens=natural,
     prompts_per_step=(1, 10**5), n=(1, 10**4), max_new_tokens=positive,
     temperature=(0, 1e3), top_k=natural, top_p=(1e-6, 1),
-    teacher_share=('data', 'tag', list), teacher_sees=('prompt', 'solution'), teacher_every=natural, teacher_decay=(0, 0.999999),
+    teacher_share=('data', 'tag', list), teacher_sees=('prompt', 'solution'), teacher_every=natural,
+    teacher_decay=(0, 0.999999),
     layers=('all', 'last', 'even', 'odd', list),
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),

@@ -1,17 +1,18 @@
 """
-Rewards for right answers as a further term of the loss: GRPO (arXiv 2402.03300) beside distillation, or alone.
+Rewards for right answers as a further term of the loss: GRPO (arXiv 2402.03300), with or without teachers.
 
     advantage of an answer     A = reward - mean of the rewards of the n answers to the same prompt,
                                with reward_scale=True divided by their standard deviation
     loss at a token y          -A log p(y)
 
-The reward is 1 for an answer that the grader accepts, and 0 for any other. Weights, positions and micro-batches
-are those of the other terms: Eq. (6)'s mean over each answer, or with loss_average='token' over all tokens.
+The reward is 1 for an answer that the grader accepts, and 0 for any other. Weights, positions and
+micro-batches are those of the other terms: Eq. (6)'s mean over each answer, or with loss_average='token' the
+mean over all tokens.
 
 Simpler than usual: no critic, no buffer and no clipping. Each rollout is used for one update, so the ratio
-p / p_old, which GRPO clips, is 1, and clipping would change nothing. The KL to the start is not a part of this
-term either: it is the output-space term opd='full' with teacher='self', and opd_weight is its factor. What it does
-not do: rewards other than right or wrong.
+p / p_old, which GRPO clips, is 1, and clipping would change nothing. The KL to the start is not a part of
+this term either: it is the output-space term opd='full' with teacher='self', and opd_weight is its factor.
+What it does not do: rewards other than right or wrong.
 
     python distill.py configs/toy.py oprd_weight=0 reward_weight=1 n=8 lr=3e-4         rewards alone
     python distill.py configs/toy.py reward_weight=1 n=8                               beside Eq. (6)
@@ -37,24 +38,24 @@ def advantages(rewards, n, scale=True):
     return centred.flatten()
 
 
-def shared_advantages(verdicts, mine, answers, n, scale, device):
+def shared_advantages(cfg, verdicts, mine, device):
     """`advantages` of this rank's answers (B,), where the n answers to a prompt may be on different ranks.
 
-    verdicts: of this rank's answers, True or False. mine: their numbers among all `answers` of the step.
+    verdicts: of this rank's answers, True or False. mine: their numbers among those of the step.
     """
     mine = torch.tensor(mine, device=device)
-    rewards = torch.zeros(answers, device=device)
+    rewards = torch.zeros(cfg['prompts_per_step'] * cfg['n'], device=device)
     rewards[mine] = torch.tensor(verdicts, dtype=torch.float32, device=device)
-    return advantages(all_reduce(rewards), n, scale)[mine]
+    return advantages(all_reduce(rewards), cfg['n'], cfg['reward_scale'])[mine]
 
 
 @dataclass
 class PolicyGradient(Vocabulary):
-    """REINFORCE: -log p of the next token. The weight of a row is multiplied by the advantage of its answer, a
-    constant, which may be negative."""
+    """REINFORCE: -log p of the next token. The weight of a row has been multiplied by the advantage of its
+    answer, a constant, which may be negative."""
     def loss_and_gradient(self, logp, batch, piece):
-        """log p (C, V) -> -log p of the next token (C,), the gradient of the weight times it with respect to the
-        logits (C, V), and no statistics: zeros (4, C)."""
+        """log p (C, V) -> -log p of the next token (C,), the gradient of the weight times it with respect to
+        the logits (C, V), and no statistics: zeros (4, C)."""
         next_token = batch.next_token[piece, None]                           # (C, 1)
         value = -logp.gather(-1, next_token).squeeze(-1)                     # (C,)
 

@@ -7,9 +7,10 @@ The student as its own teacher, which sees more: a reference solution stands in 
     teacher_sees='solution'    the teacher's prompt is solution_text, in which {question} and {solution} stand
                                for those of the problem
 
-The student answers the plain question. The teacher reads the same answer after its own, longer prompt, and hidden
-states (or output distributions) are paired token by token over the answer: the same ids, at other columns. The
-pairing is that of a teacher with another vocabulary (cross_tokenizer/pairing.py), where all tokens fit.
+The student answers the plain question. The teacher reads the same answer after its own, longer prompt, and
+hidden states (or output distributions) are paired token by token over the answer: the same ids, at other
+columns. The pairing is that of a teacher with another vocabulary (cross_tokenizer/pairing.py), where all
+tokens fit.
 
 The natural control is supervised learning on the same solutions: opd='supervised' answers_by='solution'.
 
@@ -31,20 +32,20 @@ from support.runtime import UserError, shown
 
 # ---- before the loop ---------------------------------------------------------------------------
 
-def named_self(cfg):
+def named(cfg):
     """The config with the student's name where teacher= says 'self'."""
     names = [cfg['student'] if name == 'self' else name for name in cfg['teacher'].split(',')]
     return cfg | {'teacher': ','.join(names)}
 
 
-def check_self_teacher(cfg):
+def check(cfg):
     """Do the keys of a teacher that is the student itself make sense together? Else a UserError."""
     if cfg['teacher_every'] and cfg['teacher'] != cfg['student']:
         raise UserError(f"teacher_every={cfg['teacher_every']}: this teacher is another model than the "
                         'student; set teacher=self')
     if cfg['teacher_every'] and cfg['teachers_in_turn']:
-        raise UserError('teachers_in_turn=True keeps the weights of the start, but teacher_every= changes them; '
-                        'set one of them to 0')
+        raise UserError('teachers_in_turn=True keeps the weights of the start, but teacher_every= changes '
+                        'them; set one of them to 0')
     if cfg['teacher_decay'] and not cfg['teacher_every']:
         raise UserError(f"teacher_decay={cfg['teacher_decay']}: the teacher never follows the student; set "
                         'teacher_every=1')
@@ -93,15 +94,16 @@ def with_teacher_prompts(sets, tok, text):
     shown_sets = {}
     for name, problems in sets.items():
         own = [replace(problem, teacher=0) for problem in problems]
-        shown_sets[name] = [replace(problem, ids=problem.teacher_ids) for problem in show_solutions(own, [tok], text)]
+        own = show_solutions(own, [tok], text)
+        shown_sets[name] = [replace(problem, ids=problem.teacher_ids) for problem in own]
     return shown_sets
 
 
 # ---- answers that are the solutions: a control -----------------------------------------------------
 
 def written_solutions(problems, tok, longest, device):
-    """The solutions of the problems as if somebody had sampled them -> Rollout. longest: tokens of an answer, as
-    max_new_tokens."""
+    """The solutions of the problems as if somebody had sampled them -> Rollout. longest: tokens of an answer,
+    as max_new_tokens."""
     answers = []
     for index, problem in enumerate(problems):
         ids = tok.encode(problem.solution, special=False) + tok.stop_ids[:1]

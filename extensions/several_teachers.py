@@ -8,13 +8,13 @@ Several teachers for one student, each for its own share of the prompts: special
         'tag'       the number in the problem's column `teacher`, from 1
         [3, 1]      each prompt to one of them at random, with these weights
 
-An answer is read by one teacher, and matched with this teacher's states. Everything that a pair of models has is
-there once for each teacher: its tokenizer, layer map, bridge and objective. The weights of all rows still sum to 1
-over the whole batch, so the gradient is that of one loss over all answers.
+An answer is read by one teacher, and matched with this teacher's states. Everything that a pair of models
+has is there once for each teacher: tokenizer, layer map, bridge and objective. The weights of all rows still
+sum to 1 over the whole batch, so the gradient is that of one loss over all answers.
 
 If the teachers do not fit into the GPU's memory together, teachers_in_turn=True keeps their weights in the
-memory of the host, and copies those of one teacher to the GPU while it works. The results are the same, bit for
-bit: a copy does not change a weight.
+memory of the host, and copies those of one teacher to the GPU while it works. The results are the same, bit
+for bit: a copy does not change a weight.
 
 Simpler than usual: no server for each teacher, no asynchronous copies. What it does not do: average several
 teachers over the same answer, or let the student's progress decide who teaches what.
@@ -25,17 +25,20 @@ Letters: B answers, T tokens.
 """
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from support.runtime import UserError, shown
+from extensions.self_teacher import show_solutions
+from formats.problems import load_problems
+from support.runtime import UserError, print0, shown
 
 # ---- before the loop ---------------------------------------------------------------------------
 
-def configs_of_teachers(cfg):
+def configs(cfg):
     """The config of a run -> a list of configs, one for each teacher, in which `teacher` and `bridge` are
     those of this teacher alone."""
     # A folder's own name may hold a comma, so a path that exists is never split.
@@ -52,16 +55,29 @@ def configs_of_teachers(cfg):
     return [cfg | {'teacher': name, 'bridge': bridge} for name, bridge in pairs]
 
 
-def sources_of_teachers(data, share, teachers):
-    """The sources of the problems that have to be loaded -> a list of texts. With teacher_share='data' each
-    teacher has its own, otherwise all problems come together."""
-    if share != 'data' or teachers == 1:
-        return [data]
-    sources = data.split(',')
-    if len(sources) != teachers:
-        raise UserError(f"teacher_share='data': data= names {len(sources)} sets for {teachers} teachers; name "
-                        'one for each, with commas between')
-    return sources
+def load_training_problems(cfg, tok, toks_t):
+    """The training problems of a run, each with the number of its teacher. toks_t: the teachers' tokenizers.
+
+    With teacher_share='data' each teacher has its own sets, otherwise all problems come together.
+    """
+    sources = [cfg['data']]
+    if cfg['teacher_share'] == 'data' and len(toks_t) > 1:
+        sources = cfg['data'].split(',')
+        if len(sources) != len(toks_t):
+            raise UserError(f"teacher_share='data': data= names {len(sources)} sets for {len(toks_t)} "
+                            'teachers; name one for each, with commas between')
+    train = []
+    for number, source in enumerate(sources):
+        problems = load_problems(source, tok, longest=cfg['max_prompt_tokens'])
+        train += [replace(problem, teacher=number) for problem in problems]
+    if len(sources) < len(toks_t):
+        train = assign_teachers(train, cfg['teacher_share'], len(toks_t), cfg['seed'])
+
+    # In self-distillation the teacher's prompts show the solution.
+    if cfg['teacher_sees'] == 'solution':
+        train = show_solutions(train, toks_t, cfg['solution_text'], cfg['max_prompt_tokens'])
+        print0(f'  {len(train)} of them with a solution that the teacher can read')
+    return train
 
 
 def assign_teachers(problems, share, teachers, seed):
@@ -70,13 +86,11 @@ def assign_teachers(problems, share, teachers, seed):
     share: 'tag', or a list of weights. A problem keeps its teacher in every epoch: the choice at random is a
     function of (seed, question) alone.
     """
-    if teachers == 1:
-        return problems
     if share == 'tag':
         return [replace(problem, teacher=teacher_of_tag(problem, teachers)) for problem in problems]
     if not isinstance(share, list) or len(share) != teachers or not sum(share):
-        raise UserError(f"teacher_share={share!r} with {teachers} teachers; give 'data', 'tag', or a weight for "
-                        'each of them such as [1,1]')
+        raise UserError(f"teacher_share={share!r} with {teachers} teachers; give 'data', 'tag', or a weight "
+                        'for each of them such as [1,1]')
     numbers = range(teachers)
     limits = list(accumulate(share))
     assigned = []
@@ -91,37 +105,26 @@ def teacher_of_tag(problem, teachers):
     """The number of a problem's teacher, from 0, as its column `teacher` says, which counts from 1."""
     tag = problem.tag
     if type(tag) is not int or not 1 <= tag <= teachers:
-        raise UserError(f"teacher_share='tag': the problem {shown(problem.question)} has teacher={shown(tag)}; "
-                        f'write a number from 1 to {teachers} into this column')
+        raise UserError(f"teacher_share='tag': the problem {shown(problem.question)} has "
+                        f'teacher={shown(tag)}; write a number from 1 to {teachers} into this column')
     return tag - 1
 
 
 # ---- in a step -----------------------------------------------------------------------------------
 
-@dataclass
-class Share:
-    """The answers of a step that one teacher reads, B of them on this rank."""
-    teacher: object             # teacher.Teacher
-    roll: object                # rollout.Rollout
-    problems: list              # one for each answer
-    advantage: torch.Tensor | None           # (B,) of each answer, if there are rewards
-    reading: object = None      # pairing.Reading; None: the teacher reads the student's ids
-    mask: torch.Tensor | None = None         # (B, T) the supervised positions
-
-
-def share_answers(teachers, roll, problems, advantage):
-    """A rollout, the problem of each answer and its advantage -> a Share for each of `teachers`."""
-    if len(teachers) == 1:
-        return [Share(teachers[0], roll, problems, advantage)]
+def split(share, teachers):
+    """The share of a step's answers that stands for all of them (teacher.Share) -> one for each teacher, with
+    the answers that it reads."""
     shares = []
     for number, teacher in enumerate(teachers):
-        own = [row for row, problem in enumerate(problems) if problem.teacher == number]
+        own = [row for row, problem in enumerate(share.problems) if problem.teacher == number]
         if own:
-            own_advantage = None if advantage is None else advantage[own]
-            share = Share(teacher, rows_of(roll, own), [problems[row] for row in own], own_advantage)
+            advantage = None if share.advantage is None else share.advantage[own]
+            problems = [share.problems[row] for row in own]
+            shares.append(replace(share, teacher=teacher, roll=rows_of(share.roll, own), problems=problems,
+                                  advantage=advantage))
         else:
-            share = empty_share(teacher, roll, problems)
-        shares.append(share)
+            shares.append(empty(share, teacher))
     return shares
 
 
@@ -131,39 +134,37 @@ def rows_of(roll, rows):
                    stopped=roll.stopped[rows], prompt=torch.arange(len(rows), device=roll.ids.device))
 
 
-def empty_share(teacher, roll, problems):
-    """The share of a teacher that has no answer on this rank. FSDP needs as many forwards on every rank, so it
-    is a prompt without an answer: no position of it is supervised."""
-    prompt = rows_of(roll, [0])
+def empty(share, teacher):
+    """The share of a teacher that has no answer on this rank. FSDP needs as many forwards on every rank, so
+    it is a prompt without an answer: no position of it is supervised."""
+    prompt = rows_of(share.roll, [0])
     prompt = replace(prompt, resp_len=torch.zeros_like(prompt.resp_len))
-    problem = replace(problems[0], teacher_ids=None)     # those were made for another teacher
-    return Share(teacher, prompt, [problem], torch.zeros(1, device=roll.ids.device))
+    problem = replace(share.problems[0], teacher_ids=None)       # those were made for another teacher
+    advantage = None if share.advantage is None else share.advantage[:1]
+    return replace(share, teacher=teacher, roll=prompt, problems=[problem], advantage=advantage)
 
 
 # ---- in turn -------------------------------------------------------------------------------------
 
-def keep_on_host(model):
-    """Move the weights of a frozen model to the memory of the host -> {name: weight}, for `on_device`. The
-    copies are pinned, so that the GPU can fetch them at full speed."""
+def keep_on_host(model, device):
+    """Move the weights of a frozen model to the memory of the host -> a function of the model, as
+    Teacher.ready. The copies are pinned, so that the GPU fetches them at full speed."""
     weights = {}
     for name, weight in model.named_parameters():
         weights[name] = weight.data.cpu()
-        if weight.is_cuda:
+        if device.type == 'cuda':
             weights[name] = weights[name].pin_memory()
         weight.data = weights[name]
-    return weights
+    return partial(fetched, weights=weights, device=device)
 
 
 @contextmanager
-def on_device(teacher, device):
-    """A teacher's model, with its weights on the device inside this context, wherever they wait outside."""
-    if teacher.host_weights is None:
-        yield teacher.model
-        return
-    for name, weight in teacher.model.named_parameters():
-        weight.data = teacher.host_weights[name].to(device, non_blocking=True)
+def fetched(model, weights, device):
+    """`with fetched(model, ...) as model:` its weights are on the device inside, and on the host outside."""
+    for name, weight in model.named_parameters():
+        weight.data = weights[name].to(device, non_blocking=True)
     try:
-        yield teacher.model
+        yield model
     finally:
-        for name, weight in teacher.model.named_parameters():
-            weight.data = teacher.host_weights[name]
+        for name, weight in model.named_parameters():
+            weight.data = weights[name]

@@ -196,8 +196,10 @@ def sets(cfg):
 
 
 def recipe(cfg):
-    """Everything in the config that decides what the folder holds."""
+    """Everything in the config that decides what the folder holds. Keys that came later are noted only where
+    they are used, so that earlier folders keep their names."""
     keys = [key for key in cfg if key.startswith('toy_') and key != 'toy_dir']
+    keys = [key for key in keys if key not in ('toy_hints', 'toy_specialists') or cfg[key]]
     return {key: cfg[key] for key in (*keys, 'seed')} | {'version': 1}
 
 

@@ -33,7 +33,7 @@ from support.runtime import UserError, print0
 def preflight(cfg, pairs, env, tok_s, toks_t, train, held_out):
     """Check the pairs, the objective, the lengths and the memory: one printed line each, or a UserError.
 
-    pairs: the config of each teacher (extensions.several_teachers.configs_of_teachers). toks_t: their tokenizers.
+    pairs: the config of each teacher (extensions.several_teachers.configs). toks_t: their tokenizers.
     -> ([{student layer: teacher layer} of each teacher], stop ids, length of the longest sequence).
     """
     student = read_config(cfg['student'])
@@ -47,14 +47,16 @@ def preflight(cfg, pairs, env, tok_s, toks_t, train, held_out):
         if len(pairs) > 1:
             lines.append(f"teacher {number + 1}: {pair['teacher']}, {len(own)} training problems")
         if not own:
-            raise UserError(f"teacher {number + 1} ({pair['teacher']}) has no training problem; see teacher_share=")
+            raise UserError(f"teacher {number + 1} ({pair['teacher']}) has no training problem; see "
+                            'teacher_share=')
         layer_map, said = check_teacher(pair, student, teacher, tok_s, tok_t, own, held_out)
         lines += [line for line in said if line not in lines]
         layer_maps.append(layer_map)
         longest = max(longest, check_lengths(cfg, student, teacher, own, held_out))
 
-    if len({tuple(layer_map) for layer_map in layer_maps if layer_map}) > 1:
-        raise UserError(f"layers={cfg['layers']!r} means other student layers for each teacher; give a list")
+    # One layer of the student has one line in the log. Where a pair has no states to compare, none are.
+    if not all(layer_maps):
+        layer_maps = [{} for _ in layer_maps]
     if cfg['warmup'] and not round(cfg['warmup'] * cfg['steps']):
         lines.append(f"note: warmup={cfg['warmup']} of {cfg['steps']} steps rounds to 0: the first step has "
                      'the full learning rate')

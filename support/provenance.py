@@ -41,8 +41,8 @@ from support.runtime import ROOT, UserError, print0
 # installation other packages' files lie beside them.
 SOURCES = ('bridge.py', 'distill.py', 'eval_math.py', 'losses.py', 'model.py', 'output_losses.py',
            'rollout.py', 'step.py', 'teacher.py', 'bridge_parts/*.py', 'configs/__init__.py',
-           'cross_tokenizer/*.py', 'extensions/*.py', 'formats/*.py', 'grading/*.py', 'kernels/*.py', 'studies/toy.py',
-           'support/*.py')
+           'cross_tokenizer/*.py', 'extensions/*.py', 'formats/*.py', 'grading/*.py', 'kernels/*.py',
+           'studies/toy.py', 'support/*.py')
 
 # The small files of a model folder that decide what the model reads and when it stops.
 TEXT_FILES = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
@@ -147,7 +147,8 @@ def add_sample(sha, file, blocks):
 def start_record(cfg, pairs, env, train, held_out):
     """What this start of a run is made by -> dict that JSON can hold.
 
-    cfg: the config, every 'toy' replaced by a path. pairs: the config of each teacher. train: its problems. held_out: {name of a set: problems}.
+    cfg: the config, every 'toy' replaced by a path. pairs: the config of each teacher. train: the problems.
+    held_out: {name of a set: problems}.
     """
     record = {'versions': versions(env), 'sources': source_digests(), 'data': problems_digest(train),
               'eval_data': {name: problems_digest(problems) for name, problems in held_out.items()},

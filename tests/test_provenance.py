@@ -193,9 +193,9 @@ def test_a_source_digest_follows_the_file(tmp_path, monkeypatch):
 def test_a_real_record_can_be_written_and_is_equal_to_itself(toy_cfg, tmp_path):
     """Made twice, written and read back: nothing has changed."""
     problems = [Problem('1+1', '2', [5, 6])]
-    made = start_record(toy_cfg, start('cpu'), problems, {'toy': problems})
+    made = start_record(toy_cfg, [toy_cfg], start('cpu'), problems, {'toy': problems})
     append_start(tmp_path, made, 0)
-    assert check_start(tmp_path, start_record(toy_cfg, start('cpu'), problems, {'toy': problems}), 4) == []
+    assert check_start(tmp_path, start_record(toy_cfg, [toy_cfg], start('cpu'), problems, {'toy': problems}), 4) == []
     assert made['student'] != made['teacher'] and made['bridge'] == '' and made['data'] == made['eval_data']['toy']
     assert set(made['versions']) == {'torch', 'python', 'device', 'ranks', 'threads', 'git', 'tokenizers', 'safetensors'}
     assert made['versions'] == versions(start('cpu'))

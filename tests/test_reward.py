@@ -8,9 +8,9 @@ from conftest import argv, log_of, rounding, tiny_model
 import distill
 from configs import load_config
 from distill import main
-from output_losses import PolicyGradient, RewardTerm
+from extensions.rewards import RewardTerm, advantages
 from rollout import collect
-from step import Objective, accumulate, advantages, cut_rollout, position_mask, position_weights
+from step import Objective, accumulate, cut_rollout, position_mask, position_weights
 from support.preflight import check_objective
 from support.runtime import UserError
 
@@ -39,7 +39,7 @@ def add_gradient(model, group, factor, scale, budget=10**6):
     dtype = model.embed.weight.dtype
     rewards = torch.tensor([reward(ids) for ids in group], dtype=dtype)
     weights = position_weights(position_mask(roll, 'all')).to(dtype)
-    objective = Objective({}, None, None, reward=RewardTerm(PolicyGradient(chunk=3)))
+    objective = Objective({}, None, None, reward=RewardTerm(1.0, 3, None))
     batches = cut_rollout(roll, weights, budget, advantage=advantages(rewards, len(group), scale))
     return accumulate(model, None, batches, objective, {'reward': 1.0}, factor)
 

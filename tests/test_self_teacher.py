@@ -10,13 +10,14 @@ import distill
 from configs import load_config
 from cross_tokenizer.pairing import read_rollout
 from distill import main
+from extensions.self_teacher import keep_average, move_average, show_solutions, teach_average, with_solution
 from formats.huggingface import load_model
-from formats.problems import Problem, load_problems, prompt_order, show_solutions, with_solution
+from formats.problems import Problem, load_problems, prompt_order
 from formats.tokenizer import load_tokenizer
 from output_losses import OutputTerm, make_objective
 from rollout import sample
 from step import Objective, cut_rollout, position_mask, position_weights
-from support.optimizer import adamw, keep_average, move_average, teach_average
+from support.optimizer import adamw
 from support.runtime import UserError
 
 SELF = {'teacher': 'self', 'teacher_sees': 'solution', 'solution_text': '{solution}{question}'}
@@ -76,11 +77,11 @@ def test_the_solution_of_a_row_is_its_longest_answer(toy_cfg, tmp_path):
     assert [problem.solution for problem in problems] == ['1+2=3;\n#### 3', '2+2=4;', '3+2=5;', '6', None]
     assert [problem.answer for problem in problems] == ['3', '4', '5', '6', None]
     with pytest.raises(UserError, match="teacher_sees='solution': 1 of 5 problems have no solution"):
-        show_solutions(problems, tok, '{solution}{question}')
-    few = show_solutions(problems[1:4], tok, '{solution}{question}', longest=10)
+        show_solutions(problems, [tok], '{solution}{question}')
+    few = show_solutions(problems[1:4], [tok], '{solution}{question}', longest=10)
     assert [problem.teacher_ids for problem in few] == [tok.chat('64+2')]    # the others have 11 tokens
     with pytest.raises(UserError, match='longer than 3 tokens; raise max_prompt_tokens='):
-        show_solutions(problems[:4], tok, '{solution}{question}', longest=3)
+        show_solutions(problems[:4], [tok], '{solution}{question}', longest=3)
 
 
 # ---- weights that follow ---------------------------------------------------------------------------
