@@ -162,6 +162,7 @@ def prepare(cfg, env):
     # Text first: it is small, and most mistakes show here.
     self_teacher.check(cfg)
     pairs = several_teachers.configs(cfg)
+    several_teachers.check(cfg, len(pairs))
     tok, *toks_t = (load_tokenizer(path, cfg['date'], enable_thinking=cfg['enable_thinking'])
                     for path in (cfg['student'], *(pair['teacher'] for pair in pairs)))
     train = several_teachers.load_training_problems(cfg, tok, toks_t)

@@ -55,6 +55,17 @@ def configs(cfg):
     return [cfg | {'teacher': name, 'bridge': bridge} for name, bridge in pairs]
 
 
+def check(cfg, teachers):
+    """Do the keys make sense with so many teachers? Else a UserError."""
+    if cfg['teachers_in_turn'] and teachers == 1:
+        raise UserError('teachers_in_turn=True, but there is one teacher; set it to False')
+    if cfg['teachers_in_turn'] and cfg['teacher_shard']:
+        raise UserError('teachers_in_turn=True moves whole teachers, but teacher_shard=True cuts them; set one '
+                        'of them to False')
+    if cfg['answers_by'] == 'teacher' and teachers > 1:
+        raise UserError(f"answers_by='teacher': there are {teachers} teachers; set answers_by=student")
+
+
 def load_training_problems(cfg, tok, toks_t):
     """The training problems of a run, each with the number of its teacher. toks_t: the teachers' tokenizers.
 

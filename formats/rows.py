@@ -32,7 +32,7 @@ from support.runtime import UserError, cut
 QUESTION_COLUMNS = ('prompt', 'question', 'problem', 'instruction', 'messages', 'conversations')
 ANSWER_COLUMNS = ('answer', 'final_answer', 'expected_answer', 'ground_truth', 'reward_model', 'solution',
                   'completion', 'output')
-COLUMNS = (*QUESTION_COLUMNS, 'input', 'system', *ANSWER_COLUMNS)
+COLUMNS = (*QUESTION_COLUMNS, 'input', 'system', 'teacher', *ANSWER_COLUMNS)
 
 LONGEST_TEXT = 1_000_000        # characters of a question, an answer or a csv cell: a few hundred pages
 LARGEST_FILE = 2**32            # bytes of a text file, unpacked

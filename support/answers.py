@@ -1,7 +1,7 @@
 """
 What was answered in the evaluations of a run: written into its folder, and a few answers printed.
 
-    out/answers/teacher.jsonl       the teacher, before the first step
+    out/answers/teacher.jsonl       the teacher, before the first step; others are teacher2.jsonl, ...
     out/answers/000000.jsonl        the student before the first step
     out/answers/000020.jsonl        the student after step 20, and so on
 
@@ -37,7 +37,7 @@ SHORT = 30                      # columns of a label, an extracted answer, a kno
 def keep_answers(out, side, step, rows, sets, show):
     """Write the answers of an evaluation into a run folder, and print a few. All ranks call it.
 
-    side: 'student' after a step, or 'teacher'. rows: this rank's answers, as eval_math.sample_and_grade
+    side: 'student' after a step, or the name of a teacher. rows: this rank's answers, as eval_math.sample_and_grade
     returns them. sets: the labels of the sets, in order. show: how many are printed.
     """
     parts = gather(rows, f'the evaluation of the {side} after step {step}')
@@ -48,12 +48,12 @@ def keep_answers(out, side, step, rows, sets, show):
     number_of = {label: number for number, label in enumerate(sets)}
     rows = [row for part in parts for row in part]
     rows.sort(key=lambda row: (number_of[row['set']], row['problem'], row['sample']))
-    name = side if side == 'teacher' else f'{step:06d}'
+    name = side if side.startswith('teacher') else f'{step:06d}'
     with whole(out / 'answers' / f'{name}.jsonl') as temporary, temporary.open('w') as file:
         for row in rows:
             append_row(file, row)
 
-    who = side if side == 'teacher' else f'step {step}'
+    who = side if side.startswith('teacher') else f'step {step}'
     for row in chosen(rows, show):
         for line in answer_lines(row, who, shutil.get_terminal_size((WIDTH, 24)).columns):
             print0(line)

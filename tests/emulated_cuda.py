@@ -495,6 +495,7 @@ def replace_tensor_methods(cuda, patch):
     patch.setattr(torch.Tensor, 'to', emulated_to)
     patch.setattr(torch.Tensor, 'cpu', lambda tensor: emulated_to(tensor, 'cpu'))
     patch.setattr(torch.Tensor, 'cuda', lambda tensor, device=CUDA: emulated_to(tensor, device))
+    patch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)         # host memory that a GPU reads by itself
     patch.setattr(torch.Tensor, 'tolist', emulated_tolist)
     patch.setattr(torch.Tensor, 'numpy', emulated_numpy)
     patch.setattr(torch, 'tensor', emulated_make)
