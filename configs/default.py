@@ -176,7 +176,8 @@ config = dict(
     toy_teacher_layers=0,       # 0 = the student's network, trained on; else another, from its own start
     toy_teacher_width=0,        # likewise
     toy_teacher_tokens='same',  # 'merged': likewise, with another vocabulary for the same text
-    toy_hints=0.0,              # share of the supervised steps whose prompts show the worked answer
+    toy_hints=0.0,              # share of the supervised steps whose prompts show the worked answer; most of
+                                # these steps' answers have a slip, from which they go on
     toy_specialists=False,      # two teachers, one for sums and one for products, each with its own problems
     toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
     toy_teacher_lr=1.5e-3,

@@ -60,8 +60,8 @@ def check(cfg, teachers):
     if cfg['teachers_in_turn'] and teachers == 1:
         raise UserError('teachers_in_turn=True, but there is one teacher; set it to False')
     if cfg['teachers_in_turn'] and cfg['teacher_shard']:
-        raise UserError('teachers_in_turn=True moves whole teachers, but teacher_shard=True cuts them; set one '
-                        'of them to False')
+        raise UserError('teachers_in_turn=True moves whole teachers, but teacher_shard=True cuts them; set '
+                        'one of them to False')
     if cfg['answers_by'] == 'teacher' and teachers > 1:
         raise UserError(f"answers_by='teacher': there are {teachers} teachers; set answers_by=student")
 

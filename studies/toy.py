@@ -57,17 +57,27 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %
 def problem(rng, ops, operators='+-*'):
     """One problem of `ops` operations -> (question, worked answer, value). Operands are 0..9, factors 2..9,
     because 0 and 1 would let the model forget what came before."""
-    value = rng.randrange(10)
-    question = str(value)
-    work = ''
+    question = str(rng.randrange(10))
     for _ in range(ops):
         op = rng.choice(operators)
         x = rng.randrange(2 if op == '*' else 0, 10)
-        result = {'+': value + x, '-': value - x, '*': value * x}[op] % 10
         question += f'{op}{x}'
-        work += f'{value}{op}{x}={result};'
-        value = result
-    return question, f'{work}{BOX}{value}}}', str(value)
+    return question, *work_out(question)
+
+
+def work_out(question, slip=None, error=0):
+    """A question -> (worked answer, value). slip: the number of an operation, from 0, whose result is wrong
+    by `error`; the answer goes on from this wrong result, as a student's answer would."""
+    value = int(question[0])
+    work = ''
+    for number in range(len(question) // 2):
+        op, x = question[2 * number + 1], int(question[2 * number + 2])
+        result = {'+': value + x, '-': value - x, '*': value * x}[op]
+        if number == slip:
+            result += error
+        work += f'{value}{op}{x}={result % 10};'
+        value = result % 10
+    return f'{work}{BOX}{value}}}', str(value)
 
 
 def problems(n, ops, seed, held_out=False, operators='+-*'):
@@ -123,6 +133,21 @@ def write_tokenizer(folder, tokens='same'):
 
 # ---- the models -------------------------------------------------------------------------------
 
+# Of the answers to prompts that show the worked answer, so many have a slip. A model that has only seen right
+# ones copies what it is shown, whatever a student has written before.
+SLIPS = 0.7
+NOT_LEARNED = -100              # in the place of a token that is not learned
+
+
+def with_hint(rng, question, answer):
+    """A question whose prompt shows its worked answer -> (prompt, answer, number of the answer's token that
+    is a wrong result; None: there is none)."""
+    if rng.random() >= SLIPS:
+        return answer + question, answer, None
+    slip = rng.randrange(len(question) // 2)
+    slipped, _ = work_out(question, slip, rng.randrange(1, 10))
+    return answer + question, slipped, 6 * slip + 4
+
 def supervise(model, tok, cfg, name, operators='+-*'):
     """Supervised training of the model called `name` on worked answers: cross entropy of the answer's
     tokens. AdamW with betas .9 and .95, 5% warm-up, cosine down to 5%, gradient norm clipped at 1."""
@@ -141,16 +166,23 @@ def supervise(model, tok, cfg, name, operators='+-*'):
         # New problems in every step. All have the same length, so there is no padding.
         batch = problems(cfg['toy_batch'], cfg['toy_ops'], rng.random(), operators=operators)
         shown = cfg['toy_hints'] > 0 and rng.random() < cfg['toy_hints']
-        prompts = tok.chat_all([answer + question if shown else question for question, answer, _ in batch])
+        texts = [with_hint(rng, question, answer) if shown else (question, answer, None)
+                 for question, answer, _ in batch]
+        prompts = tok.chat_all([prompt for prompt, _, _ in texts])
         rows = []
-        for prompt_ids, (_, answer, _) in zip(prompts, batch, strict=True):
+        for prompt_ids, (_, answer, _) in zip(prompts, texts, strict=True):
             rows.append(prompt_ids + tok.encode(answer) + tok.stop_ids)
         ids = torch.tensor(rows).to(model.embed.weight.device)               # (B, T)
         prompt = len(prompts[0])
 
-        # The state at column t predicts the token of column t + 1; the answer's tokens alone are learned.
+        # The state at column t predicts the token of column t + 1; the answer's tokens alone are learned, and
+        # of those not a wrong result.
         logits = model(ids[:, :-1])[:, prompt - 1:]                          # (B, T - prompt, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
+        wanted = ids[:, prompt:].clone()                                     # (B, T - prompt)
+        for row, (_, _, wrong) in enumerate(texts):
+            if wrong is not None:
+                wanted[row, wrong] = NOT_LEARNED
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=NOT_LEARNED)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)

@@ -2,7 +2,6 @@
 with one teacher."""
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
