@@ -37,8 +37,9 @@ SHORT = 30                      # columns of a label, an extracted answer, a kno
 def keep_answers(out, side, step, rows, sets, show):
     """Write the answers of an evaluation into a run folder, and print a few. All ranks call it.
 
-    side: 'student' after a step, or the name of a teacher. rows: this rank's answers, as eval_math.sample_and_grade
-    returns them. sets: the labels of the sets, in order. show: how many are printed.
+    side: 'student' after a step, or the name of a teacher. rows: this rank's answers, as
+    eval_math.sample_and_grade returns them. sets: the labels of the sets, in order. show: how many are
+    printed.
     """
     parts = gather(rows, f'the evaluation of the {side} after step {step}')
     if parts is None:                        # rank 0 has them all
