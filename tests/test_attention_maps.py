@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from extensions import attention_maps
-from extensions.attention_maps import AttentionTerm, cut_rows
+from extensions.attention_maps import AttentionMaps, AttentionTerm, cut_rows
 from kernels import mlp_in_pieces
 from rollout import sample
 from step import cut_rollout, position_mask, position_weights
@@ -63,7 +63,7 @@ def add_gradient(student, teacher, roll, weights, term, budget=10**6, factor=1.0
     """The term's gradient, added to .grad micro-batch after micro-batch -> loss."""
     total = 0.0
     for rows in cut_rollout(roll, weights, budget):
-        maps = term.maps(rows)
+        maps = AttentionMaps(term, rows)
         with torch.no_grad():
             teacher.hidden(rows.ids, [max(term.layer_map.values())], watch=maps.keep)
         losses = student.hidden(rows.ids, list(term.layer_map), tap=maps.loss, watch=maps)
@@ -179,7 +179,7 @@ def test_other_losses_of_the_same_states_are_added():
     found = []
     for parts in ('both', 'states', 'maps'):
         student.zero_grad()
-        maps = term.maps(rows)
+        maps = AttentionMaps(term, rows)
         teacher.hidden(rows.ids, [2], watch=maps.keep)
         kept = []
 
@@ -215,7 +215,7 @@ def test_no_whole_map_is_ever_made(monkeypatch):
     roll = sample(student, PROMPTS, max_new_tokens=194, stop=[], seed=4)
     rows, = cut_rollout(roll, weights_of(roll, torch.float32, 'all'), 10**6)
     q, k = torch.randn(2, 3, 4, 200, 6)
-    maps = AttentionTerm('last', 'all', {}, student.config, teacher.config).maps(rows)
+    maps = AttentionMaps(AttentionTerm('last', 'all', {}, student.config, teacher.config), rows)
     with Largest() as largest:
         maps.keep(3, k, k[:, :2])
         q = q.requires_grad_()
@@ -238,7 +238,7 @@ def test_nothing_of_a_micro_batch_is_left_after_its_backward(recompute):
     student.checkpointing = recompute
     roll = rollout(student)
     rows, = cut_rollout(roll, weights_of(roll, torch.float32), 10**6)
-    maps = AttentionTerm('all', 'all', {}, student.config, teacher.config).maps(rows)
+    maps = AttentionMaps(AttentionTerm('all', 'all', {}, student.config, teacher.config), rows)
     with torch.no_grad():
         teacher.hidden(rows.ids, [3], watch=maps.keep)
     seen = [weakref.ref(layer.k) for layer in maps.teacher.values()]
