@@ -244,6 +244,7 @@ def test_nothing_of_a_micro_batch_is_left_after_its_backward(recompute):
     seen = [weakref.ref(layer.k) for layer in maps.teacher.values()]
     losses = student.hidden(rows.ids, [1, 2, 3], tap=maps.loss, watch=maps)
     sum(losses).backward()
+    assert maps.losses == dict.fromkeys(EVERY)           # a loss would keep its block's tensors
     del maps
     assert len(seen) == 3 and not any(reference() is not None for reference in seen)
 
