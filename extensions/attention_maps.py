@@ -131,7 +131,7 @@ def loss_and_gradients(student, teacher, maps):
         # A small graph of its own, whose leaves are the student's queries and keys.
         q_s.requires_grad_()
         k_s.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), own_graph():
             distance = attention_distance(q_s, k_s[student.key_head], q_t, k_t[teacher.key_head],
                                           maps.column[rows])                 # (R,)
             piece_loss = (maps.weights[rows] * distance).sum()
@@ -142,6 +142,16 @@ def loss_and_gradients(student, teacher, maps):
         grad_q[:, rows] = piece_grad_q
         grad_k[piece.sequence, :, :piece.keys] += piece_grad_k
     return loss, grad_q.to(student.q.dtype), grad_k.to(student.k.dtype)
+
+
+def own_graph():
+    """A context in which autograd saves tensors as they are.
+
+    A block that is recomputed in the backward runs under hooks of torch's checkpoint. They drop what autograd
+    would save, and compute the block again when it is asked for. A graph that is differentiated inside the
+    block must not come under them.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 class AttentionLoss(torch.autograd.Function):
@@ -195,6 +205,10 @@ class AttentionTerm:
             self.layer_map[l] = layer_map.get(l) or teacher_layer(l, student.L, teacher.L)
         numbers = range(1, student.H + 1) if heads == 'all' else sorted(set(heads))
         self.heads = [number - 1 for number in numbers]
+
+    def maps(self, rows):
+        """The term of one micro-batch."""
+        return AttentionMaps(self, rows)
 
 
 class AttentionMaps:

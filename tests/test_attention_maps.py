@@ -150,6 +150,24 @@ def test_blocks_that_are_recomputed_give_the_same_gradient(piece, monkeypatch):
     assert_equal(*both_ways(student, teacher, EVERY))
 
 
+@pytest.mark.parametrize('recompute', [False, True])
+def test_a_block_is_computed_no_more_often_for_the_term(recompute, monkeypatch):
+    """The pieces are differentiated in the forward. Under checkpoint's hooks each of them would compute its block again."""
+    calls = []
+    real = attention_maps.attention_distance
+
+    def noted(*args):
+        calls.append(1)
+        return real(*args)
+    monkeypatch.setattr(attention_maps, 'attention_distance', noted)
+    student, teacher = tiny_model(0), tiny_model(1)
+    student.checkpointing = recompute
+    roll = rollout(student)
+    term = AttentionTerm('all', 'all', {}, student.config, teacher.config)
+    add_gradient(student, teacher, roll, weights_of(roll, torch.float32), term)
+    assert len(calls) == 3 * 3 * (1 + recompute)         # layers, sequences
+
+
 def test_micro_batches_do_not_change_the_gradient():
     student, teacher = tiny_model(0).double(), tiny_model(1).double()
     assert_equal(*both_ways(student, teacher, EVERY, budget=20))
