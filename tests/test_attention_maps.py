@@ -3,15 +3,20 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY_SUMS, rounding, tiny_model
+from conftest import TINY_SUMS, argv, log_of, resume_state, rounding, step_sums, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import distill
+from configs import load_config
+from distill import main
 from extensions import attention_maps
 from extensions.attention_maps import AttentionMaps, AttentionTerm, cut_rows
 from kernels import mlp_in_pieces
 from rollout import sample
 from step import cut_rollout, position_mask, position_weights
+from support.preflight import check_attention
+from support.runtime import UserError
 
 PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 SHAPES = {'grouped': {}, 'as many key heads': dict(G=4), 'qwen2': dict(family='qwen2'), 'one key head': dict(G=1),
@@ -60,16 +65,10 @@ def plain_loss(student, teacher, roll, weights, pairs, heads):
 
 
 def add_gradient(student, teacher, roll, weights, term, budget=10**6, factor=1.0):
-    """The term's gradient, added to .grad micro-batch after micro-batch -> loss."""
-    total = 0.0
-    for rows in cut_rollout(roll, weights, budget):
-        maps = AttentionMaps(term, rows)
-        with torch.no_grad():
-            teacher.hidden(rows.ids, [max(term.layer_map.values())], watch=maps.keep)
-        losses = student.hidden(rows.ids, list(term.layer_map), tap=maps.loss, watch=maps)
-        (factor * sum(losses)).backward()
-        total += sum(losses).detach()
-    return total
+    """The gradient of factor times the term alone, added to .grad, as a training step takes it -> the term."""
+    sums = step_sums(student, teacher, roll, weights, {}, budget, factor, oprd_weight=0.0, attention=term, attention_weight=1.0)
+    assert sums.keys() == {'loss/attention'}
+    return sums['loss/attention']
 
 
 def gradients(model):
@@ -283,3 +282,99 @@ def test_bfloat16_maps_are_float32():
                             for q, k in (ours[l], theirs[l]))
             exact += weights[b, t] * (log_t.exp() * (log_t - log_s)).sum() / 12
     assert (value - exact).abs() <= rounding(torch.ones(()), 200) * 2
+
+
+def test_the_term_is_added_to_hidden_states():
+    """The gradient is linear in the weights of the terms: a layer that both look at must carry both gradients."""
+    student, teacher = tiny_model(0).double(), tiny_model(1).double()
+    roll = rollout(student)
+    weights = weights_of(roll)
+    term = AttentionTerm([1, 3], 'all', {}, student.config, teacher.config)
+    found = {}
+    for oprd, attention in ((0.5, 2.0), (0.5, 0.0), (0.0, 2.0)):
+        student.zero_grad()
+        sums = step_sums(student, teacher, roll, weights, {1: 1, 2: 2}, oprd_weight=oprd, attention=term, attention_weight=attention)
+        found[oprd, attention] = gradients(student)
+        assert ('loss/oprd' in sums, 'loss/attention' in sums) == (oprd > 0, attention > 0)
+    both, states, maps = found.values()
+    assert states.any() and maps.any()
+    assert (both - states - maps).norm() <= rounding([both, states, maps], TINY_SUMS)
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+
+KEYS = dict(attention_weight=2, attention_layers='all', oprd_weight=0.5)
+
+
+def test_a_run_logs_the_term_and_resumes_bit_for_bit(toy_dir, tmp_path, monkeypatch):
+    """A run that was stopped in its third step ends as one that was not, and the loss is the sum of its terms."""
+    main(load_config(argv(toy_dir, tmp_path / 'whole', steps=3, save_every=1, **KEYS)))
+    real, steps = distill.accumulate, []
+
+    def stops(*args, **keys):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **keys)
+    args = argv(toy_dir, tmp_path / 'stopped', steps=3, save_every=1, **KEYS)
+    monkeypatch.setattr(distill, 'accumulate', stops)
+    with pytest.raises(KeyboardInterrupt):
+        main(load_config(args))
+    monkeypatch.setattr(distill, 'accumulate', real)
+    main(load_config(args))
+
+    whole, stopped = (log_of(tmp_path / name)[1:] for name in ('whole', 'stopped'))
+    assert [row['loss/attention'] for row in whole] == [row['loss/attention'] for row in stopped]
+    for row in whole:
+        assert row['loss/attention'] > 0
+        assert row['loss'] == pytest.approx(0.5 * row['loss/oprd'] + 2 * row['loss/attention'], rel=1e-6)
+    a, b = resume_state(tmp_path / 'whole'), resume_state(tmp_path / 'stopped')
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_run_without_the_term_has_no_column_for_it(toy_dir, tmp_path):
+    main(load_config(argv(toy_dir, tmp_path / 'r', steps=1, eval_data='')))
+    assert 'loss/attention' not in (tmp_path / 'r/log.jsonl').read_text()
+
+
+def test_recomputed_blocks_and_small_micro_batches_change_no_step(toy_dir, tmp_path):
+    """With the term alone: nothing but the term makes the states behind the last map a part of the loss."""
+    keys = dict(oprd_weight=0, attention_weight=1, attention_layers=[1, 2], steps=2, eval_data='')
+    main(load_config(argv(toy_dir, tmp_path / 'plain', **keys)))
+    main(load_config(argv(toy_dir, tmp_path / 'cut', checkpointing=True, token_budget=40, **keys)))
+    for row, other in zip(log_of(tmp_path / 'plain')[1:], log_of(tmp_path / 'cut')[1:], strict=True):
+        assert row['grad_norm'] > 0
+        for name in ('loss', 'loss/attention', 'grad_norm'):
+            assert row[name] == pytest.approx(other[name], rel=1e-4)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('keys, says', [
+    (dict(teacher='self', teacher_sees='solution', solution_text='{solution}{question}'), 'the teacher reads other tokens'),
+    (dict(compile=True), 'set compile=False'),
+    (dict(attention_layers=[2, 4]), r'attention_layers=[2, 4], but the student has 3; choose from 1 to 3'),
+    (dict(attention_heads=[1, 3]), r'attention_heads=[1, 3]: the student has 2 heads, the teacher 2; choose from 1 to 2'),
+    (dict(attention_heads=[0]), 'attention_heads=[0]; give a list of whole numbers from 1'),
+    (dict(attention_heads='last'), "attention_heads='last'; choose one of 'all', a list"),
+    (dict(attention_weight=0, oprd_weight=0), 'reward_weight and attention_weight; raise one'),
+])
+def test_keys_that_make_no_sense_are_refused(toy_dir, tmp_path, keys, says):
+    with pytest.raises(UserError) as error:
+        main(load_config(argv(toy_dir, tmp_path / 'r', **dict(attention_weight=1) | keys)))
+    assert says in str(error.value) and not (tmp_path / 'r').exists()
+
+
+def test_models_whose_maps_cannot_be_compared_are_refused():
+    """Another vocabulary, other numbers of heads, and layers that a model does not have."""
+    c, narrow = tiny_model(H=4).config, tiny_model(H=2).config
+    cfg = load_config(['attention_weight=1'])
+    check_attention(cfg, c, c, same=True)
+    check_attention(cfg | {'attention_heads': [1, 2]}, c, narrow, same=True)
+    for keys, teacher, same, says in (({}, c, False, 'the teacher reads other tokens'),
+                                      ({}, narrow, True, 'the student has 4 heads, the teacher 2; give a list'),
+                                      ({'attention_heads': [3]}, narrow, True, 'choose from 1 to 2')):
+        with pytest.raises(UserError, match=says):
+            check_attention(cfg | keys, c, teacher, same)
+    with pytest.raises(UserError, match='the student has 1; choose'):
+        check_attention(cfg | {'attention_layers': 'even'}, tiny_model(L=1).config, c, same=True)
