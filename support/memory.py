@@ -37,7 +37,7 @@ ROOM = 1024                     # tokens that a new cache has beyond the longest
 PREFILL = 32768                 # prompt tokens that are read at once (rollout.stream)
 PACKED_FROM = 2**18             # numbers of a matrix that is packed for sampling (model.PACKED_FROM)
 PIECE = 2048                    # tokens of a recomputed block's MLP at once (kernels.mlp_in_pieces.PIECE)
-LOGITS = 2**24                  # of attention maps that are compared at once (extensions.attention_maps.LOGITS)
+LOGITS = 2**24                  # of attention maps at once (extensions.attention_maps.LOGITS)
 
 
 # ---- what a rank is asked to do ------------------------------------------------------------------
