@@ -34,8 +34,9 @@ import torch
 
 from losses import layer_set, teacher_layer
 
-# The most logits (H x R x T') of a piece. Autograd needs six tensors of so many numbers at once, which are
-# 0.4 GB in float32. With 12 heads and 16,384 keys a piece has 85 rows.
+# The most logits (H x R x T') of a piece. Autograd needs five tensors of so many numbers at once, which are
+# 0.34 GB in float32. With 12 heads and 16,384 keys a piece has 85 rows. Fewer rows would not save much more:
+# the keys of both models, once for each head, and their gradient take 0.3 GB (e = 128) whatever the rows.
 LOGITS = 2**24
 
 

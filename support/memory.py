@@ -533,19 +533,23 @@ def backward_of_block(l, plan, batch, rows):
 
 def loss_of_attention(l, plan, batch, rows):
     """The attention term of layer l, in the forward of its block, or when the block is recomputed: float32
-    sums of the gradients, the student's queries, and six float32 tensors of a piece's logits."""
+    sums of the gradients, and the student's queries. A piece has five float32 tensors of logits, and the keys
+    of both models once for each head, with their gradient."""
     student = plan.student
     heads = student.H if plan.cfg['attention_heads'] == 'all' else len(set(plan.cfg['attention_heads']))
     T = plan.work.prompt + plan.work.new
     sequences = batch.tokens // T
     logits = min(LOGITS, heads * batch.rows // sequences * T)
-    work = 4 * attention_numbers(student, plan, batch) + plan.s * heads * student.e * batch.rows + 24 * logits
+    work = 4 * attention_numbers(student, plan, batch) + plan.s * heads * student.e * batch.rows
+    work += 20 * logits + 4 * heads * T * (2 * student.e + plan.teacher.e)
 
-    activations = kept_up_to(l, plan, batch) + work
-    if not plan.cfg['checkpointing']:
-        return moment(gradients_before(plan, batch), rows, gathered_blocks(plan, student), activations)
-    activations += plan.s * batch.tokens * (student.d + (student.H + 2 * student.G) * student.e)
-    return moment(gradients_above(l, plan, batch), rows, fsdp_above(l, plan), activations)
+
+    # Of the block there are its input, the norm's result, and q, k and v before and after the rotation.
+    block = plan.s * batch.tokens * 2 * (student.d + (student.H + 2 * student.G) * student.e)
+    activations = kept_up_to(l - 1, plan, batch) + block + work
+    if plan.cfg['checkpointing']:
+        return moment(gradients_above(l, plan, batch), rows, fsdp_above(l, plan), activations)
+    return moment(gradients_before(plan, batch), rows, gathered_blocks(plan, student), activations)
 
 
 def in_pieces(plan, batch):

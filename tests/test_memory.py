@@ -150,6 +150,27 @@ def test_an_update_holds_as_many_bytes_as_are_counted(name, monkeypatch):
     assert sum(update(plan).values()) == pytest.approx(counted.peak, rel=0.06)
 
 
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('logits', [2**24, 2**18])
+def test_long_attention_maps_hold_as_many_bytes_as_are_counted(logits, recompute, monkeypatch):
+    """Where pieces of maps are the largest tensors of an update, in one piece and in ten."""
+    for module in (attention_maps, memory):
+        monkeypatch.setattr(module, 'LOGITS', logits)
+    c = shape(V=100, L=2, d=64, H=8, e=32, ff=256, context=1500)
+    student = Model(c)
+    teacher = Model(c).requires_grad_(False)
+    student.checkpointing = recompute
+    student.head.requires_grad_(False)
+    lengths = torch.tensor([5]), torch.tensor([1495])
+    roll = Rollout(torch.randint(0, c.V, (1, 1500)), *lengths, torch.zeros(1, dtype=torch.bool), torch.arange(1))
+    weights = position_weights(position_mask(roll, 'last_k', 200))
+    keys = dict(attention_weight=1.0, attention_layers='all', positions='last_k', last_k=200, checkpointing=recompute)
+    plan = plan_of(c, work_of_answers(1, 5, 1495, c.V), **keys, token_budget=10**6)
+    with Bytes(c.V) as counted:
+        step_sums(student, teacher, roll, weights, plan.layer_map, attention=AttentionTerm('all', 'all', {}, c, c), attention_weight=1.0)
+    assert sum(update(plan).values()) == pytest.approx(counted.peak, rel=0.06)
+
+
 def test_the_papers_update_has_less_than_four_gigabytes_of_activations():
     """R1-Distill-Qwen-1.5B, two answers of 16k tokens, bfloat16, recomputed blocks: by count of all tensors alive at once,
     the teacher's rows among them, the gradients of large matrices apart. With the whole MLP of a block at once 7.5 GB. The
