@@ -41,7 +41,7 @@ from configs import default, free, later, load_config
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import check_answers, load_eval_sets, sample_and_grade, shared_scores, table
-from extensions import rewards, self_teacher, several_teachers
+from extensions import attention_maps, rewards, self_teacher, several_teachers
 from formats.hub import snapshot, stay_at
 from formats.huggingface import load_model, read_config, save_model
 from formats.problems import prompt_order
@@ -113,7 +113,12 @@ def make_objective_terms(cfg, teacher, output, vocab):
     reward = None
     if ever_positive(cfg['reward_weight']):
         reward = rewards.RewardTerm(cfg['student_temperature'], cfg['head_rows'], vocab)
-    return Objective(teacher.layer_map, hidden, output, teacher.bridge, reward)
+    attention = None
+    if ever_positive(cfg['attention_weight']):
+        attention = attention_maps.AttentionTerm(cfg['attention_layers'], cfg['attention_heads'],
+                                                 teacher.layer_map, read_config(cfg['student']),
+                                                 teacher.model.config)
+    return Objective(teacher.layer_map, hidden, output, teacher.bridge, reward, attention)
 
 
 def make_output_objective(cfg, setup, teacher, device):

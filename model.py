@@ -23,6 +23,7 @@ Letters: B rows, T tokens, K selected rows, L layers, d width, V vocabulary, ff 
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -273,13 +274,18 @@ class Attention(nn.Module):
             self.q_norm = Norm(c.e, c.eps)
             self.k_norm = Norm(c.e, c.eps)
 
-    def forward(self, x, rope, cache=None, layer=0):
-        """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it."""
-        q, k, v = self.heads(self.qkv(x), rope)
+    def forward(self, x, rope, cache=None, layer=0, watch=None):
+        """x (B, T, d), rope: cos and sin -> (B, T, d). cache: see Cache; layer: this layer's index in it.
+        watch: see `heads`."""
+        q, k, v = self.heads(self.qkv(x), rope, watch)
         return self.mix(q, k, v, cache, layer)
 
-    def heads(self, qkv, rope):
-        """The product qkv (B, T, (H + 2 G) e) -> queries (B, H, T, e), keys and values (B, G, T, e)."""
+    def heads(self, qkv, rope, watch=None):
+        """The product qkv (B, T, (H + 2 G) e) -> queries (B, H, T, e), keys and values (B, G, T, e).
+
+        watch: called as watch(q, k) -> (q, k) with the rotated queries and keys; attention uses what it
+        returns.
+        """
         c = self.config
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, c.H + 2 * c.G, c.e).transpose(1, 2)
@@ -289,7 +295,11 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        return rotate(q, *rope), rotate(k, *rope), v
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+        if watch is not None:
+            q, k = watch(q, k)
+        return q, k, v
 
     def mix(self, q, k, v, cache=None, layer=0):
         """Queries, keys and values -> (B, T, d): each token's mean of the values that it may see, weighted by
@@ -341,22 +351,22 @@ class Block(nn.Module):
         self.norm2 = Norm(c.d, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, h, rope, cache=None, layer=0, mask=None, recomputed=False):
+    def forward(self, h, rope, cache=None, layer=0, mask=None, recomputed=False, watch=None):
         if cache is not None and cache.length is not None:
             return self.decode(h, rope, cache, layer, mask)
         if recomputed and in_pieces(h, self):
-            return self.forward_in_pieces(h, rope)
-        h = h + self.attn(self.norm1(h), rope, cache, layer)
+            return self.forward_in_pieces(h, rope, watch)
+        h = h + self.attn(self.norm1(h), rope, cache, layer, watch)
         return h + self.mlp(self.norm2(h))
 
-    def forward_in_pieces(self, h, rope):
+    def forward_in_pieces(self, h, rope, watch=None):
         """`forward` of a block that is recomputed in the backward: h (B, T, d) -> (B, T, d).
 
         If all tensors that the backward needs of one block existed at once, they would be most of an update's
         memory. So the MLP is computed in pieces of tokens, and the result of the first norm is not kept: the
         backward computes it once more.
         """
-        q, k, v = self.attn.heads(checkpoint(self.normed_qkv, h, **RECOMPUTE), rope)
+        q, k, v = self.attn.heads(checkpoint(self.normed_qkv, h, **RECOMPUTE), rope, watch)
         v = v.clone()                        # a view would keep all of qkv
         h = h + self.attn.mix(q, k, v)
         return add_mlp_in_pieces(h, self)
@@ -419,12 +429,14 @@ class Model(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
 
-    def trunk(self, ids, cache=None, tap=None, last=None):
+    def trunk(self, ids, cache=None, tap=None, last=None, watch=None):
         """ids (B, T) -> final-normed states (B, T, d).
 
         tap: called as tap(l, h) -> h after each block l = 1..L; the next block reads what it returns. For
         l = L it gets the final-normed state, which is also the last of Hugging Face's hidden_states. last:
-        stop after this block.
+        stop after this block. watch: called as watch(l, q, k) -> (q, k) in each block, if there is no cache,
+        with the rotated queries (B, H, T, e) and keys (B, G, T, e). A block that is recomputed in the
+        backward calls it once more.
         """
         L = self.config.L
         T = ids.shape[1]
@@ -448,12 +460,13 @@ class Model(nn.Module):
 
         # The blocks. Training calls them in one way only, so torch.compile makes one graph of them.
         for l, block in enumerate(self.blocks, 1):
+            watch_block = None if watch is None else partial(watch, l)
             if cache is not None:
                 h = block(h, rope, cache, l - 1, mask)
             elif self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, recomputed=True, **RECOMPUTE)
+                h = checkpoint(block, h, rope, recomputed=True, watch=watch_block, **RECOMPUTE)
             else:
-                h = block(h, rope)
+                h = block(h, rope, watch=watch_block)
             if tap and l < L:
                 h = tap(l, h)
             if l == last and l < L:          # the blocks above are not needed
@@ -488,12 +501,13 @@ class Model(nn.Module):
             h = h.flatten(0, 1)[at]                                          # (K, d)
         return self.head(h)
 
-    def hidden(self, ids, layers, at=None, tap=None):
+    def hidden(self, ids, layers, at=None, tap=None, watch=None):
         """States after the blocks in `layers`, ascending numbers 1..L -> a list of (K, d), one for each.
 
         at: flat positions (K,) of (B*T,); None: all of them, as (B, T, d). tap: called as tap(l, h) -> (h,
         out) in place of choosing rows; the list then holds its outs. The states are returned, and not stored
-        in an attribute, because FSDP attaches its backward hooks to what a forward returns.
+        in an attribute, because FSDP attaches its backward hooks to what a forward returns. watch: see
+        `trunk`.
         """
         L = self.config.L
         layers = list(layers)
@@ -512,7 +526,7 @@ class Model(nn.Module):
             outs.append(out)
             return h
 
-        self.trunk(ids, tap=pick, last=layers[-1])
+        self.trunk(ids, tap=pick, last=layers[-1], watch=watch)
         return outs
 
     def plain(self):

@@ -167,7 +167,7 @@ def cut_rollout(roll, weights, budget, reading=None, offset=0, advantage=None):
 # ---- what is minimised -----------------------------------------------------------------------------
 
 # The terms of the loss. The weight of each is a key of the config, such as oprd_weight.
-TERMS = ('oprd', 'opd', 'reward')
+TERMS = ('oprd', 'opd', 'reward', 'attention')
 
 
 @dataclass
@@ -179,6 +179,7 @@ class Objective:
     output: object              # output_losses.OutputTerm, one of Eqs. (3)-(5) or the next byte
     bridge: object = None       # bridge_parts.saved.Bridge
     reward: object = None       # extensions.rewards.RewardTerm
+    attention: object = None    # extensions.attention_maps.AttentionTerm
 
     def only(self, terms):
         """The objective with the terms of these names (of TERMS) alone."""
@@ -187,8 +188,7 @@ class Objective:
             left_out |= {'layer_map': {}, 'hidden': None}
         if 'opd' not in terms:
             left_out |= {'output': None}
-        if 'reward' not in terms:
-            left_out |= {'reward': None}
+        left_out |= {term: None for term in ('reward', 'attention') if term not in terms}
         return replace(self, **left_out)
 
     def student_layers(self, L):
@@ -196,19 +196,25 @@ class Objective:
         layers = set(self.layer_map)
         if self.output is not None or self.reward is not None:
             layers.add(L)
+        if self.attention is not None:
+            layers |= set(self.attention.layer_map)
         return sorted(layers)
 
     def teacher_rows(self, teacher, rows):
-        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K,
-        d)}."""
+        """Step 4: the teacher's states at the supervised rows -> {student layer or 'head': (K, d)}, and its
+        'attention' (extensions.attention_maps.AttentionMaps), if that is a term."""
         wanted = {}
         for l in self.layer_map:
             wanted[l] = rows.teacher_at + rows.offset
         if self.output is not None:
             wanted['head'] = self.output.teacher_positions(rows)
-        if not wanted:                       # a reward has no teacher
-            return {}
-        return hidden_rows(teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
+        read = partial(hidden_rows, teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
+        if self.attention is None:
+            return read() if wanted else {}  # a reward has no teacher
+
+        # The attention term keeps its part of the teacher itself, in the same forward.
+        maps = self.attention.maps(rows)
+        return read(maps.keep, maps.layer_map.values()) | {'attention': maps}
 
 
 # ---- 4 and 5. the gradient -----------------------------------------------------------------------
@@ -221,6 +227,7 @@ class LayerPart(NamedTuple):
     output: torch.Tensor | None = None       # the output-space term
     statistics: torch.Tensor | None = None   # see output_losses.head_statistics
     reward: torch.Tensor | None = None       # the reward term
+    attention: torch.Tensor | None = None    # its share of the attention term
 
 
 def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
@@ -229,7 +236,7 @@ def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
     A matched layer takes its loss now and writes its gradient over the teacher's rows, which are
     not needed any more: no second copy of L x K x d numbers is ever made.
     """
-    output = statistics = hidden_loss = cosine = reward = None
+    output = statistics = hidden_loss = cosine = reward = attention = None
     if l == student.config.L:
         h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
         if objective.output is not None:
@@ -238,7 +245,9 @@ def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
             reward = objective.reward(student.head, h_s, rows)
     if l in objective.layer_map:
         h, hidden_loss, cosine = objective.hidden(l, h, teacher_rows[l], rows)
-    return h, LayerPart(hidden_loss, cosine, output, statistics, reward)
+    if objective.attention is not None and l in objective.attention.layer_map:
+        h, attention = teacher_rows['attention'].loss(l, h)
+    return h, LayerPart(hidden_loss, cosine, output, statistics, reward, attention)
 
 
 def accumulate(student, teacher, micro_batches, objective, weights, scale=1.0, lap=lambda phase: None):
@@ -261,7 +270,7 @@ def accumulate(student, teacher, micro_batches, objective, weights, scale=1.0, l
         # 5. The student reads them once. The loss of each layer is taken as the layer passes.
         tap = partial(take_loss_at_layer, objective=objective, student=student, rows=rows,
                       teacher_rows=teacher_rows)
-        parts = student.hidden(rows.ids, layers, tap=tap)
+        parts = student.hidden(rows.ids, layers, tap=tap, watch=teacher_rows.get('attention'))
         losses = term_losses(parts)
 
         # The weights of the rows already sum to 1 over the whole batch, so micro-batches add up.
@@ -282,6 +291,9 @@ def term_losses(parts):
     by_layer = [part.hidden for part in parts if part.hidden is not None]    # in layer_map's order
     if by_layer:
         losses['oprd'] = sum(by_layer) / len(by_layer)
+    shares = [part.attention for part in parts if part.attention is not None]
+    if shares:
+        losses['attention'] = sum(shares)
     head = parts[-1]                         # the terms under the LM head are taken at the last layer
     if head.output is not None:
         losses['opd'] = head.output

@@ -43,13 +43,14 @@ class Share:
 
 
 @torch.no_grad()
-def hidden_rows(teacher, ids, wanted, layer_map, bridge=None):
+def hidden_rows(teacher, ids, wanted, layer_map, bridge=None, watch=None, watched=()):
     """The teacher's states for each of the student's layers -> {student layer or 'head': (K, d)}.
 
     ids (B, T): what the teacher reads. wanted: {student layer: flat positions (K,) of ids}; the key
     'head' asks for the teacher's last layer. layer_map: {student layer: teacher layer}. bridge:
     project the rows of every key but 'head' to (K, r). Each result is a tensor of its own, also
-    where two student layers share a teacher layer: layer_loss overwrites it.
+    where two student layers share a teacher layer: layer_loss overwrites it. watch: see
+    Model.trunk; it is called at least in the teacher layers `watched`.
     """
     # The teacher layer of each key.
     teacher_layers = {}
@@ -58,8 +59,9 @@ def hidden_rows(teacher, ids, wanted, layer_map, bridge=None):
 
     # One forward up to the deepest of them. Each layer hands over its rows as it passes.
     keep = partial(keep_rows, wanted=wanted, teacher_layers=teacher_layers, bridge=bridge)
+    layers = sorted({*teacher_layers.values(), *watched})
     rows = {}
-    for rows_of_layer in teacher.hidden(ids, sorted(set(teacher_layers.values())), tap=keep):
+    for rows_of_layer in teacher.hidden(ids, layers, tap=keep, watch=watch):
         rows |= rows_of_layer
     return rows
 

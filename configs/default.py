@@ -73,6 +73,9 @@ config = dict(
     reward_weight=0.0,          # beside Eq. (7): of rewards for right answers (extensions/rewards.py)
     reward_scale=True,          # divide them by the standard deviation of the n answers to a prompt (GRPO);
                                 # False = do not (Dr. GRPO)
+    attention_weight=0.0,       # beside Eq. (7): of attention maps (extensions/attention_maps.py)
+    attention_layers='last',    # student layers whose maps are compared; as `layers`
+    attention_heads='all',      # heads that are compared: 'all', or a list counted from 1
 
     # Eq. (6), hidden states
     rep_loss='mse',             # a distance in losses.py: 'mse' (the paper), 'nmse' (both sides are
@@ -200,7 +203,8 @@ checks = dict(
     positions=('all', 'last', 'last_k', 'first_k', 'last_frac', 'first_frac', 'drift'),
     last_k=positive, first_k=positive, last_frac=(1e-6, 1), first_frac=(1e-6, 1),
     position_offset=(0, 1), loss_average=('sequence', 'token'), oprd_weight=(0, 1e6, list),
-    opd_weight=(0, 1e6, list), reward_weight=(0, 1e6, list),
+    opd_weight=(0, 1e6, list), reward_weight=(0, 1e6, list), attention_weight=(0, 1e6, list),
+    attention_layers=('all', 'last', 'even', 'odd', list), attention_heads=('all', list),
     opd=('sampled', 'full', 'topk', 'byte', 'supervised'), answers_by=('student', 'teacher', 'solution'),
     opd_k=positive, opd_support=('student', 'teacher', 'union'),
     opd_tail=('reward', 'renorm', 'bucket'), kl_direction=('reverse', 'forward'), head_rows=natural,

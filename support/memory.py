@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from losses import layer_set
 from support.optimizer import ever_positive
 
 GiB = 2**30
@@ -36,6 +37,7 @@ ROOM = 1024                     # tokens that a new cache has beyond the longest
 PREFILL = 32768                 # prompt tokens that are read at once (rollout.stream)
 PACKED_FROM = 2**18             # numbers of a matrix that is packed for sampling (model.PACKED_FROM)
 PIECE = 2048                    # tokens of a recomputed block's MLP at once (kernels.mlp_in_pieces.PIECE)
+LOGITS = 2**24                  # of attention maps at once (extensions.attention_maps.LOGITS)
 
 
 # ---- what a rank is asked to do ------------------------------------------------------------------
@@ -266,6 +268,13 @@ class Plan:
         return any(ever_positive(self.cfg[key]) for key in ('opd_weight', 'reward_weight'))
 
     @property
+    def watched(self):
+        """The student layers whose attention is compared."""
+        if not ever_positive(self.cfg['attention_weight']):
+            return []
+        return layer_set(self.cfg['attention_layers'], self.student.L)
+
+    @property
     def learned(self):
         """How many weights learn: an untied head is frozen where the objective never reaches it."""
         weights = weights_of(self.student)
@@ -431,6 +440,8 @@ def update(plan):
             moments.append(backward_of_block(l, plan, batch, rows))
     if plan.output:
         moments.append(loss_under_head(plan, batch, rows))
+    for l in plan.watched:
+        moments.append(loss_of_attention(l, plan, batch, rows))
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -446,7 +457,21 @@ def teacher_rows(plan, batch):
     rows = len(plan.layer_map) * row if ever_positive(plan.cfg['oprd_weight']) else 0
     if plan.output:
         rows += plan.s * plan.teacher.d * (2 if plan.cfg['opd'] == 'byte' else 1)
-    return rows * batch.rows
+    return rows * batch.rows + plan.s * len(plan.watched) * attention_numbers(plan.teacher, plan, batch)
+
+
+def attention_numbers(c, plan, batch):
+    """How many numbers the attention term keeps of one layer of a model (its ModelConfig): the queries of the
+    compared heads at the supervised rows, and all keys. Of the student it keeps their gradients."""
+    heads = plan.cfg['attention_heads']
+    compared = c.H if heads == 'all' else len(set(heads))
+    return c.e * (compared * batch.rows + c.G * batch.tokens)
+
+
+def attention_gradients(layers, plan, batch):
+    """Bytes of the gradients that the attention term keeps of these student layers."""
+    watched = set(plan.watched) & set(layers)
+    return plan.s * len(watched) * attention_numbers(plan.student, plan, batch)
 
 
 def gradients_before(plan, batch):
@@ -463,7 +488,10 @@ def kept_up_to(l, plan, batch):
     kept = l * by_block
     if l == student.L:                       # and of the last norm
         kept += plan.s * student.d if plan.cuda else 8 * student.d
-    return kept * batch.tokens
+    kept *= batch.tokens
+    if not plan.cfg['checkpointing']:
+        kept += attention_gradients(range(1, l + 1), plan, batch)
+    return kept
 
 
 def gathered_blocks(plan, c):
@@ -492,6 +520,7 @@ def backward_of_block(l, plan, batch, rows):
     activations = kept_up_to(l, plan, batch)
     if plan.cfg['checkpointing']:
         activations += kept_by_block(student, plan.s, plan.cuda) * batch.tokens
+        activations += attention_gradients([l], plan, batch)
 
     # Before that, the loss of the last layer: two float32 tensors (K, d), and the teacher's rows cast.
     if l == student.L and not plan.cuda:
@@ -500,6 +529,27 @@ def backward_of_block(l, plan, batch, rows):
     # Gradients: those of the blocks above, and this block's first one, which is that of `down`.
     gradients = plan.s * student.d * student.ff + gradients_above(l, plan, batch)
     return moment(gradients, rows, fsdp_above(l, plan), activations + work)
+
+
+def loss_of_attention(l, plan, batch, rows):
+    """The attention term of layer l, in the forward of its block, or when the block is recomputed: float32
+    sums of the gradients, and the student's queries. A piece has five float32 tensors of logits, and the keys
+    of both models once for each head, with their gradient."""
+    student = plan.student
+    heads = student.H if plan.cfg['attention_heads'] == 'all' else len(set(plan.cfg['attention_heads']))
+    T = plan.work.prompt + plan.work.new
+    sequences = batch.tokens // T
+    logits = min(LOGITS, heads * batch.rows // sequences * T)
+    work = 4 * attention_numbers(student, plan, batch) + plan.s * heads * student.e * batch.rows
+    work += 20 * logits + 4 * heads * T * (2 * student.e + plan.teacher.e)
+
+
+    # Of the block there are its input, the norm's result, and q, k and v before and after the rotation.
+    block = plan.s * batch.tokens * 2 * (student.d + (student.H + 2 * student.G) * student.e)
+    activations = kept_up_to(l - 1, plan, batch) + block + work
+    if plan.cfg['checkpointing']:
+        return moment(gradients_above(l, plan, batch), rows, fsdp_above(l, plan), activations)
+    return moment(gradients_before(plan, batch), rows, gathered_blocks(plan, student), activations)
 
 
 def in_pieces(plan, batch):
@@ -513,7 +563,7 @@ def backward_in_pieces(l, plan, batch, rows):
     c = plan.student
     s = plan.s
     block = kept_by_block_in_pieces(c, s, plan.cuda)
-    inputs = l * s * c.d * batch.tokens
+    inputs = l * s * c.d * batch.tokens + attention_gradients([l], plan, batch)
 
     # The MLP: the gradients of its result and of its input, and a piece. The gradients of its three matrices
     # are summed in float32, and a piece has its own.

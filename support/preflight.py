@@ -105,6 +105,8 @@ def check_teacher(cfg, student, teacher, tok_s, tok_t, train, held_out):
         raise UserError(f"layers={cfg['layers']!r}: a model of {student.L} layers has none; choose others")
     if layer_map and not cfg['bridge']:                  # a bridge has its own pairs, which distill.py prints
         lines += layer_lines(layer_map, student.L, teacher.L, cfg['layer_map'], student.hf.get('kept_layers'))
+    if ever_positive(cfg['attention_weight']):
+        check_attention(cfg, student, teacher, same)
     return layer_map, lines + check_objective(cfg, same)
 
 
@@ -196,7 +198,7 @@ def check_objective(cfg, same=True):
     # negative nowhere in it is 0 in all of it. So if any step inside an interval has no loss, the first one
     # in it has none: it is enough to look at the first step, and at the steps at and next to each knot. A
     # knot at share x lies near step x * steps + 1, and rounding moves it by less than a step.
-    keys = ('oprd_weight', 'opd_weight', 'reward_weight')
+    keys = ('oprd_weight', 'opd_weight', 'reward_weight', 'attention_weight')
     schedules = [cfg[key] for key in keys if isinstance(cfg[key], list)]
     looked = {1}
     for share in {share for knots in schedules for share, _ in knots}:
@@ -205,8 +207,8 @@ def check_objective(cfg, same=True):
     for step in sorted(step for step in looked if 1 <= step <= cfg['steps']):
         weights = [weight_at(step, cfg['steps'], cfg[key]) for key in keys]
         if not any(weights):
-            raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there, and so is '
-                            'reward_weight; raise one')
+            raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there, and so are '
+                            'reward_weight and attention_weight; raise one')
     if ever_positive(cfg['reward_weight']) and cfg['n'] == 1:
         raise UserError('reward_weight: with n=1 an answer is compared with no other; raise n=')
     if cfg['rep_loss'] not in DISTANCES:
@@ -224,6 +226,29 @@ def check_objective(cfg, same=True):
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
     return check_output_space(cfg) if ever_positive(cfg['opd_weight']) else []
+
+
+def check_attention(cfg, student, teacher, same):
+    """Can the attention of these two models (ModelConfigs) be compared, as the config says? Else a
+    UserError. same: as in `check_objective`."""
+    layers = cfg['attention_layers']
+    heads = cfg['attention_heads']
+    if not same or cfg['teacher_sees'] == 'solution':
+        raise UserError('attention_weight: the teacher reads other tokens than the student, so its attention '
+                        'is over other keys; set attention_weight=0')
+    if cfg['compile']:
+        raise UserError('attention_weight: the attention of compiled blocks cannot be watched; set '
+                        'compile=False')
+    if isinstance(layers, list) and max(layers) > student.L or not layer_set(layers, student.L):
+        raise UserError(f'attention_layers={layers!r}, but the student has {student.L}; choose from 1 to '
+                        f'{student.L}')
+    if heads == 'all' and student.H != teacher.H:
+        raise UserError(f'attention_heads=all: the student has {student.H} heads, the teacher {teacher.H}; '
+                        'give a list of heads that shall be alike')
+    common = min(student.H, teacher.H)
+    if heads != 'all' and max(heads) > common:
+        raise UserError(f'attention_heads={heads}: the student has {student.H} heads, the teacher '
+                        f'{teacher.H}; choose from 1 to {common}')
 
 
 def check_output_space(cfg):

@@ -54,6 +54,8 @@ def objective_names(cfg, objective):
         names.append('loss/opd')
     if objective.reward is not None:
         names.append('loss/reward')
+    if objective.attention is not None:
+        names.append('loss/attention')
     if 'loss/oprd' in names:
         names += [f'loss/layer/{l}' for l in layers]
     if has_hidden:

@@ -115,13 +115,14 @@ class Products(TorchDispatchMode):
 
 
 def step_sums(student, teacher, roll, weights, layer_map, budget=10**6, scale=1.0, *, kind='mse', drift=False, bridge=None,
-              normalise=True, output=None, oprd_weight=1.0, opd_weight=0.0, reading=None, offset=0, probe=None):
+              normalise=True, output=None, oprd_weight=1.0, opd_weight=0.0, reading=None, offset=0, probe=None,
+              attention=None, attention_weight=0.0):
     """Steps 4 and 5 of a training step, as distill.train takes them -> the sums of accumulate. output: an objective of
     output_losses or next_byte. probe: a mask (B, T): what the objective leaves out is looked at there, and joins the sums,
     its weight as 'looked'."""
     hidden = BridgeTerm(bridge, normalise) if bridge else HiddenTerm(kind, drift)
-    objective = Objective(layer_map, hidden, OutputTerm(output, teacher) if output else None, bridge)
-    term_weights = {'oprd': oprd_weight, 'opd': opd_weight}
+    objective = Objective(layer_map, hidden, OutputTerm(output, teacher) if output else None, bridge, attention=attention)
+    term_weights = {'oprd': oprd_weight, 'opd': opd_weight, 'attention': attention_weight}
     looked = {}
     if probe is not None:
         left_out = objective.only([term for term, weight in term_weights.items() if weight == 0])

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import distill
 from configs import load_config
+from extensions.attention_maps import AttentionTerm
 from formats.huggingface import load_model
 from kernels import mlp_in_pieces
 from output_losses import make_objective
@@ -50,7 +51,7 @@ PROMPTS = [[1, 5, 9, 12, 4, 14], [1, 4, 14], [1, 7, 10, 8, 11, 14]]
 
 def gradient(student, teacher, budget, rank, world, opd='none'):
     """Sample, weigh, accumulate -> {name: gradient}, sums, rollout; answers dealt to the ranks. opd: 'none';
-    'probe', the output space looked at; or a kind of output-space term beside OPRD."""
+    'probe', the output space looked at; 'attention', attention maps alone; or a kind of output-space term beside OPRD."""
     mine = range(6)[rank::world]             # answer i is number i % 2 to prompt i // 2
     with gathered(student) as sampler:
         roll = sample(sampler, [PROMPTS[i // 2] for i in mine], which=[i // 2 for i in mine], samples=[i % 2 for i in mine],
@@ -60,6 +61,8 @@ def gradient(student, teacher, budget, rank, world, opd='none'):
     terms = {}
     if opd == 'probe':
         terms = dict(probe=diagnostic_mask(roll, mask, 1, 0.3), output=make_objective('full'))
+    elif opd == 'attention':
+        terms = dict(oprd_weight=0.0, attention_weight=0.7, attention=AttentionTerm([1, 3], [1, 2], {}, student.config, teacher.config))
     elif opd != 'none':
         terms = dict(opd_weight=0.7, output=make_objective(opd, k=4, chunk=5))
     sums = step_sums(student, teacher, roll, weights, {1: 1, 3: 3}, budget, world, **terms)
@@ -73,7 +76,7 @@ def prepared(model, env, opd='none', recompute=False, frozen=False, sharded=True
     model.requires_grad_(not frozen)
     model.checkpointing = recompute
     if not frozen:
-        model.head.requires_grad_(model.config.tied or opd not in ('none', 'probe'))
+        model.head.requires_grad_(model.config.tied or opd not in ('none', 'probe', 'attention'))
     if sharded:
         shard(model, env)
 

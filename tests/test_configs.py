@@ -89,7 +89,8 @@ WITHOUT_EFFECT = {
     'bridge.py': {
         'out_dir': 'must be another folder than bridge=', 'eval_data': "toy.prepare fills in every 'toy'; set to '' here",
         'n': 'one answer to each problem (preflight_bridge)', 'prompts_per_step': 'its answers at once are eval_rows',
-        **dict.fromkeys(('opd_weight', 'reward_weight'), 'a Plan has it; bridge_phases does not ask'), 'eval_n': 'work_of an evaluation of no problems',
+        **dict.fromkeys(('opd_weight', 'reward_weight', 'attention_weight', 'attention_layers'),
+                        'a Plan has it; bridge_phases does not ask'), 'eval_n': 'work_of an evaluation of no problems',
         'eval_max_new_tokens': 'likewise', 'teacher_shard': 'refused: ranks read different numbers of micro-batches',
         'steps': 'the unit of a progress bar', 'shard_ranks': 'both models are whole on each rank'},
     'eval_math.py': {
@@ -97,7 +98,7 @@ WITHOUT_EFFECT = {
         'max_new_tokens': 'what eval_max_new_tokens=0 means; on its command line the latter says it'},
     'minimal.py': {
         'timeout': 'a parameter of start()', 'eval_data': "toy.prepare fills in every 'toy'", 'dry_run': 'refused: it has none', 'dtype': 'a key of config.json',
-        'answers_by': 'refused: the student answers', 'reward_weight': 'refused: it has one term',
+        'answers_by': 'refused: the student answers', 'reward_weight': 'refused: it has one term', 'attention_weight': 'likewise',
         **dict.fromkeys(('last_k', 'first_k', 'last_frac', 'first_frac'), 'rules of step.POSITIONS; it has one'),
         **dict.fromkeys(('opd', 'opd_future', 'opd_baseline', 'position_offset', 'bridge', 'temperature', 'top_k', 'top_p',
                          'teacher_ids', 'kl_direction', 'opd_tail', 'opd_k', 'opd_support', 'student_temperature'),

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     'bridge_parts': {'bridge_parts', 'formats', 'support'},
     'cross_tokenizer': {'formats', 'support', 'losses', 'output_losses'},
     'grading': {'grading', 'support'},
-    'extensions': {'extensions', 'formats', 'output_losses', 'rollout', 'support'},
+    'extensions': {'extensions', 'formats', 'losses', 'output_losses', 'rollout', 'support'},
     'losses.py': {'kernels'},
     'output_losses.py': {'support'},
     'step.py': {'support', 'teacher'},

@@ -11,6 +11,8 @@ from conftest import step_sums, tiny_model
 
 import rollout
 from configs import default
+from extensions import attention_maps
+from extensions.attention_maps import AttentionTerm
 from formats.huggingface import save_model
 from kernels import mlp_in_pieces
 from model import PACKED_FROM, PRESETS, Linear, Model, ModelConfig, rotary
@@ -58,7 +60,7 @@ def plan_of(c, work, world=1, dtype=torch.float32, device='cpu', layers=None, sh
 
 
 def work_of_answers(answers, prompt, new, vocab=37):
-    return Work(answers, answers, prompt, new, 0, 0, 0, 0, vocab)
+    return Work(answers, answers, prompt, prompt, new, 0, 0, 0, 0, vocab)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -109,6 +111,10 @@ UPDATES = {
     'last layer': dict(layers=[4]),
     'exact KL': dict(oprd_weight=0.0, opd_weight=1.0, opd='full'),
     'both': dict(opd_weight=1.0, opd='full', token_budget=130),
+    'attention': dict(attention_weight=1.0, attention_layers='all'),
+    'attention, blocks recomputed': dict(attention_weight=1.0, attention_layers='all', checkpointing=True),
+    'attention, MLP in pieces': dict(attention_weight=1.0, attention_layers='all', checkpointing=True, piece=50, L=12),
+    'attention alone': dict(attention_weight=1.0, attention_layers='all', attention_heads=[1, 2], oprd_weight=0.0),
 }
 
 
@@ -134,9 +140,34 @@ def test_an_update_holds_as_many_bytes_as_are_counted(name, monkeypatch):
 
     plan = plan_of(c, work_of_answers(B, prompt, new, c.V), **keys)
     objective = make_objective('full') if keys['opd_weight'] else None
+    attention = None
+    if plan.watched:
+        attention = AttentionTerm(plan.cfg['attention_layers'], plan.cfg['attention_heads'], {}, c, c)
     with Bytes(c.V) as counted:
         step_sums(student, teacher, roll, weights, plan.layer_map if keys['oprd_weight'] else {}, keys['token_budget'],
-                  output=objective, oprd_weight=keys['oprd_weight'], opd_weight=keys['opd_weight'])
+                  output=objective, oprd_weight=keys['oprd_weight'], opd_weight=keys['opd_weight'], attention=attention,
+                  attention_weight=plan.cfg['attention_weight'])
+    assert sum(update(plan).values()) == pytest.approx(counted.peak, rel=0.06)
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('logits', [2**24, 2**18])
+def test_long_attention_maps_hold_as_many_bytes_as_are_counted(logits, recompute, monkeypatch):
+    """Where pieces of maps are the largest tensors of an update, in one piece and in ten."""
+    for module in (attention_maps, memory):
+        monkeypatch.setattr(module, 'LOGITS', logits)
+    c = shape(V=100, L=2, d=64, H=8, e=32, ff=256, context=1500)
+    student = Model(c)
+    teacher = Model(c).requires_grad_(False)
+    student.checkpointing = recompute
+    student.head.requires_grad_(False)
+    lengths = torch.tensor([5]), torch.tensor([1495])
+    roll = Rollout(torch.randint(0, c.V, (1, 1500)), *lengths, torch.zeros(1, dtype=torch.bool), torch.arange(1))
+    weights = position_weights(position_mask(roll, 'last_k', 200))
+    keys = dict(attention_weight=1.0, attention_layers='all', positions='last_k', last_k=200, checkpointing=recompute)
+    plan = plan_of(c, work_of_answers(1, 5, 1495, c.V), **keys, token_budget=10**6)
+    with Bytes(c.V) as counted:
+        step_sums(student, teacher, roll, weights, plan.layer_map, attention=AttentionTerm('all', 'all', {}, c, c), attention_weight=1.0)
     assert sum(update(plan).values()) == pytest.approx(counted.peak, rel=0.06)
 
 
@@ -209,6 +240,7 @@ def test_packed_matrices_are_counted(tied):
 def test_what_is_copied_is_what_it_was_copied_from():
     assert ROOM == rollout.ROOM
     assert PIECE == mlp_in_pieces.PIECE
+    assert memory.LOGITS == attention_maps.LOGITS
     assert memory.PACKED_FROM == PACKED_FROM
     assert inspect.signature(rollout.stream).parameters['budget'].default == PREFILL
 

@@ -71,6 +71,8 @@ GRADIENTS = {
     'MLP in pieces': case(2, budget=10**6, recompute=True, piece=7),
     'MLP in pieces, float32, topk': case(2, 'tied', dtype='float32', opd='topk', recompute=True, piece=7),
     'bfloat16, MLP in pieces': case(2, budget=10**6, dtype='bfloat16', recompute=True, piece=7),
+    'attention': case(2, opd='attention'),
+    'attention, blocks recomputed': case(2, 'untied', opd='attention', recompute=True),
     # A 2 x 2 mesh by default, since LOCAL_WORLD_SIZE is 2.
     '2 x 2': case(4, recompute=True),
     '2 x 2, sharded teacher': case(4, 'untied', teacher_shard=True),
@@ -136,7 +138,7 @@ def on_one(started):
     @cache
     def computed(models, dtype, opd):
         student, teacher = (load_model(path, dtype) for path in started[1][models])
-        student.head.requires_grad_(student.config.tied or opd not in ('none', 'probe'))
+        student.head.requires_grad_(student.config.tied or opd not in ('none', 'probe', 'attention'))
         return gradient(student, teacher.requires_grad_(False), 10**6, 0, 1, opd)
     return computed
 
@@ -172,8 +174,8 @@ def test_gradient_does_not_depend_on_the_ranks(started, on_one, name):
     assert got_sums.keys() == want_sums.keys()
     for key, value in want_sums.items():
         assert (got_sums[key] - value).norm() <= rounding(value.float(), 100), key
-    if arguments.get('opd', 'none') != 'none':
-        assert want_sums['statistics'][0] > 0
+    opd = arguments.get('opd', 'none')
+    assert opd == 'none' or (want_sums['loss/attention'] if opd == 'attention' else want_sums['statistics'][0]) > 0
 
 
 def assert_near_in_bfloat16(got, want, cosine):
