@@ -181,8 +181,8 @@ config = dict(
     toy_teacher_tokens='same',  # 'merged': likewise, with another vocabulary for the same text
     toy_hints=0.0,              # share of the supervised steps whose prompts show the worked answer; most of
                                 # these steps' answers have a slip, from which they go on
-    toy_specialists='',         # 'both': two teachers, one for sums and one for products, each with its own
-                                # problems; 'sums' or 'products': one of the two for all these problems
+    toy_halves=False,           # two teachers, one for sums and one for products, each with its own problems
+    toy_teacher_half='both',    # which of these teach: 'both', or 'sums' or 'products' alone, for all problems
     toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
     toy_teacher_lr=1.5e-3,
     toy_train=4096,             # training problems
@@ -224,7 +224,7 @@ checks = dict(
     toy_ops=(1, 16), toy_layers=(1, 64), toy_width=(8, 4096), toy_heads=(1, 64), toy_batch=(1, 10**5),
     toy_teacher_layers=(0, 64), toy_teacher_width=(0, 4096), toy_teacher_tokens=('same', 'merged'),
     toy_student_steps=(1, 10**6), toy_teacher_steps=(1, 10**6), toy_student_lr=(0, 1), toy_teacher_lr=(0, 1),
-    toy_hints=share, toy_specialists=('', 'both', 'sums', 'products'),
+    toy_hints=share, toy_teacher_half=('both', 'sums', 'products'),
     toy_train=(1, 10**6), toy_eval=(1, 10**5),
 )
 

@@ -6,4 +6,4 @@ answers to its own problems. Each of the two held-out sets has its own scores.
 """
 from configs.toy import config
 
-config = config | dict(out_dir='out/toy_two_teachers', toy_specialists='both', lr=4e-3)
+config = config | dict(out_dir='out/toy_two_teachers', toy_halves=True, lr=4e-3)

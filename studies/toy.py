@@ -12,7 +12,7 @@ There are 21 tokens, about 5e9 problems and one right answer to each. The studen
 training. The teacher is the same network, trained further with embedding and head frozen, like the paper's
 pair (R1-Distill and JustRL, which share both). A teacher of another depth, width or vocabulary is trained
 from its own random weights; toy_teacher_tokens='merged' has 52 tokens, some of them two symbols long, with
-ids in another order: the same text, other ids. With toy_specialists='both' there are two teachers, each the
+ids in another order: the same text, other ids. With toy_halves=True there are two teachers, each the
 student's network trained further on problems of its own: one on sums (+ and -), one on products (*).
 
 Everything is written as one folder in the layouts that real runs use (two Hugging Face folders, two .jsonl
@@ -222,7 +222,7 @@ def unlike(cfg):
 
 def sets(cfg):
     """{operators: ending of the names of a set of problems and of its teacher}."""
-    if cfg['toy_specialists']:
+    if cfg['toy_halves']:
         return {'+-': '_sums', '*': '_products'}
     return {'+-*': ''}
 
@@ -231,11 +231,11 @@ def recipe(cfg):
     """Everything in the config that decides what the folder holds. Keys that came later are noted only where
     they are used, so that earlier folders keep their names."""
     keys = [key for key in cfg if key.startswith('toy_') and key != 'toy_dir']
-    keys.remove('toy_specialists')           # which of them teach does not matter here
-    if not cfg['toy_hints']:
-        keys.remove('toy_hints')
-    later = {'toy_specialists': True} if cfg['toy_specialists'] else {}
-    return {key: cfg[key] for key in (*keys, 'seed')} | later | {'version': 1}
+    keys.remove('toy_teacher_half')          # both teachers are made, whichever teaches
+    for key in ('toy_hints', 'toy_halves'):
+        if not cfg[key]:
+            keys.remove(key)
+    return {key: cfg[key] for key in (*keys, 'seed')} | {'version': 1}
 
 
 def sources():
@@ -366,7 +366,7 @@ def prepare(cfg, env):
         print0(note)
     names = {'student': ['student'], 'teacher': [], 'data': [], 'eval_data': []}
     for suffix in sets(cfg).values():
-        if cfg['toy_specialists'] in ('', 'both', suffix[1:]):
+        if cfg['toy_teacher_half'] in ('both', suffix[1:]) or not suffix:
             names['teacher'].append(f'teacher{suffix}')
         names['data'].append(f'train{suffix}.jsonl')
         names['eval_data'].append(f'eval{suffix}.jsonl')

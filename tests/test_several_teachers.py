@@ -120,7 +120,7 @@ def test_names_with_commas_between(tmp_path):
 
 # ---- runs ------------------------------------------------------------------------------------------
 
-TWO = dict(toy_specialists='both', positions='all')
+TWO = dict(toy_halves=True, positions='all')
 
 
 @pytest.fixture(scope='module')
@@ -209,13 +209,13 @@ def test_weights_are_on_the_device_only_while_a_teacher_works():
 
 @pytest.mark.parametrize('keys, says', [
     (dict(teacher='toy,'), 'nothing between two commas'),
-    (dict(toy_specialists='both', data='{data}'), "data= names 1 sets for 2 teachers; name one for each"),
-    (dict(toy_specialists='both', teacher_share='[1,1,1]'), "give 'data', 'tag', or a weight for each of them"),
-    (dict(toy_specialists='both', teacher_share='tag'), 'has teacher=None; write a number from 1 to 2'),
-    (dict(toy_specialists='both', teacher_every=1), 'this teacher is another model than the student'),
-    (dict(toy_specialists='both', teachers_in_turn=True, teacher_shard=True), 'teachers_in_turn=True'),
+    (dict(toy_halves=True, data='{data}'), "data= names 1 sets for 2 teachers; name one for each"),
+    (dict(toy_halves=True, teacher_share='[1,1,1]'), "give 'data', 'tag', or a weight for each of them"),
+    (dict(toy_halves=True, teacher_share='tag'), 'has teacher=None; write a number from 1 to 2'),
+    (dict(toy_halves=True, teacher_every=1), 'this teacher is another model than the student'),
+    (dict(toy_halves=True, teachers_in_turn=True, teacher_shard=True), 'teachers_in_turn=True'),
     (dict(teachers_in_turn=True), 'teachers_in_turn=True'),
-    (dict(toy_specialists='both', answers_by='teacher', opd='supervised', opd_weight=1), "answers_by='teacher'"),
+    (dict(toy_halves=True, answers_by='teacher', opd='supervised', opd_weight=1), "answers_by='teacher'"),
 ])
 def test_keys_of_several_teachers_that_make_no_sense(toy_dir, toy_cfg, tmp_path, keys, says):
     keys = {key: str(value).format(data=toy_cfg['data']) for key, value in keys.items()}

@@ -10,8 +10,8 @@ seeds = [0, 1, 2]
 runs = {
     'two teachers, OPRD': base,
     'two teachers, OPD': [*base, 'oprd_weight=0', 'opd_weight=1', 'opd=full', 'lr=5e-4'],
-    'sums alone, OPRD': [*base, 'toy_specialists=sums'],
-    'products alone, OPRD': [*base, 'toy_specialists=products'],
+    'sums alone, OPRD': [*base, 'toy_teacher_half=sums'],
+    'products alone, OPRD': [*base, 'toy_teacher_half=products'],
     'solutions, supervised': [*base, 'oprd_weight=0', 'opd_weight=1', 'opd=supervised', 'answers_by=solution',
                               'n=1', 'prompts_per_step=32', 'lr=1.5e-3'],
 }
