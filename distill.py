@@ -323,7 +323,8 @@ def train(cfg, setup, env, run_folder):
                     if looks:
                         few = diagnostic_mask(share.roll, share.mask, step,
                                               cfg['diagnose_rows'] / max(1, int(tokens)))
-                        left_out = objective.only([term for term in ('oprd', 'opd') if term_weights[term] == 0])
+                        unused = [term for term in ('oprd', 'opd') if term_weights[term] == 0]
+                        left_out = objective.only(unused)
                         few_rows = micro_batches(weights=weights * few)
                         add(looked, diagnose(student, teacher, few_rows, left_out))
                         clock.lap('diagnose')
