@@ -182,7 +182,7 @@ config = dict(
     toy_hints=0.0,              # share of the supervised steps whose prompts show the worked answer; most of
                                 # these steps' answers have a slip, from which they go on
     toy_halves=False,           # two teachers, one for sums and one for products, each with its own problems
-    toy_teacher_half='both',    # which of them teach: 'both', or 'sums' or 'products' alone, for all of it
+    toy_teacher_half='both',    # which of them teach: 'both', or 'sums' or 'products' alone, for all problems
     toy_student_lr=2e-3,        # peak learning rates, 5% warm-up, cosine to 5%
     toy_teacher_lr=1.5e-3,
     toy_train=4096,             # training problems
