@@ -9,6 +9,7 @@ oprd = [*base, 'oprd_weight=1', 'reward_weight=0', 'lr=1e-3']
 seeds = [0, 1, 2]
 runs = {
     'rewards': base,
+    'rewards, 0.05 KL to the start': [*base, 'teacher=self', 'opd_weight=0.05', 'opd=full'],
     'OPRD': oprd,
     'OPRD + 0.1 rewards': [*oprd, 'reward_weight=0.1'],
 }
