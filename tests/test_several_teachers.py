@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import argv, log_of, resume_state, rounding, tiny_model
+from conftest import argv, for_script, log_of, resume_state, rounding, tiny_model
 from emulated_cuda import emulated_cuda
 
+import bridge
 import distill
 from configs import load_config
 from distill import main
@@ -174,6 +175,27 @@ def test_teachers_of_other_vocabularies_compare_bytes(toy_dir, tmp_path):
     main(load_config(argv(toy_dir, tmp_path / 'r', **keys)))
     row = log_of(tmp_path / 'r')[2]
     assert row['loss'] > 0 and row['opd/kl'] > 0 and 0 < row['align'] < 1 and 'rep/cos' not in row
+
+
+def test_a_teacher_with_a_bridge_beside_one_without(toy_dir, toy_cfg, tmp_path):
+    """Another depth and width: its rows are projected, those of the first teacher are not. The logged loss of a layer is the
+    sum over both shares, so it is not below either alone."""
+    wide = distill.toy.prepare(load_config(argv(toy_dir, 'unused', toy_teacher_layers=4, toy_teacher_width=32)), distill.start('cpu'))
+    keys = {key: toy_cfg[key] for key in ('student', 'data', 'eval_data')}
+    folder = tmp_path / 'bridge'
+    bridge.main(load_config(for_script('bridge.py', argv(toy_dir, 'unused', **keys, teacher=wide['teacher'], bridge=folder,
+                                                         bridge_prompts=30)), script='bridge.py'))
+    both = dict(teacher=f"{toy_cfg['teacher']},{wide['teacher']}", bridge=f',{folder}', teacher_share='[1,1]')
+    alone = dict(teacher=wide['teacher'], bridge=folder)
+    for name, chosen in (('both', both), ('alone', alone)):
+        main(load_config(argv(toy_dir, tmp_path / name, steps=2, prompts_per_step=6, **keys | chosen)))
+    rows = log_of(tmp_path / 'both')
+    assert all(row['loss'] == pytest.approx(sum(row[f'loss/layer/{l}'] for l in (1, 2, 3)) / 3) for row in rows[1:])
+    assert rows[1]['loss'] != log_of(tmp_path / 'alone')[1]['loss'] and rows[2]['grad_norm'] > 0
+    start, = [json.loads(line) for line in (tmp_path / 'both/starts.jsonl').read_text().splitlines()]
+    assert start['bridge'] and ',' not in start['bridge']
+    with pytest.raises(UserError, match='student width 24, teacher width 32'):       # a bridge for the wrong one
+        main(load_config(argv(toy_dir, tmp_path / 'r', **keys | both | dict(bridge=f'{folder},'))))
 
 
 # ---- in turn ---------------------------------------------------------------------------------------
