@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import argv, log_of, resume_state, rounding, tiny_model
+from conftest import argv, assert_equal_runs, log_of, resume_state, rounding, tiny_model
 from emulated_cuda import emulated_cuda
 
 import distill
@@ -185,11 +185,7 @@ def test_teachers_in_turn_equal_teachers_together_bit_for_bit(toy_dir, tmp_path)
         with emulated_cuda():
             main(load_config(argv(toy_dir, tmp_path / name, teachers_in_turn=in_turn, device='cuda', dtype='float32',
                                   steps=2, opd='full', opd_weight=0.5, diagnose_every=1, **TWO)))
-    a, b = resume_state(tmp_path / 'together'), resume_state(tmp_path / 'in turn')
-    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-    logs = [[{name: value for name, value in row.items() if not name.startswith(('time/', 'elapsed', 'mem/'))} for row in rows]
-            for rows in (log_of(tmp_path / 'together'), log_of(tmp_path / 'in turn'))]
-    assert logs[0] == logs[1]
+    assert_equal_runs(tmp_path / 'together', tmp_path / 'in turn')
 
 
 def test_weights_are_on_the_device_only_while_a_teacher_works():
