@@ -24,6 +24,7 @@ teachers over the same answer, or let the student's progress decide who teaches 
 Letters: B answers, T tokens.
 """
 import random
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -115,6 +116,8 @@ def assign_teachers(problems, share, teachers, seed):
 def teacher_of_tag(problem, teachers):
     """The number of a problem's teacher, from 0, as its column `teacher` says, which counts from 1."""
     tag = problem.tag
+    if isinstance(tag, str) and re.fullmatch('[0-9]{1,6}', tag):
+        tag = int(tag)                       # the cells of a .csv file are texts
     if type(tag) is not int or not 1 <= tag <= teachers:
         raise UserError(f"teacher_share='tag': the problem {shown(problem.question)} has "
                         f'teacher={shown(tag)}; write a number from 1 to {teachers} into this column')

@@ -1,5 +1,6 @@
 """Rewards of whole answers (GRPO) against the gradient of the expected reward, all answers enumerated."""
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,15 @@ def test_a_run_with_rewards_resumes_bit_for_bit(toy_dir, tmp_path, monkeypatch):
     assert [row['step'] for row in read_starts(tmp_path / 'stopped')] == [0, 2]
     rewards = [row.get('loss/reward') for row in log_of(tmp_path / 'whole')]
     assert rewards[:2] == [None, None] and any(rewards[3:])
+
+
+def test_problems_without_a_known_answer_cannot_be_rewarded(toy_dir, toy_cfg, tmp_path):
+    """The grader says None of their answers, and the first step ended with a traceback."""
+    file = tmp_path / 'some.jsonl'
+    file.write_text(Path(toy_cfg['data']).read_text() + '{"question": "1+2*3"}\n')
+    with pytest.raises(UserError, match='reward_weight: 1 of 41 problems of data= have no known answer to grade by; delete'):
+        main(load_config(argv(toy_dir, tmp_path / 'r', data=file, **GRPO)))
+    assert not (tmp_path / 'r').exists()
 
 
 def test_a_reward_without_anybody_to_compare_with_is_refused():

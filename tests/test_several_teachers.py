@@ -100,8 +100,13 @@ def test_a_tag_names_the_teacher(toy_cfg, tmp_path):
     file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     problems = load_problems(file, load_tokenizer(toy_cfg['student']), show=False)
     assert [problem.teacher for problem in assign_teachers(problems[:2], 'tag', 2, 0)] == [1, 0]
+    table = tmp_path / 'tagged.csv'
+    table.write_text('question,teacher\n1+2,2\n2+2,1\n3+2,\n')            # its cells are texts
+    cells = load_problems(table, load_tokenizer(toy_cfg['student']), show=False)
+    assert [problem.teacher for problem in assign_teachers(cells[:2], 'tag', 2, 0)] == [1, 0]
     for wrong, says in ((problems, "'3\\+2' has teacher='two'"), ([replace(problems[0], tag=3)], 'teacher=3; write a number'),
-                        ([replace(problems[0], tag=True)], 'teacher=True')):
+                        ([replace(problems[0], tag=True)], 'teacher=True'), (cells, "'3\\+2' has teacher=None"),
+                        ([replace(problems[0], tag='0')], 'teacher=0; write a number'), ([replace(problems[0], tag='')], "teacher=''")):
         with pytest.raises(UserError, match=says):
             assign_teachers(wrong, 'tag', 2, 0)
 
