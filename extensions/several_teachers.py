@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from extensions.self_teacher import show_solutions
+from extensions.self_teacher import require_solutions, show_solutions
 from formats.problems import load_problems
 from support.runtime import UserError, print0, shown
 
@@ -84,6 +84,9 @@ def load_training_problems(cfg, tok, toks_t):
         train += [replace(problem, teacher=number) for problem in problems]
     if len(sources) < len(toks_t):
         train = assign_teachers(train, cfg['teacher_share'], len(toks_t), cfg['seed'])
+
+    if cfg['answers_by'] == 'solution':
+        require_solutions(train, 'answers_by')
 
     # In self-distillation the teacher's prompts show the solution.
     if cfg['teacher_sees'] == 'solution':

@@ -74,7 +74,8 @@ def test_the_pair_is_told_by_the_toys_keys_and_of_real_models_by_the_log():
 
 def test_a_run_with_several_teachers_is_none_of_the_papers(tmp_path):
     """The first teacher's score was drawn as that of "the teacher"."""
-    run = write_run(tmp_path / 'run', SCORES | {f'{side}/avg@16': [80.0, None] for side in ('teacher', 'teacher2')})
+    teachers = {name.replace('eval/', f'{side}/'): [80.0, None] for name in SCORES for side in ('teacher', 'teacher2')}
+    run = write_run(tmp_path / 'run', SCORES | teachers)
     with pytest.raises(UserError, match='run: has several teachers, and the runs of the paper one; draw it with python -m studies'):
         read_runs([run])
 

@@ -192,6 +192,15 @@ def test_the_teacher_is_scored_with_the_solution_in_view(toy_dir, toy_cfg, tmp_p
     assert asked['evaluate teacher, step 0'] == [tok.chat(problem.solution + problem.question) for problem in held_out]
 
 
+def test_a_problem_without_a_solution_cannot_be_learned(toy_dir, tmp_path):
+    """The first step that asked it ended with a traceback of the tokenizer."""
+    file = tmp_path / 'some.jsonl'
+    file.write_text('{"question": "1+2-3", "solution": "1+2=3;"}\n{"question": "4+5-6"}\n')
+    with pytest.raises(UserError, match="^answers_by='solution': 1 of 2 problems have no solution; delete them"):
+        main(load_config(argv(toy_dir, tmp_path / 'r', answers_by='solution', data=file)))
+    assert not (tmp_path / 'r').exists()
+
+
 @pytest.mark.parametrize('keys, says', [
     (dict(teacher_every=1), 'this teacher is another model than the student; set teacher=self'),
     (dict(teacher='self', teacher_decay=0.5), 'the teacher never follows the student; set teacher_every=1'),
