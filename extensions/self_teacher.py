@@ -64,6 +64,14 @@ def with_solution(problem, text):
     return [*messages[:-1], messages[-1] | {'content': asked}]
 
 
+def require_solutions(problems, key):
+    """UserError if a problem has no solution. key: of the config, which says 'solution'."""
+    missing = sum(not problem.solution for problem in problems)
+    if missing:
+        raise UserError(f"{key}='solution': {missing} of {len(problems)} problems have no solution; "
+                        f'delete them, or give it in a column {" or ".join(ANSWER_COLUMNS)}')
+
+
 def show_solutions(problems, toks, text, longest=0):
     """Problems -> those whose solutions their teachers may see, each with `teacher_ids`.
 
@@ -72,10 +80,7 @@ def show_solutions(problems, toks, text, longest=0):
     """
     if text.count('{solution}') != 1 or '{question}' not in text:
         raise UserError(f'solution_text={shown(text)}: wants {{question}}, and {{solution}} once')
-    missing = sum(not problem.solution for problem in problems)
-    if missing:
-        raise UserError(f"teacher_sees='solution': {missing} of {len(problems)} problems have no solution; "
-                        f'delete them, or give it in a column {" or ".join(ANSWER_COLUMNS)}')
+    require_solutions(problems, 'teacher_sees')
     with_ids = []
     for number, tok in enumerate(toks):
         own = [problem for problem in problems if problem.teacher == number]

@@ -24,6 +24,7 @@ teachers over the same answer, or let the student's progress decide who teaches 
 Letters: B answers, T tokens.
 """
 import random
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from extensions.self_teacher import show_solutions
+from extensions.self_teacher import require_solutions, show_solutions
 from formats.problems import load_problems
 from support.runtime import UserError, print0, shown
 
@@ -84,6 +85,9 @@ def load_training_problems(cfg, tok, toks_t):
     if len(sources) < len(toks_t):
         train = assign_teachers(train, cfg['teacher_share'], len(toks_t), cfg['seed'])
 
+    if cfg['answers_by'] == 'solution':
+        require_solutions(train, 'answers_by')
+
     # In self-distillation the teacher's prompts show the solution.
     if cfg['teacher_sees'] == 'solution':
         train = show_solutions(train, toks_t, cfg['solution_text'], cfg['max_prompt_tokens'])
@@ -115,6 +119,8 @@ def assign_teachers(problems, share, teachers, seed):
 def teacher_of_tag(problem, teachers):
     """The number of a problem's teacher, from 0, as its column `teacher` says, which counts from 1."""
     tag = problem.tag
+    if isinstance(tag, str) and re.fullmatch('[0-9]{1,6}', tag):
+        tag = int(tag)                       # the cells of a .csv file are texts
     if type(tag) is not int or not 1 <= tag <= teachers:
         raise UserError(f"teacher_share='tag': the problem {shown(problem.question)} has "
                         f'teacher={shown(tag)}; write a number from 1 to {teachers} into this column')

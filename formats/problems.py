@@ -13,6 +13,8 @@ may hold is checked for every row, because files are downloaded or written by ha
     question    a text, or a list of messages, each an object whose role is one of SPEAKERS and whose content
                 is a text
     answer      a text, a whole number or a finite number, or none; a list, an object or true is an error
+    solution    the longest text among the columns of answers, or none
+    teacher     anything: it is looked at only if it says who teaches (extensions/several_teachers.py)
     any text    at most LONGEST_TEXT characters, all of which UTF-8 can write
 """
 import json

@@ -24,6 +24,7 @@ from studies.figures import read_configs, read_log, require_comparable
 from support.fields import Field, check_fields
 from support.optimizer import ever_positive
 from support.provenance import ANOTHER_RUN, lasting_starts, read_starts
+from support.run_folder import teacher_scores
 from support.runtime import UserError, cut, shown
 
 # Keys that two seeds of one method may differ in: they say where the run happens, how often it is looked at,
@@ -39,7 +40,9 @@ PAIRS = {'same': 'teacher of the same architecture', 'bridge': 'teacher of anoth
 WEIGHT = Field(float, other=Field(list, 1, items=Field(list, 2, 2, items=Field(float))))
 NAMED_BY = {'oprd_weight': WEIGHT, 'opd_weight': WEIGHT, 'opd': Field(str), 'opd_k': Field(int),
             'bridge': Field(str), 'bridge_rank': Field(int), 'seed': Field(int, 0), 'teacher': Field(str),
-            'student': Field(str), 'teacher_ids': Field(str), 'lr': Field(float), 'eval_n': Field(int, 1)}
+            'student': Field(str), 'teacher_ids': Field(str), 'lr': Field(float), 'eval_n': Field(int, 1),
+            'reward_weight': WEIGHT, 'attention_weight': WEIGHT, 'teacher_sees': Field(str)}
+FURTHER_TERMS = {'reward_weight': 'rewards', 'attention_weight': 'attention maps'}
 LONGEST_VALUE = 30              # characters of a key's value in the name of a method
 
 # Keys that a run reads only with a weight of Eq. (6), an output-space term, or a bridge; and only with one
@@ -113,6 +116,9 @@ def read_runs(folders):
         config = default | config
         check_fields(config, NAMED_BY, f'{folder}/config.json', 'give a run folder of distill.py')
         rows = read_log(folder)
+        if len(teacher_scores(rows[0])) > 1:
+            raise UserError(f'{folder}: has several teachers, and the runs of the paper one; draw it with '
+                            'python -m studies.figures')
         runs.append(Run(Path(folder), config, rows, method_of(config), config['seed'],
                         pair_of(config, rows[0])))
     refuse_different(runs)
@@ -166,8 +172,9 @@ def pair_of(config, names=()):
     """How the teacher differs from the student: 'same' architecture, 'bridge' (another depth or width, or
     states that are compared through a bridge), or 'tokens' (another vocabulary).
 
-    names: of what the run's log holds. The toy's keys say it. Of real models the log does: only with another
-    vocabulary does it have 'align', and without cosines the states cannot be compared as they are.
+    names: of what the run's log holds. The toy's keys say it. Of real models the log does: it has 'align'
+    only with another vocabulary, or with a solution in the teacher's prompt; and without cosines the states
+    cannot be compared as they are.
     """
     if config['teacher'] == 'toy':
         if config['toy_teacher_tokens'] != 'same':
@@ -175,7 +182,7 @@ def pair_of(config, names=()):
         same_shape = all(config[f'toy_teacher_{key}'] in (0, config[f'toy_{key}'])
                          for key in ('layers', 'width'))
         return 'same' if same_shape and not config['bridge'] else 'bridge'
-    if 'align' in names:
+    if 'align' in names and config['teacher_sees'] == 'prompt':
         return 'tokens'
     return 'bridge' if config['bridge'] or 'rep/cos' not in names else 'same'
 
@@ -183,7 +190,17 @@ def pair_of(config, names=()):
 # ---- methods -------------------------------------------------------------------------------------
 
 def method_of(config):
-    """The name of a run's objective: 'OPRD', 'OPD top-16', 'OPD top-1 + 10 OPRD', 'OPRD-Bridge r=8', ..."""
+    """The name of a run's objective: 'OPRD', 'OPD top-1 + 10 OPRD', 'OPRD-Bridge r=8', 'OPRD + rewards' and
+    so on."""
+    terms = []
+    if ever_positive(config['oprd_weight']) or ever_positive(config['opd_weight']):
+        terms.append(equation7_of(config))
+    terms += [name for key, name in FURTHER_TERMS.items() if ever_positive(config[key])]
+    return ' + '.join(terms)
+
+
+def equation7_of(config):
+    """The name of the terms of Eq. (7) in a run's objective."""
     hidden = 'OPRD'
     if config['bridge']:
         hidden = f'OPRD-Bridge r={config["bridge_rank"]}'

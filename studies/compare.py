@@ -35,7 +35,7 @@ from support.fields import Field, check_fields
 from support.files import whole
 from support.progress import Progress
 from support.provenance import ANOTHER_RUN, code_notes, lasting_starts, read_starts
-from support.run_folder import MEASURED, plain_scores, scores_of, stored_config
+from support.run_folder import MEASURED, plain_scores, scores_of, stored_config, teacher_scores
 from support.runtime import ROOT, UserError, print0, run, run_file, shown
 
 # What a study's variables may hold. Names are those of methods, of bridges, and of panels.
@@ -273,7 +273,8 @@ def comparison_table(logs):
         lines.append(f"| {' | '.join([*cells, *rest, str(len(scores))])} |")
 
     # The models before the first step are the same for every method. A teacher need not be evaluated.
-    for name, side in (('student', 'eval'), ('teacher', 'teacher')):
+    sides = {'student': 'eval'} | {name: name for name in teacher_scores(first_method[0][0])}
+    for name, side in sides.items():
         scores = [scores_of(rows[0], side) for rows in first_method]
         if all(scores):
             add_line(name, scores, '', '', '')
@@ -361,10 +362,11 @@ def points_of_seeds(name, seeds):
 
 
 def draw_models_before(axes, seeds):
-    """Lines for the teacher and for the student before the first step, mean over seeds -> name of the metric.
-    """
+    """Lines for the teachers and for the student before the first step, mean over seeds -> name of the
+    metric."""
     metric = accuracy(seeds[0])[1]
-    for name, side in (('teacher', 'teacher'), ('student', 'eval')):
+    sides = {name: name for name in teacher_scores(seeds[0][0])} | {'student': 'eval'}
+    for name, side in sides.items():
         scores = [scores_of(rows[0], side) for rows in seeds]
         if all(scores):
             mean = fmean(values[metric] for values in scores)

@@ -25,7 +25,7 @@ from support.command_help import command_words
 from support.fields import Field, check_fields
 from support.files import read_json
 from support.provenance import mixed_code
-from support.run_folder import log_rows, scores_of
+from support.run_folder import log_rows, scores_of, teacher_scores
 from support.runtime import UserError, cut, print0, run, shown
 
 # The lines of a single bridge's figure: key in bridge.json, and label.
@@ -49,8 +49,8 @@ def read_log(folder):
         raise UserError(f'{file}: no steps in it; run distill.py first')
 
     # What is drawn together must have been measured together.
-    scores = [scores_of(rows[0], side) for side in ('eval', 'teacher')]
-    if scores[1] and scores[0].keys() != scores[1].keys():
+    names = scores_of(rows[0], 'eval').keys()
+    if any(scores.keys() != names for scores in teacher_scores(rows[0]).values()):
         raise UserError(f'{file}:1: wants the same scores of student and teacher; run distill.py again')
     layers = layer_names(rows)
     for number, row in enumerate(rows, 1):
@@ -235,11 +235,10 @@ def draw_accuracy(axes, rows, label, look):
 
 
 def draw_models_before(axes, rows):
-    """Lines for the teacher and for the student before the first step, which all runs of a figure share."""
+    """Lines for the teachers and for the student before the first step, which all runs of a figure share."""
     points, metric = accuracy(rows)
-    teacher = scores_of(rows[0], 'teacher')
-    if teacher:                              # one that does not fit whole is not evaluated
-        axes.axhline(teacher[metric], lw=1, label='teacher', **look_of('teacher'))
+    for side, scores in teacher_scores(rows[0]).items():     # one that does not fit whole is not evaluated
+        axes.axhline(scores[metric], lw=1, label=side, **look_of(side))
     if points:
         axes.axhline(points[0][1], lw=1, label='student before', **look_of('student'))
 

@@ -27,6 +27,7 @@ from formats.hub import TIMEOUT, TOKENS, HubId, explain, first_line, status_of
 from formats.huggingface import files_along, member, read_config, tensor_files
 from support.command_help import command_words
 from support.files import read_json
+from support.optimizer import ever_positive
 from support.provenance import differences, lasting_starts, read_starts
 from support.report import summary
 from support.run_folder import log_rows
@@ -35,6 +36,8 @@ from support.runtime import UserError, printable, run, shown
 TAGS = ['on-policy-distillation', 'representation-distillation', 'nanoOPRD']
 PATH_KEYS = ('student', 'teacher', 'data', 'eval_data', 'bridge')        # may hold folders of this computer
 NOT_TOLD = ('out_dir', 'toy_dir', 'dry_run', 'ranks')                    # where a run was, not what it was
+WRITERS = {'student': 'The student answers the problems', 'teacher': 'The teacher answers the problems',
+           'solution': 'The answers are the solutions of the problems'}
 MAIN_KEYS = ('loss_average', 'steps', 'prompts_per_step', 'n', 'max_new_tokens', 'temperature', 'lr',
              'schedule', 'warmup', 'seed')
 # What a loader may read, by endings.
@@ -176,7 +179,6 @@ def card(made, repo, licence):
     cfg = made.config
     commits = made.commits
     on_policy = cfg['answers_by'] == 'student'
-    writer = 'student' if on_policy else 'teacher'
     tags = TAGS if on_policy else [tag for tag in TAGS if tag != 'on-policy-distillation']
     metadata = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'tags': tags} | licence
     if cfg['student'] in commits:
@@ -185,14 +187,12 @@ def card(made, repo, licence):
         metadata['datasets'] = [cfg['data'].split('@')[0]]
 
     student = escape(told('student', cfg['student'], commits))
-    teacher = escape(told('teacher', cfg['teacher'], commits))
     parts = [
         f'---\n{ModelCardData(**metadata).to_yaml()}\n---',
         f'# {escape(repo.split("/")[-1])}',
         f'A student ({student}) after {made.step} of {cfg["steps"]} steps of {"on-policy " * on_policy}'
-        f'distillation from a teacher ({teacher}). The {writer} answers the problems, and the '
-        f'student learns from the teacher at the positions of these answers: {objective_text(cfg)}. Made '
-        'with nanoOPRD, an implementation of arXiv 2606.06021.',
+        f'{source_text(made)}. {WRITERS[cfg["answers_by"]]}, and the student learns at the positions of '
+        f'these answers: {objective_text(cfg)}. Made with nanoOPRD, an implementation of arXiv 2606.06021.',
         '## Sources', markdown_table(source_rows(made)),
         '## Scores', *score_parts(made),
         '## Training', markdown_table(setting_rows(made)), *start_lines(made),
@@ -201,6 +201,25 @@ def card(made, repo, licence):
         '## Use', *use_parts(repo),
     ]
     return '\n\n'.join(parts) + '\n'
+
+
+def source_text(made):
+    """From whom the student learned, in words."""
+    cfg = made.config
+    names = [escape(told('teacher', name, made.commits)) for name in teachers_of(cfg)]
+    if not any(ever_positive(cfg[f'{term}_weight']) for term in ('oprd', 'opd', 'attention')):
+        return 'training with rewards'
+    if names == ['self']:
+        sees = ', which sees a solution' if cfg['teacher_sees'] == 'solution' else ''
+        return f'distillation from itself{sees}'
+    if len(names) == 1:
+        return f'distillation from a teacher ({names[0]})'
+    return f'distillation from {len(names)} teachers ({", ".join(names)})'
+
+
+def teachers_of(cfg):
+    """The names of a run's teachers. A folder that lies on this computer may have a comma in its name."""
+    return [cfg['teacher']] if Path(cfg['teacher']).exists() else cfg['teacher'].split(',')
 
 
 def objective_text(cfg):
@@ -213,6 +232,10 @@ def objective_text(cfg):
         terms.append('the tokens of the answers become likelier')
     elif cfg['opd_weight']:
         terms.append('distributions over what comes next approach those of the teacher (Eqs. 3 to 5)')
+    if cfg['attention_weight']:
+        terms.append('attention maps approach those of the teacher')
+    if cfg['reward_weight']:
+        terms.append('tokens of answers that are right become likelier than those of wrong ones')
     return ', and '.join(terms)
 
 
@@ -223,8 +246,9 @@ def source_rows(made):
     names = {'student': 'student (base model)', 'teacher': 'teacher', 'data': 'training problems',
              'eval_data': 'held-out problems'}
     for key, what in names.items():
-        if cfg[key]:
-            name = told(key, cfg[key], made.commits)
+        parts = teachers_of(cfg) if key == 'teacher' else [cfg[key]] * bool(cfg[key])
+        for part in parts:
+            name = told(key, part, made.commits)
             commit = made.commits.get(f'datasets/{name}' if key in ('data', 'eval_data') else name, '')
             rows.append([what, escape(name), commit or 'not from the hub'])
 
@@ -238,6 +262,7 @@ def source_rows(made):
 def score_parts(made):
     """The scores of the untrained student, of this model and of the teacher -> a table and its legend."""
     names = {'student': 'student before', 'distilled': f'this model, step {made.step}', 'teacher': 'teacher'}
+    names |= {side: side for side in made.scores if re.fullmatch('teacher[0-9]+', side)}     # of several
     rows = {}
     for side, name in names.items():
         if made.scores.get(side):
@@ -271,6 +296,12 @@ def setting_rows(made):
     keys += ['opd_weight']
     if cfg['opd_weight']:
         keys += ['opd', 'kl_direction']
+    for term in ('reward', 'attention'):
+        if cfg[f'{term}_weight']:
+            keys += [key for key in default if key.startswith(f'{term}_')]
+    for key in ('teacher_share', 'teacher_sees', 'teacher_every', 'teacher_decay'):
+        if cfg[key] != default[key]:
+            keys.append(key)
     keys += ['positions']
     if cfg['positions'] in cfg:              # a rule with a size has a key of its own name
         keys += [cfg['positions']]

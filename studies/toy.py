@@ -148,6 +148,7 @@ def with_hint(rng, question, answer):
     slipped, _ = work_out(question, slip, rng.randrange(1, 10))
     return answer + question, slipped, 6 * slip + 4
 
+
 def supervise(model, tok, cfg, name, operators='+-*'):
     """Supervised training of the model called `name` on worked answers: cross entropy of the answer's
     tokens. AdamW with betas .9 and .95, 5% warm-up, cosine down to 5%, gradient norm clipped at 1."""

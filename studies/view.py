@@ -44,6 +44,7 @@ from configs import check, default, read_argument
 from cross_tokenizer.next_byte import ByteTable, NextByte
 from cross_tokenizer.pairing import read_rollout
 from eval_math import answers, load_eval_sets, number_problems, verdict
+from extensions import several_teachers
 from formats.hub import stay_at
 from formats.huggingface import load_model, read_config
 from formats.problems import load_problems
@@ -592,6 +593,18 @@ def safe_json(data):
     return text
 
 
+def refuse_other_teachers(cfg):
+    """UserError where a page would not show what the run has learned from: of several teachers it could show
+    one, and a teacher that is the student itself has read other prompts, or has changed."""
+    teachers = len(several_teachers.configs(cfg))
+    if teachers > 1:
+        raise UserError(f'teacher= names {teachers} models, and a page shows one; give student=, data= and '
+                        'one teacher= in place of the run')
+    if cfg['teacher'] == 'self' or cfg['teacher_sees'] == 'solution':
+        raise UserError(f"teacher={shown(cfg['teacher'])} with teacher_sees={cfg['teacher_sees']!r}: a page "
+                        'shows another model that reads the same prompt; choose another run')
+
+
 def main(request):
     cfg = request.cfg
     if not toy.is_made(cfg):
@@ -601,6 +614,7 @@ def main(request):
         stay_at(started_commits(request.folder))         # ids of the hub mean what they meant to the run
     env = start(cfg['device'], cfg['dtype'])
     cfg = toy.prepare(cfg, env)
+    refuse_other_teachers(cfg)
     checkpoints, left_out = kept_checkpoints(request, cfg['student'])
     readings = 2 * len(checkpoints) - 1      # of each problem
     size = request.sizes['prompts'] * request.sizes['tokens'] * readings

@@ -64,6 +64,10 @@ def preflight(cfg, pairs, env, tok_s, toks_t, train, held_out):
     if answers < env.world:
         raise UserError(f"prompts_per_step={cfg['prompts_per_step']} with n={cfg['n']} gives {answers} "
                         f'answers, fewer than the {env.world} ranks; raise one of them')
+    unknown = sum(problem.answer is None for problem in train)
+    if ever_positive(cfg['reward_weight']) and unknown:
+        raise UserError(f"reward_weight: {unknown} of {len(train)} problems of data= have no known answer to "
+                        'grade by; delete them, or set reward_weight=0')
     lines += problem_lines(cfg, train, held_out)
 
     # Memory: all teachers lie there, and the largest one works.

@@ -9,7 +9,7 @@ from statistics import median
 
 from support.files import read_json
 from support.optimizer import ever_positive
-from support.run_folder import log_rows, plain_scores, scores_of
+from support.run_folder import log_rows, plain_scores, scores_of, teacher_scores
 from support.runtime import UserError
 
 # ---- the names in the log -------------------------------------------------------------------------
@@ -163,11 +163,7 @@ def summary(rows):
     cosines = [row['rep/cos'] for row in rows if row.get('rep/cos') is not None]
 
     # Of several teachers each has its own scores.
-    teachers = {'teacher': scores_of(first, 'teacher')}
-    number = 2
-    while scores_of(first, f'teacher{number}'):
-        teachers[f'teacher{number}'] = scores_of(first, f'teacher{number}')
-        number += 1
+    teachers = teacher_scores(first) or {'teacher': {}}
 
     # The last step may have been evaluated otherwise than the models before the first one: eval_n= may
     # change when a run goes on.

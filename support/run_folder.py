@@ -264,6 +264,17 @@ def scores_of(row, side):
     return scores
 
 
+def teacher_scores(row):
+    """The scores of the teachers in row 0 -> {'teacher': scores, 'teacher2': scores, ...}, as `scores_of`; {}
+    if none was evaluated."""
+    teachers = {}
+    side = 'teacher'
+    while scores_of(row, side):
+        teachers[side] = scores_of(row, side)
+        side = f'teacher{len(teachers) + 1}'
+    return teachers
+
+
 def plain_scores(row, side):
     """The same without the scores of single sets: 'avg@16', 'best@16' and 'len', of several sets their
     means."""

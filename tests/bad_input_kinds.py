@@ -82,6 +82,10 @@ def good():
     yield Case('distill.py', WITH_BRIDGE, 'good, with a bridge', expect='fine')
     yield Case('distill.py', real('distill.py'), 'good, training', expect='fine')
     yield Case('distill.py', [*real('distill.py'), 'out_dir=done'], 'good, finished run', expect='fine')
+    for what, keys in (('two teachers', [TWO, 'teacher_share=[1,1]']), ('rewards', ['reward_weight=1']),
+                       ('itself as its teacher', [*ITSELF, 'teacher_every=1']), ('attention maps', ['attention_weight=1'])):
+        for dry in ([], ['--dry-run']):
+            yield Case('distill.py', [*real('distill.py'), *keys, *dry], f'good, {what} {" ".join(dry)}'.strip(), expect='fine')
     yield Case('distill.py', [*real('distill.py'), 'out_dir=run'], 'good, resumed', expect='fine')
     yield Case('eval_math.py', real('eval_math.py'), 'good, evaluated before', expect='fine')
     yield Case('eval_math.py', [*real('eval_math.py'), '--regrade'], 'good, regrade', expect='fine')
@@ -363,6 +367,15 @@ CROSS_KEYS = [
     ('distill.py', 'student=toy toy_width=9'), ('distill.py', 'student=toy toy_heads=3 toy_width=8'),
     ('distill.py', 'student=toy toy_width=25 toy_heads=2'),
     ('distill.py', 'student=toy toy_teacher_width=9 toy_heads=2'),
+    ('distill.py', 'oprd_weight=0 reward_weight=[[0,0],[1,0]]'), ('distill.py', 'reward_weight=1 n=1'),
+    ('distill.py', 'reward_weight=[[0,0],[0.5,1]] n=1'),
+    ('distill.py', 'attention_weight=1 attention_layers=[9]'),
+    ('distill.py', 'attention_weight=1 attention_heads=[9]'),
+    ('distill.py', 'attention_weight=1 attention_heads=[1,1]'), ('distill.py', 'attention_weight=1 compile=True'),
+    ('distill.py', 'attention_weight=1 teacher=toy/other opd=byte oprd_weight=0 opd_weight=1'),
+    ('distill.py', 'answers_by=solution'), ('distill.py', 'answers_by=teacher opd=sampled opd_weight=1 opd_future=True'),
+    ('distill.py', 'student=toy toy_halves=True'), ('distill.py', 'student=toy teacher=toy data=toy toy_halves=True'),
+    ('distill.py', 'student=toy teacher=toy toy_halves=True toy_teacher_half=sums data=toy toy_hints=1'),
     ('distill.py', 'out_dir=done steps=3 beta1=0.5'), ('distill.py', 'out_dir=run n=5'),
     ('bridge.py', 'bridge='), ('bridge.py', 'bridge_prompts=2 bridge_held_out=0.9'),
     ('bridge.py', 'bridge_rank=1000'), ('bridge.py', 'layers=[99]'),
@@ -383,7 +396,11 @@ CROSS_KEYS = [
     ('studies/toy.py', 'device=cuda'), ('studies/toy.py', 'device=mps'),
 ]
 MAY_PASS = ('layers=[1,1]', 'layers=[2,1]', 'bridge_rank=1000', 'eval_data=toy/eval.jsonl,',
-            'max_new_tokens=100000')
+            'max_new_tokens=100000', 'attention_weight=1 attention_heads=[1,1]',
+            'attention_weight=1 teacher=toy/other opd=byte oprd_weight=0 opd_weight=1', 'answers_by=solution',
+            'answers_by=teacher opd=sampled opd_weight=1 opd_future=True', 'student=toy toy_halves=True',
+            'student=toy teacher=toy data=toy toy_halves=True',
+            'student=toy teacher=toy toy_halves=True toy_teacher_half=sums data=toy toy_hints=1')
 
 
 def cross_keys():
@@ -402,6 +419,79 @@ def cross_keys():
     for script in ('bridge.py', 'minimal.py', 'studies/toy.py'):
         change = remove('stage1/bridge.safetensors') if script == 'bridge.py' else None
         yield Case(script, [*LINES[script], '--dry-run'], '--dry-run', change, expect='either')
+
+
+TWO = 'teacher=toy/teacher,toy/teacher'
+ITSELF = ['teacher=self', 'teacher_sees=solution', 'solution_text={solution}{question}']
+TEACHERS = {
+    # Keys of several teachers: what must follow.
+    'teacher=toy/teacher,': 'refused', 'teacher=,toy/teacher': 'refused', 'teacher=,': 'refused', TWO: 'refused',
+    f'{TWO} data=toy/train.jsonl,': 'refused', f'{TWO} data=,toy/train.jsonl': 'refused',
+    f'{TWO} data=toy/train.jsonl,toy/train.jsonl': 'fine', f'{TWO} data=toy/train.jsonl,toy/eval.jsonl': 'fine',
+    f'{TWO} data=toy/train.jsonl,toy/nope.jsonl': 'refused',
+    f'{TWO} teacher_share=tag': 'refused', f'{TWO} teacher_share=[1]': 'refused',
+    f'{TWO} teacher_share=[1,1,1]': 'refused', f'{TWO} teacher_share=[1,1]': 'fine',
+    f'{TWO} teacher_share=[1,1000]': 'either', f'{TWO} teacher_share=[0,1]': 'refused',
+    f'{TWO} teacher_share=[1,1] bridge=stage1': 'refused', f'{TWO} teacher_share=[1,1] bridge=,': 'fine',
+    f'{TWO} teacher_share=[1,1] bridge=stage1,': 'refused', f'{TWO} teacher_share=[1,1] bridge=,,': 'refused',
+    f'{TWO} teacher_share=[1,1] answers_by=teacher': 'refused',
+    f'{TWO} teacher_share=[1,1] teachers_in_turn=True': 'fine',
+    f'{TWO} teacher_share=[1,1] teachers_in_turn=True teacher_shard=True': 'refused',
+    f'{TWO} teacher_share=[1,1] teacher_every=1': 'refused', 'teachers_in_turn=True': 'refused',
+    'teacher=toy/teacher,toy/nope teacher_share=[1,1]': 'refused',
+    'teacher=toy/teacher,toy/other teacher_share=[1,1]': 'refused',
+    'teacher=toy/teacher,toy/other teacher_share=[1,1] oprd_weight=0 opd_weight=1 opd=full': 'fine',
+    'teacher=' + ','.join(['toy/teacher'] * 200) + ' teacher_share=' + str([1] * 200).replace(' ', ''): 'refused',
+    'teacher=' + ',' * 5000: 'refused',
+
+    # The student as its own teacher.
+    'teacher=self': 'fine', 'teacher=self teacher_every=1 teacher_decay=0.9': 'fine',
+    'teacher=self,self teacher_share=[1,1] teacher_every=1': 'refused',
+    'teacher=self,toy/teacher teacher_share=[1,1]': 'fine',
+    'teacher=self teacher_decay=0.5': 'refused', 'teacher_decay=0.5': 'refused', 'teacher_every=1': 'refused',
+    'teacher=self teacher_every=1 teachers_in_turn=True': 'refused',
+    'teacher=self teacher_sees=solution': 'either', 'teacher_sees=solution max_prompt_tokens=1': 'refused',
+    'teacher=self teacher_sees=solution solution_text={question}': 'refused',
+    'teacher=self teacher_sees=solution solution_text={solution}': 'refused',
+    'teacher=self teacher_sees=solution solution_text=': 'refused',
+    'teacher=self teacher_sees=solution solution_text={solution}{solution}{question}': 'refused',
+    'teacher=self teacher_sees=solution solution_text={solution}{question}{0}{x.__class__}': 'either',
+    f'teacher=self teacher_sees=solution solution_text={RED}{{solution}}{{question}}': 'either',
+    'teacher=self teacher_sees=solution solution_text={solution}{question}' + '1' * 5000: 'refused',
+    ' '.join([*ITSELF, 'attention_weight=1']): 'refused', ' '.join([*ITSELF, 'max_prompt_tokens=9']): 'refused',
+    'teacher=self bridge=stage1': 'refused', 'student=self': 'refused',
+}
+TAGS = (None, 0, 3, -1, True, 1.0, NAN, '1x', 'two', '', ' ', [], [1], {}, 10**30, RED, '9' * 5000, '\u0661')
+
+
+def teachers():
+    """Several teachers, or the student itself: keys, and rows without the tag, the solution or the answer that is asked for.
+    With --dry-run and without."""
+    line = real('distill.py')
+    for keys, expect in TEACHERS.items():
+        for dry in ([], ['--dry-run']):
+            yield Case('distill.py', [*line, *keys.split(' '), *dry], f'{keys[:120]} {" ".join(dry)}'.strip(), expect=expect)
+    by_tag = [*line, TWO, 'teacher_share=tag', '--dry-run']
+    fine = [{'question': f'{number}+2-3', 'answer': '1', 'teacher': number % 2 + 1} for number in range(4)]
+    yield Case('distill.py', [*by_tag, 'data=tags.jsonl'], 'good tags', write('tags.jsonl', rows_of(fine, 'jsonl')), 'fine')
+    yield Case('distill.py', [*by_tag, 'data=tags.csv'], 'good tags in a csv file',
+               write('tags.csv', 'question,Teacher\n1+2-3,1\n4+5-6,2\n'), 'fine')
+    for tag in TAGS:
+        rows = [*fine, {'question': '9+2-3', 'answer': '8', 'teacher': tag}]
+        yield Case('distill.py', [*by_tag, 'data=tags.jsonl'], f'tag {label(tag)}', write('tags.jsonl', rows_of(rows, 'jsonl')))
+    for number in (1, 2):
+        rows = [row for row in fine if row['teacher'] == number]
+        yield Case('distill.py', [*by_tag, 'data=tags.jsonl'], f'tag {number} alone', write('tags.jsonl', rows_of(rows, 'jsonl')))
+    without = [{'question': '1+2-3', 'answer': '0'}, {'question': '4+5-6'}]
+    for dry in ([], ['--dry-run']):
+        for keys in (ITSELF, ['reward_weight=1'], ['answers_by=solution', 'opd=supervised', 'opd_weight=1', 'oprd_weight=0']):
+            yield Case('distill.py', [*line, *keys, 'data=some.jsonl', *dry], f'a row without an answer, {" ".join(keys)}',
+                       write('some.jsonl', rows_of(without, 'jsonl')))
+    odd = [{'question': '1+2-3', 'answer': '0', 'solution': value} for value in
+           (['7'], {'a': 1}, 5, '\ud800', RED, 'x' * 2_000_000, '1+2=3;' * 1000)]
+    for row in odd:
+        yield Case('distill.py', [*line, *ITSELF, 'data=some.jsonl', '--dry-run'], f'solution {label(row["solution"])}',
+                   write('some.jsonl', rows_of([row], 'jsonl')), 'either')
 
 
 # ---- changes of files -------------------------------------------------------------------------
@@ -1634,7 +1724,7 @@ def bench_arguments():
 # ---- all of them ------------------------------------------------------------------------------
 
 KINDS = [good, unknown_keys, unread_keys, wrong_types, out_of_range, huge_numbers, odd_text, command_lines, config_files,
-         cross_keys, model_config, generation_config, tokenizer_files, tokenizer_config, templates, weights,
+         cross_keys, teachers, model_config, generation_config, tokenizer_files, tokenizer_config, templates, weights,
          index_files, links, problem_rows, problem_lines, problem_parquets, problem_paths, model_paths,
          bridge_files, rollouts, samples, results, resume, folders, studies, figure_folders,
          bench_arguments]

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import distill
 import eval_math
 from configs import load_config, reads
 from cross_tokenizer.next_byte import NextByte
@@ -118,8 +119,8 @@ def step_sums(student, teacher, roll, weights, layer_map, budget=10**6, scale=1.
               normalise=True, output=None, oprd_weight=1.0, opd_weight=0.0, reading=None, offset=0, probe=None,
               attention=None, attention_weight=0.0):
     """Steps 4 and 5 of a training step, as distill.train takes them -> the sums of accumulate. output: an objective of
-    output_losses or next_byte. probe: a mask (B, T): what the objective leaves out is looked at there, and joins the sums,
-    its weight as 'looked'."""
+    output_losses or next_byte. probe: a mask (B, T): what the objective leaves out is looked at there, and joins the sums, the
+    weight of these positions as 'looked'."""
     hidden = BridgeTerm(bridge, normalise) if bridge else HiddenTerm(kind, drift)
     objective = Objective(layer_map, hidden, OutputTerm(output, teacher) if output else None, bridge, attention=attention)
     term_weights = {'oprd': oprd_weight, 'opd': opd_weight, 'attention': attention_weight}
@@ -127,7 +128,8 @@ def step_sums(student, teacher, roll, weights, layer_map, budget=10**6, scale=1.
     if probe is not None:
         left_out = objective.only([term for term, weight in term_weights.items() if weight == 0])
         looked = diagnose(student, teacher, cut_rollout(roll, weights * probe, budget, reading, offset), left_out)
-        looked['looked'] = looked.pop('weight')
+        looked.pop('weight', None)           # that of cosines, if they are left out too
+        looked['looked'] = (weights * probe).sum()
     micro_batches = cut_rollout(roll, weights, budget, reading, offset)
     return accumulate(student, teacher, micro_batches, objective, term_weights, scale) | looked
 
@@ -281,6 +283,34 @@ def evaluate(model, tokenizer, sets, per_problem, **how):
 def scores_of(row, side='eval'):
     """The scores in a row of the log, named as eval_math.shared_scores names them."""
     return {name.removeprefix(f'{side}/'): value for name, value in row.items() if name.startswith(f'{side}/')}
+
+
+def run_with_a_stop(arguments, step, monkeypatch):
+    """A run that was killed in the middle of a step, and then started again with the same command line. It has one teacher."""
+    real = distill.accumulate
+    calls = []
+
+    def accumulate(*a, **k):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real(*a, **k)
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, 'accumulate', accumulate)
+        with pytest.raises(KeyboardInterrupt):
+            distill.main(load_config(arguments))
+    distill.main(load_config(arguments))
+
+
+def assert_equal_runs(a, b):
+    """Bit for bit: all that the last checkpoint needs to go on, and all logged numbers but those of time and memory."""
+    states = resume_state(a), resume_state(b)
+    assert states[0].keys() == states[1].keys() and all(states[0][name].equal(states[1][name]) for name in states[0])
+    logs = []
+    for out in (a, b):
+        logs.append([{name: value for name, value in row.items() if not name.startswith(('time/', 'elapsed', 'mem/'))}
+                     for row in log_of(out)])
+    assert logs[0] == logs[1]
 
 
 def resume_state(out):

@@ -91,6 +91,18 @@ def test_teachers_that_were_not_evaluated_are_left_out(tmp_path, kept):
     assert [line.get_label() for line in kept[0].axes[0].lines if line.get_label()[0] != '_'] == ['a', 'student']
 
 
+def test_each_of_several_teachers_has_its_line_in_table_and_figure(tmp_path, kept):
+    logs = {'a': seeds(50.0, 60.0)}
+    one = comparison_table(logs)
+    for rows in logs['a']:
+        rows[0] |= {f'teacher2/{name[8:]}': value / 2 for name, value in rows[0].items() if name.startswith('teacher/')}
+    table = comparison_table(logs)
+    assert table[:4] + table[5:] == one and table[4].startswith('| teacher2 | 45.0 (45.0-45.0) |')
+    comparison_figure(logs, {'all': ['a']}, tmp_path / 'c.png')
+    lines = {line.get_label(): line.get_ydata()[0] for line in kept[0].axes[0].lines if line.get_label()[0] != '_'}
+    assert lines['teacher'] == 90.0 and lines['teacher2'] == 45.0 and list(lines)[-3:] == ['teacher', 'teacher2', 'student']
+
+
 def test_comparison_figure_draws_means_and_each_seed(tmp_path, kept):
     """The seeds as thin lines in the method's color; a method has one look in all panels, and one legend names all."""
     logs = {'a': seeds(50.0, 60.0, 70.0), 'b': seeds(1.0, 1.0, 4.0)}

@@ -54,6 +54,19 @@ def test_a_teacher_that_was_not_evaluated_has_no_line(tmp_path, kept):
     assert [line.get_label() for line in kept[0].axes[0].lines] == ['a: distilled', 'student before']
 
 
+def test_each_of_several_teachers_has_its_line(tmp_path, kept):
+    """The first one's score stood there as that of the teacher."""
+    folder = write_log(tmp_path / 'a')
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    rows[0] |= {'teacher2/avg@4': 40.0, 'teacher2/best@4': 60.0, 'teacher2/len': 9.0}
+    write_rows(folder, rows)
+    curve([folder], tmp_path / 'c.png')
+    lines = {line.get_label(): line for line in kept[0].axes[0].lines}
+    assert list(lines['teacher'].get_ydata()) == [90.0, 90.0] and list(lines['teacher2'].get_ydata()) == [40.0, 40.0]
+    looks = {(line.get_color(), str(line.get_linestyle())) for line in lines.values()}
+    assert len(looks) == len(lines) == 4 and badly_placed_texts(kept[0]) == []
+
+
 @pytest.mark.parametrize('layers', [[2, 5, 9], list(range(1, 37))], ids=['few', 'many'])
 def test_layers_can_be_told_apart(tmp_path, kept, layers):
     """By names at the ends of their lines, each in the color of its line and none over another; of many layers by a color

@@ -690,6 +690,27 @@ def test_the_card_of_a_control_does_not_say_on_policy(run):
     assert ModelCard(text).data.tags == ['representation-distillation', 'nanoOPRD'] and 'on-policy' not in body
 
 
+@pytest.mark.parametrize('keys, says', [
+    (dict(teacher='me/sums,/home/x/products', teacher_share=[3, 1]),
+     ['distillation from 2 teachers (me/sums, products). The student answers', f'| teacher | me/sums | {"a" * 40} |',
+      '| teacher | products | not from the hub |', '| teacher2 | 70.0 |', '`teacher_share` | \\[3, 1\\] |', 'teacher=me/sums@aaaa']),
+    (dict(teacher='self', teacher_sees='solution', teacher_every=2),
+     ['on-policy distillation from itself, which sees a solution. ', '| `teacher_sees` | solution |', '| `teacher_every` | 2 |']),
+    (dict(oprd_weight=0.0, reward_weight=1.0),
+     ['steps of on-policy training with rewards. ', ': tokens of answers that are right become likelier than', '| `reward_scale` | True |']),
+    (dict(attention_weight=1.0), ['(Eq. 6), and attention maps approach those of the teacher', '| `attention_heads` | all |']),
+    (dict(answers_by='solution'), ['steps of distillation from', 'The answers are the solutions of the problems, and']),
+])
+def test_the_card_tells_of_other_teachers_and_terms(keys, says, tmp_path):
+    """It said that everything came from one teacher, of several hub ids that they were a folder, and of rewards nothing."""
+    config = load_config(['configs/toy.py']) | {'student': 'me/student', 'teacher': 'me/sums'} | keys
+    scores = {'student': {'avg@2': 1.0}, 'teacher': {'avg@2': 60.0}, 'teacher2': {'avg@2': 70.0}, 'distilled': {'avg@2': 50.0}}
+    starts = [{'step': 0, 'versions': {'torch': '2'}, 'commits': {'me/sums': 'a' * 40}}]
+    body = body_of(publish.card(publish.Made(tmp_path, 3, config, scores, starts), 'me/new', {}))
+    for text in says:
+        assert text in body, text
+
+
 def test_nothing_private_is_published(run, server, monkeypatch, tmp_path):
     """The config.json of a student that transformers has saved names the folder it was read from, and so does a
     tokenizer_config.json; data and teacher lie in somebody's home."""

@@ -40,8 +40,8 @@ MAY_IMPORT = {
     'eval_math.py': {'configs', 'formats', 'grading', 'rollout', 'studies', 'support'},
     'bridge.py': {*LIBRARIES, 'bridge_parts', 'configs', 'formats', 'cross_tokenizer', 'studies', 'support'},
     'distill.py': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'extensions', 'formats', 'grading', 'studies', 'support'},
-    'studies': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'kernels', 'studies',
-                'support'},
+    'studies': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'extensions', 'formats', 'grading',
+                'kernels', 'studies', 'support'},
     'paper': {*LIBRARIES, 'bridge_parts', 'configs', 'cross_tokenizer', 'eval_math', 'formats', 'grading', 'paper', 'studies', 'support'},
 }
 # What is written for people, and endings of files that look like names of a module: `bridge.json`.

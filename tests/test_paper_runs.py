@@ -49,6 +49,9 @@ def config_of(*arguments, file='configs/toy.py'):
      'OPRD-Bridge r=16, then OPD top-1'),
     (['opd=full', 'oprd_weight=[[0,0],[0.5,0],[0.5,1]]', 'opd_weight=[[0,1],[0.5,1],[0.5,0]]'], 'OPD full KL, then OPRD'),
     (['opd=full', 'oprd_weight=[[0,1],[1,0]]', 'opd_weight=1'], 'OPD full KL and OPRD, changing weights'),
+    (['oprd_weight=0', 'reward_weight=2'], 'rewards'),
+    (['reward_weight=[[0,0],[1,1]]', 'attention_weight=1'], 'OPRD + rewards + attention maps'),
+    ([*OPD, 'opd=full', 'teacher=self', 'teacher_sees=solution'], 'OPD full KL'),
 ])
 def test_a_method_is_named_by_its_objective(arguments, name):
     assert method_of(config_of(*arguments)) == name
@@ -65,6 +68,16 @@ def test_the_pair_is_told_by_the_toys_keys_and_of_real_models_by_the_log():
     assert pair_of(real, {'rep/cos': None, 'opd/kl': None}) == 'same'
     assert pair_of(real, {'opd/kl': None}) == 'bridge' == pair_of(real | {'bridge': 'x'}, {'rep/cos': None})
     assert pair_of(real, {'rep/cos': None, 'align': None}) == 'tokens'
+    itself = config_of('teacher=self', 'teacher_sees=solution')
+    assert pair_of(itself, {'rep/cos': None, 'align': None}) == 'same'       # it has 'align' because of its longer prompt
+
+
+def test_a_run_with_several_teachers_is_none_of_the_papers(tmp_path):
+    """The first teacher's score was drawn as that of "the teacher"."""
+    teachers = {name.replace('eval/', f'{side}/'): [80.0, None] for name in SCORES for side in ('teacher', 'teacher2')}
+    run = write_run(tmp_path / 'run', SCORES | teachers)
+    with pytest.raises(UserError, match='run: has several teachers, and the runs of the paper one; draw it with python -m studies'):
+        read_runs([run])
 
 
 def test_folders_are_told_apart_and_a_folder_of_runs_gives_its_finished_ones(tmp_path):

@@ -104,13 +104,19 @@ def started(toy_dir, toy_cfg, tmp_path_factory):
     def job(name, *more, **keys):
         return dict(name=name, args=arguments(toy_dir, folder / name, *more), **keys)
     jobs[4]['runs'] = [job('four', 'teacher_shard=True'), job('four, one, two', 'shard_ranks=2', interrupt_at=1),
-                       job('bytes on four', *BYTES, f'toy_dir={folder / "merged"}', 'teacher_shard=True')]
+                       job('bytes on four', *BYTES, f'toy_dir={folder / "merged"}', 'teacher_shard=True'),
+                       job('specialists on four', *SPECIALISTS, 'teacher_shard=True'),
+                       job('itself on four', *ITSELF, 'teacher_shard=True')]
     jobs[2]['runs'] = [job('two'), job('two by token', *BY_TOKEN), job('four, one, two'), job('one, two'),
-                       job('two, one', interrupt_at=3)]
+                       job('two, one', interrupt_at=3),
+                       job('specialists on two', *SPECIALISTS), job('rewards on two', *REWARDS),
+                       job('itself on two', *ITSELF), job('itself, two, one', *ITSELF, interrupt_at=3)]
     torch.set_num_threads(1)
     main(load_config(arguments(toy_dir, folder / 'one')))
     main(load_config(arguments(toy_dir, folder / 'one by token', *BY_TOKEN)))
     main(load_config(arguments(toy_dir, folder / 'bytes on one', *BYTES, f'toy_dir={folder / "merged"}')))
+    for name, keys in (('specialists', SPECIALISTS), ('rewards', REWARDS), ('itself', ITSELF)):
+        main(load_config(arguments(toy_dir, folder / f'{name} on one', *keys)))
     printed = {}
     for ranks, one in jobs.items():
         (folder / f'{ranks}.json').write_text(json.dumps(one))
@@ -119,6 +125,7 @@ def started(toy_dir, toy_cfg, tmp_path_factory):
     alone(folder, 'one, two', 1, toy_dir)
     printed[2] = torchrun('tests/on_ranks.py', folder / '2.json')
     main(load_config(arguments(toy_dir, folder / 'two, one')))
+    main(load_config(arguments(toy_dir, folder / 'itself, two, one', *ITSELF)))
     return folder, models, printed
 
 
@@ -234,6 +241,17 @@ BY_TOKEN = ['loss_average=token', 'rep_loss=cosine', 'adam_eps=1e-5', 'eval_data
 # A teacher with another vocabulary reads the text of the answers, and the next byte is compared.
 BYTES = ['toy_teacher_tokens=merged', 'opd=byte', 'oprd_weight=0', 'opd_weight=1', 'eval_every=0']
 
+# Two teachers and four answers: on four ranks each has answers of one teacher alone, and on two at least where the
+# two prompts have the same teacher. The other teacher reads a prompt without an answer there.
+SPECIALISTS = ['toy_halves=True', 'prompts_per_step=2', 'n=2', 'opd=full', 'opd_weight=0.5', 'eval_data=']
+
+# Answer i goes to rank i % 2, so the three answers to a prompt are never on one rank.
+REWARDS = ['reward_weight=1', 'prompts_per_step=6', 'n=3', 'eval_data=']
+
+# The student teaches itself with the solution in view, and moves after steps 2 and 4.
+ITSELF = ['teacher=self', 'teacher_sees=solution', 'solution_text={solution}{question}', 'teacher_every=2',
+          'teacher_decay=0.5', 'opd=full', 'opd_weight=1', 'eval_data=']
+
 
 def arguments(toy_dir, out, *more):
     """Command line of a run, through the `config` link."""
@@ -300,14 +318,33 @@ def test_a_sharded_teacher_with_another_vocabulary(started):
     assert_same_run(started[0] / 'bytes on one', started[0] / 'bytes on four', ('loss', 'opd/kl', 'grad_norm', 'align'))
 
 
+@pytest.mark.parametrize('ranks', ['two', 'four'])
+def test_two_teachers_of_which_a_rank_has_no_answer(started, ranks):
+    """A rank without answers of a teacher must run as many forwards of both models as the others: on four ranks the
+    teachers are sharded, and a missing one would hang. The weights are shares of all answers, whoever reads them."""
+    assert_same_run(started[0] / 'specialists on one', started[0] / f'specialists on {ranks}', (*KEYS, 'opd/kl', 'loss/opd'))
+
+
+def test_rewards_are_compared_over_the_ranks(started):
+    """An answer has an advantage over the others to its prompt, which are on other ranks. Over those of its own rank alone
+    it would be another number."""
+    assert_same_run(started[0] / 'rewards on one', started[0] / 'rewards on two', (*KEYS, 'loss/oprd', 'loss/reward'))
+    steps = log_of(started[0] / 'rewards on two')[1:]
+    assert sum(row['loss/reward'] != 0 for row in steps) >= 2
+
+
+@pytest.mark.parametrize('name', ['itself on two', 'itself on four', 'itself, two, one'])
+def test_a_teacher_that_follows_the_student_on_several_ranks(started, name):
+    """On two ranks the moving average is sharded and the teacher is not, on four both are. The last run was stopped after
+    its third step: one rank then goes on with an average that two have saved."""
+    assert_same_run(started[0] / 'itself on one', started[0] / name, (*KEYS, 'opd/kl', 'loss/opd'))
+
+
 def test_a_teacher_that_does_not_fit_is_not_evaluated():
-    """With eval_teacher=False nobody asks for its whole weights; setup.teacher is not even looked at."""
-    setup = SimpleNamespace(tok=None, tok_t=None, held_out={'set': []}, stop=[])
+    """With eval_teacher=False nobody asks for its whole weights; setup.teachers is not even looked at."""
+    setup = SimpleNamespace(tok=None, held_out={'set': []}, stop=[], vocab=0)
     cfg = load_config(['eval_teacher=False'])
-    shared = 'distill.shared_size'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, lambda tok, tok_t: 0)
-        assert evaluate_model(cfg, setup, None, None, 0, 'teacher') == {}
+    assert evaluate_model(cfg, setup, None, None, 0, 'teacher') == {}
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Rewards of whole answers (GRPO) against the gradient of the expected reward, all answers enumerated."""
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import argv, log_of, rounding, tiny_model
+from conftest import argv, assert_equal_runs, log_of, rounding, run_with_a_stop, tiny_model
 
 import distill
 from configs import load_config
@@ -12,6 +13,7 @@ from extensions.rewards import RewardTerm, advantages
 from rollout import collect
 from step import Objective, accumulate, cut_rollout, position_mask, position_weights
 from support.preflight import check_objective
+from support.provenance import read_starts
 from support.runtime import UserError
 
 V = 4
@@ -123,6 +125,27 @@ def test_rewards_beside_distillation_add_up(toy_dir, tmp_path):
     for row in log_of(tmp_path / 'r')[1:]:
         total = 0.5 * row['loss/oprd'] + 0.25 * row['loss/opd'] + 2 * row['loss/reward']
         assert row['loss'] == pytest.approx(total, rel=1e-6)
+
+
+def test_a_run_with_rewards_resumes_bit_for_bit(toy_dir, tmp_path, monkeypatch):
+    """It was killed in its fourth step, after the checkpoint of the second. The rewards begin in the second quarter of the run,
+    so the head has taken fewer steps than the other weights when it is resumed."""
+    keys = GRPO | dict(oprd_weight=1, reward_weight='[[0.25,0],[0.25,1]]', prompts_per_step=6, steps=4, save_every=2, eval_data='')
+    run_with_a_stop(argv(toy_dir, tmp_path / 'stopped', **keys), 4, monkeypatch)
+    main(load_config(argv(toy_dir, tmp_path / 'whole', **keys)))
+    assert_equal_runs(tmp_path / 'stopped', tmp_path / 'whole')
+    assert [row['step'] for row in read_starts(tmp_path / 'stopped')] == [0, 2]
+    rewards = [row.get('loss/reward') for row in log_of(tmp_path / 'whole')]
+    assert rewards[:2] == [None, None] and any(rewards[3:])
+
+
+def test_problems_without_a_known_answer_cannot_be_rewarded(toy_dir, toy_cfg, tmp_path):
+    """The grader says None of their answers, and the first step ended with a traceback."""
+    file = tmp_path / 'some.jsonl'
+    file.write_text(Path(toy_cfg['data']).read_text() + '{"question": "1+2*3"}\n')
+    with pytest.raises(UserError, match='reward_weight: 1 of 41 problems of data= have no known answer to grade by; delete'):
+        main(load_config(argv(toy_dir, tmp_path / 'r', data=file, **GRPO)))
+    assert not (tmp_path / 'r').exists()
 
 
 def test_a_reward_without_anybody_to_compare_with_is_refused():

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import argv, log_of, resume_state, rounding, tiny_model
+from conftest import argv, assert_equal_runs, log_of, rounding, run_with_a_stop, tiny_model
+from safetensors.torch import load_file
 
 import distill
 from configs import load_config
@@ -18,6 +19,7 @@ from output_losses import OutputTerm, make_objective
 from rollout import sample
 from step import Objective, cut_rollout, position_mask, position_weights
 from support.optimizer import adamw
+from support.provenance import read_starts
 from support.runtime import UserError
 
 SELF = {'teacher': 'self', 'teacher_sees': 'solution', 'solution_text': '{solution}{question}'}
@@ -125,26 +127,22 @@ def followed(toy_dir, tmp_path_factory):
     return out
 
 
-def test_a_following_teacher_resumes_bit_for_bit(followed, toy_dir, tmp_path, monkeypatch):
-    """After the third step: the teacher is neither the student nor the model of the start."""
-    out = tmp_path / 'run'
-    args = argv(toy_dir, out, steps=5, lr=1e-2, save_every=1, **FOLLOWS)
-    real, steps = distill.accumulate, []
+@pytest.mark.parametrize('decay', [0.0, 0.5])
+def test_a_following_teacher_resumes_bit_for_bit(toy_dir, tmp_path, monkeypatch, decay):
+    """The run is killed in step 7 and goes on from the checkpoint of step 5, two steps after the teacher has moved: the teacher
+    is neither the student nor the model of the start. A copy of the student of step 5 would teach steps 6 to 8 otherwise."""
+    keys = FOLLOWS | dict(teacher_every=3, teacher_decay=decay, steps=8, save_every=5, lr=1e-2, eval_data='')
+    run_with_a_stop(argv(toy_dir, tmp_path / 'stopped', **keys), 7, monkeypatch)
+    main(load_config(argv(toy_dir, tmp_path / 'whole', **keys)))
+    assert_equal_runs(tmp_path / 'stopped', tmp_path / 'whole')
+    assert [row['step'] for row in read_starts(tmp_path / 'stopped')] == [0, 5]
 
-    def stops(*a, **k):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return real(*a, **k)
-    monkeypatch.setattr(distill, 'accumulate', stops)
-    with pytest.raises(KeyboardInterrupt):
-        main(load_config(args))
-    monkeypatch.setattr(distill, 'accumulate', real)
-    main(load_config([*args[:-len(FOLLOWS)], *args[-len(FOLLOWS):]]))
-    a, b = resume_state(out), resume_state(followed)
-    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-    assert any(name.startswith('average.') for name in a)
-    assert [row.get('loss') for row in log_of(out)] == [row.get('loss') for row in log_of(followed)]
+    # The teacher of step 6 is that of step 4, and not the student of step 5.
+    state = {}
+    for file in (tmp_path / 'whole/ckpt-000005/resume').iterdir():
+        state |= load_file(file)
+    assert any(name.startswith('average.') for name in state)
+    assert not any(state[name].equal(state[name.replace('average.', 'weight.')]) for name in state if name.startswith('average.'))
 
 
 def test_a_following_teacher_changes_the_losses_after_its_first_move(followed, toy_dir, tmp_path):
@@ -192,6 +190,15 @@ def test_the_teacher_is_scored_with_the_solution_in_view(toy_dir, toy_cfg, tmp_p
     held_out = load_problems(toy_cfg['eval_data'], tok, show=False)
     assert asked['evaluate student, step 0'] == [problem.ids for problem in held_out]
     assert asked['evaluate teacher, step 0'] == [tok.chat(problem.solution + problem.question) for problem in held_out]
+
+
+def test_a_problem_without_a_solution_cannot_be_learned(toy_dir, tmp_path):
+    """The first step that asked it ended with a traceback of the tokenizer."""
+    file = tmp_path / 'some.jsonl'
+    file.write_text('{"question": "1+2-3", "solution": "1+2=3;"}\n{"question": "4+5-6"}\n')
+    with pytest.raises(UserError, match="^answers_by='solution': 1 of 2 problems have no solution; delete them"):
+        main(load_config(argv(toy_dir, tmp_path / 'r', answers_by='solution', data=file)))
+    assert not (tmp_path / 'r').exists()
 
 
 @pytest.mark.parametrize('keys, says', [

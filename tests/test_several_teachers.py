@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import argv, for_script, log_of, resume_state, rounding, tiny_model
+from conftest import argv, assert_equal_runs, for_script, log_of, resume_state, rounding, tiny_model
 from emulated_cuda import emulated_cuda
 
 import bridge
@@ -101,8 +101,13 @@ def test_a_tag_names_the_teacher(toy_cfg, tmp_path):
     file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     problems = load_problems(file, load_tokenizer(toy_cfg['student']), show=False)
     assert [problem.teacher for problem in assign_teachers(problems[:2], 'tag', 2, 0)] == [1, 0]
+    table = tmp_path / 'tagged.csv'
+    table.write_text('question,teacher\n1+2,2\n2+2,1\n3+2,\n')            # its cells are texts
+    cells = load_problems(table, load_tokenizer(toy_cfg['student']), show=False)
+    assert [problem.teacher for problem in assign_teachers(cells[:2], 'tag', 2, 0)] == [1, 0]
     for wrong, says in ((problems, "'3\\+2' has teacher='two'"), ([replace(problems[0], tag=3)], 'teacher=3; write a number'),
-                        ([replace(problems[0], tag=True)], 'teacher=True')):
+                        ([replace(problems[0], tag=True)], 'teacher=True'), (cells, "'3\\+2' has teacher=None"),
+                        ([replace(problems[0], tag='0')], 'teacher=0; write a number'), ([replace(problems[0], tag='')], "teacher=''")):
         with pytest.raises(UserError, match=says):
             assign_teachers(wrong, 'tag', 2, 0)
 
@@ -207,11 +212,7 @@ def test_teachers_in_turn_equal_teachers_together_bit_for_bit(toy_dir, tmp_path)
         with emulated_cuda():
             main(load_config(argv(toy_dir, tmp_path / name, teachers_in_turn=in_turn, device='cuda', dtype='float32',
                                   steps=2, opd='full', opd_weight=0.5, diagnose_every=1, **TWO)))
-    a, b = resume_state(tmp_path / 'together'), resume_state(tmp_path / 'in turn')
-    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-    logs = [[{name: value for name, value in row.items() if not name.startswith(('time/', 'elapsed', 'mem/'))} for row in rows]
-            for rows in (log_of(tmp_path / 'together'), log_of(tmp_path / 'in turn'))]
-    assert logs[0] == logs[1]
+    assert_equal_runs(tmp_path / 'together', tmp_path / 'in turn')
 
 
 def test_weights_are_on_the_device_only_while_a_teacher_works():

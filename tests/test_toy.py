@@ -198,3 +198,111 @@ def test_a_toy_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch, keys, s
     with pytest.raises(UserError) as error:
         toy.prepare(load_config(['configs/toy.py', 'toy_dir=made', *keys]), start('cpu'))
     assert says in str(error.value) and [path.name for path in tmp_path.iterdir()] == ['loop']
+
+
+# ---- hints and halves ------------------------------------------------------------------------------
+
+def test_after_a_slip_the_work_goes_on_from_the_wrong_result():
+    """Recomputed with Python's own arithmetic on each line. If only one line was wrong, a model that is shown the right answer
+    would learn to go back to it, and no student does."""
+    rng = random.Random(2)
+    for _ in range(200):
+        question, right, value = toy.problem(rng, 5)
+        slip, error = rng.randrange(5), rng.randrange(1, 10)
+        work, slipped_value = toy.work_out(question, slip, error)
+        *lines, box = work.split(';')
+        *right_lines, _ = right.split(';')
+        assert box == f'\\boxed{{{slipped_value}}}' and len(lines) == 5 and lines[:slip] == right_lines[:slip]
+        carried = question[0]
+        for number, (line, op, x) in enumerate(zip(lines, question[1::2], question[2::2], strict=True)):
+            a, b = int(carried), int(x)
+            result = {'+': a + b, '-': a - b, '*': a * b}[op] + (error if number == slip else 0)
+            assert line == f'{carried}{op}{x}={result % 10}'
+            carried = str(result % 10)
+        assert carried == slipped_value and lines[slip] != right_lines[slip]
+        assert toy.work_out(question) == (right, value)
+
+
+def test_a_prompt_with_a_hint_shows_the_right_answer_and_the_index_names_the_wrong_token(toy_cfg):
+    """If the index was another token's, a wrong result would be learned."""
+    tok = load_tokenizer(toy_cfg['student'])
+    rng = random.Random(3)
+    count, slips = 1000, []
+    for _ in range(count):
+        question, answer, _ = toy.problem(rng, 4)
+        prompt, written, wrong = toy.with_hint(rng, question, answer)
+        assert prompt == answer + question
+        ids, right_ids = tok.encode(written), tok.encode(answer)
+        assert len(ids) == len(right_ids)
+        if wrong is None:
+            assert written == answer
+            continue
+        differing = [at for at, pair in enumerate(zip(ids, right_ids, strict=True)) if pair[0] != pair[1]]
+        assert differing[0] == wrong and tok.decode(ids[:wrong + 1]).count('=') == wrong // 6 + 1
+        slips.append(wrong // 6)
+    deviation = (count * toy.SLIPS * (1 - toy.SLIPS)) ** 0.5
+    assert abs(len(slips) - count * toy.SLIPS) < 4 * deviation and set(slips) == {0, 1, 2, 3}
+
+
+def test_a_wrong_result_is_not_learned(toy_cfg, monkeypatch):
+    """The logits that `supervise` trains get a gradient at each token of the answers but at the wrong results, which a hook on
+    the LM head shows."""
+    tok = load_tokenizer(toy_cfg['student'])
+    texts, gradients = [], []
+    real_hint = toy.with_hint
+
+    def noted(*arguments):
+        texts.append(real_hint(*arguments))
+        return texts[-1]
+
+    def watched(module, arguments, logits):
+        logits.register_hook(gradients.append)
+    monkeypatch.setattr(toy, 'with_hint', noted)
+    model = load_model(toy_cfg['student'])
+    model.head.register_forward_hook(watched)
+    toy.supervise(model, tok, toy_cfg | {'toy_hints': 1.0, 'toy_student_steps': 1}, 'student')
+
+    # The prompt has the worked answer of 17 tokens before the question: <bos>, 17, 5, '='.
+    gradient, = gradients                                                    # (B, T - 1, V)
+    prompt = len(tok.chat(texts[0][0]))
+    learned = gradient.abs().sum(-1) > 0                                     # (B, T - 1)
+    assert len(learned) == len(texts) == TINY['toy_batch'] and not learned[:, :prompt - 1].any()
+    for row, (_, answer, wrong) in zip(learned[:, prompt - 1:].tolist(), texts, strict=True):
+        assert len(row) == len(tok.encode(answer)) + 1                       # and the end
+        assert [at for at, is_learned in enumerate(row) if not is_learned] == ([] if wrong is None else [wrong])
+    assert any(wrong is not None for _, _, wrong in texts)
+
+
+def test_each_half_has_its_own_operators_and_teacher(tmp_path):
+    """Products among the sums would be taught by both teachers. Held-out questions are never trained on, neither those of
+    data= nor those of the supervised training."""
+    cfg = load_config(argv(tmp_path, 'x', toy_halves=True, toy_student_steps=1, toy_teacher_steps=1, toy_hints=0.5))
+    asked = {}
+    real = toy.problems
+
+    def noted(n, ops, seed, held_out=False, operators='+-*'):
+        chosen = real(n, ops, seed, held_out, operators)
+        asked.setdefault((operators, held_out), set()).update(question for question, _, _ in chosen)
+        return chosen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, 'problems', noted)
+        made = toy.prepare(cfg, start('cpu'))
+    folder = toy.folder_of(cfg)
+    for key, names in (('teacher', ('teacher_sums', 'teacher_products')), ('data', ('train_sums.jsonl', 'train_products.jsonl')),
+                       ('eval_data', ('eval_sums.jsonl', 'eval_products.jsonl'))):
+        assert made[key] == ','.join(str(folder / name) for name in names)
+    tok = load_tokenizer(made['student'])
+    for suffix, operators in (('sums', '+-'), ('products', '*')):
+        train, held_out = ({problem.question for problem in load_problems(folder / f'{name}_{suffix}.jsonl', tok, show=False)}
+                           for name in ('train', 'eval'))
+        for questions in (train, held_out):
+            assert {symbol for question in questions for symbol in question[1::2]} == set(operators)
+        trained_on = set.union(*(questions for (_, is_held_out), questions in asked.items() if not is_held_out))
+        assert train <= trained_on and held_out == asked[operators, True] and not held_out & trained_on
+
+    # One half alone teaches all problems. No other models are made for it.
+    one = toy.prepare(cfg | {'toy_teacher_half': 'products'}, start('cpu'))
+    assert one['teacher'] == str(folder / 'teacher_products') and one['data'] == made['data']
+    sums, products = (load_model(folder / f'teacher_{suffix}') for suffix in ('sums', 'products'))
+    assert not torch.equal(sums.blocks[0].attn.qkv.weight, products.blocks[0].attn.qkv.weight)
+    assert torch.equal(sums.embed.weight, products.embed.weight)

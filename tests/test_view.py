@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import browser as chromium
 import pytest
 import torch
-from conftest import argv
+from conftest import argv, write_run
 
 import distill
 from bridge_parts.saved import Bridge
@@ -287,6 +287,20 @@ def test_a_bad_command_is_one_line(page, words, says, tmp_path):
     with pytest.raises(UserError, match=re.escape(says)):
         view.main(view.settings(words))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('keys, says', [
+    (dict(teacher='a,b'), 'teacher= names 2 models, and a page shows one; give student=, data= and one teacher='),
+    (dict(teacher='self', teacher_every=1), "teacher='self' with teacher_sees='prompt': a page shows another model"),
+    (dict(teacher='a', teacher_sees='solution'), "teacher='a' with teacher_sees='solution': a page shows another model that reads")])
+def test_a_run_that_learned_from_other_teachers_is_one_line(keys, says, tmp_path):
+    """The page would show one of several teachers, or a model that has read other prompts, as if it was what the run saw. It asked
+    the hub for a model of the name 'self'."""
+    run = write_run(tmp_path / 'run', {'eval/avg@1': [1.0, 2.0]}, student='x', data='y', **keys)
+    write_json(run / 'config.json', read_json(run / 'config.json') | {'run': 'x'})
+    with pytest.raises(UserError, match=re.escape(says)):
+        view.main(view.settings([str(run)]))
+    assert not (run / 'view.html').exists()
 
 
 # ---- the page: what is in it cannot harm ----------------------------------------------------------------
