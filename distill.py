@@ -174,6 +174,8 @@ def prepare(cfg, env):
     held_out = {}
     if cfg['eval_data']:
         held_out = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
+    if cfg['teacher_sees'] == 'solution' and cfg['eval_teacher']:
+        held_out = self_teacher.show_in_sets(held_out, toks_t[0], cfg['solution_text'])
     # An answer that the grader does not accept as its own can never be scored.
     for problems in (train, *held_out.values()):
         for line in check_answers(problems):
@@ -261,7 +263,8 @@ def evaluate_model(cfg, setup, env, run_folder, step, side='student'):
             tok, stop, vocab = teacher.tok, teacher.tok.stop_ids, teacher.tok.size
             sets = load_eval_sets(cfg['eval_data'], tok, cfg['eval_problems'], cfg['eval_suffix'])
         if cfg['teacher_sees'] == 'solution':
-            sets = self_teacher.with_teacher_prompts(sets, tok, cfg['solution_text'])
+            sets = self_teacher.show_in_sets(sets, tok, cfg['solution_text'])
+            sets = self_teacher.with_teacher_prompts(sets)
     # Whole weights on every rank while it samples; each rank answers its share of the problems.
     with writer as sharded, gathered(sharded) as model:
         rows = sample_and_grade(model, tok, sets, cfg['eval_n'], temperature=cfg['eval_temperature'],
@@ -297,10 +300,8 @@ def train(cfg, setup, env, run_folder):
             clock.lap('sample')
             clock.update_begins()
 
-            # 3. rows: what each teacher reads, and which positions are supervised, with weights that sum
-            # to 1 over all ranks and teachers.
+            # 3. rows: what each teacher reads, and which positions are supervised.
             verdicts = graded(roll, setup.tok, problems)
-            looks = is_diagnosed(step, steps, cfg['diagnose_every'])
             term_weights = {term: weight_at(step, steps, cfg[f'{term}_weight']) for term in TERMS}
             shares = [Share(setup.teachers[0], roll, problems)]
             if term_weights['reward']:
@@ -309,30 +310,9 @@ def train(cfg, setup, env, run_folder):
                 shares = several_teachers.split(shares[0], setup.teachers)
             for share in shares:
                 share.reading, share.mask = supervised_positions(cfg, setup.tok, share)
-            tokens = all_reduce(sum(share.mask.sum() for share in shares))
-            sums = {}
-            looked = {}
-            for share in shares:
-                weights = position_weights(share.mask, cfg['loss_average'], answers, tokens)
-                objective = share.teacher.objective
-                micro_batches = partial(cut_rollout, share.roll, budget=cfg['token_budget'],
-                                        reading=share.reading, offset=cfg['position_offset'],
-                                        advantage=share.advantage)
-                with share.teacher.ready(share.teacher.model) as teacher:
-                    # What the objective leaves out is looked at now and then, at a few of the positions.
-                    if looks:
-                        few = diagnostic_mask(share.roll, share.mask, step,
-                                              cfg['diagnose_rows'] / max(1, int(tokens)))
-                        unused = [term for term in ('oprd', 'opd') if term_weights[term] == 0]
-                        left_out = objective.only(unused)
-                        few_rows = micro_batches(weights=weights * few)
-                        add(looked, diagnose(student, teacher, few_rows, left_out))
-                        clock.lap('diagnose')
 
-                    # 4, 5. teacher and student. FSDP averages gradients over ranks, but these weights
-                    # already sum to 1 over them, so the gradient is scaled by their number.
-                    add(sums, accumulate(student, teacher, micro_batches(weights=weights), objective,
-                                         term_weights, scale=env.world, lap=clock.lap))
+            # 4, 5. teacher and student, a share after the other.
+            sums, looked = add_gradients(cfg, env, student, shares, step, term_weights, clock)
 
             # 6. update
             lr, norm = update(cfg, setup, step)
@@ -406,6 +386,36 @@ def supervised_positions(cfg, tok, share):
     reading = read_rollout(roll, prompts_t, tok, teacher.tok, teacher.model.config.context,
                            cfg['pair'], cfg['teacher_ids'])
     return reading, mask & (reading.column >= 0)         # -1: the teacher has no state there
+
+
+def add_gradients(cfg, env, student, shares, step, term_weights, clock):
+    """Steps 4 and 5 for each share of the answers: add the gradient of all terms to the student's .grad.
+    -> the sums of `accumulate`, and those of `diagnose` if the step is diagnosed."""
+    # The weights of the rows sum to 1 over all ranks and all shares.
+    answers = cfg['prompts_per_step'] * cfg['n']
+    tokens = all_reduce(sum(share.mask.sum() for share in shares))
+    looks = is_diagnosed(step, cfg['steps'], cfg['diagnose_every'])
+    sums = {}
+    looked = {}
+    for share in shares:
+        weights = position_weights(share.mask, cfg['loss_average'], answers, tokens)
+        objective = share.teacher.objective
+        micro_batches = partial(cut_rollout, share.roll, budget=cfg['token_budget'], reading=share.reading,
+                                offset=cfg['position_offset'], advantage=share.advantage)
+        with share.teacher.ready(share.teacher.model) as teacher:
+            # What the objective leaves out is looked at now and then, at a few of the positions.
+            if looks:
+                part = cfg['diagnose_rows'] / max(1, int(tokens))
+                few_weights = weights * diagnostic_mask(share.roll, share.mask, step, part)
+                left_out = objective.only([term for term in ('oprd', 'opd') if term_weights[term] == 0])
+                add(looked, diagnose(student, teacher, micro_batches(weights=few_weights), left_out))
+                clock.lap('diagnose')
+
+            # FSDP averages gradients over ranks, but the weights already sum to 1 over them, so the gradient
+            # is scaled by their number.
+            add(sums, accumulate(student, teacher, micro_batches(weights=weights), objective, term_weights,
+                                 scale=env.world, lap=clock.lap))
+    return sums, looked
 
 
 def finish_step(cfg, setup, env, row, run_folder, clock):
@@ -573,8 +583,8 @@ def main(cfg):
 def run_in_folder(cfg, setup, env, run_folder):
     """Take the steps that are left, write table and figure."""
     if env.rank == 0:
-        note_start(run_folder, start_record(cfg, several_teachers.configs(cfg), env, setup.train,
-                                         setup.held_out))
+        pairs = several_teachers.configs(cfg)
+        note_start(run_folder, start_record(cfg, pairs, env, setup.train, setup.held_out))
 
     # At the start, the scores of all models.
     if not run_folder.rows:

@@ -68,7 +68,8 @@ def main(cfg):
 def check_config(cfg):
     """UserError if a key asks for what only distill.py can do."""
     known = {'layers': 'all', 'positions': 'all', 'oprd_weight': 1.0, 'opd_weight': 0.0,
-             'reward_weight': 0.0, 'attention_weight': 0.0, 'answers_by': 'student', 'dry_run': False}
+             'reward_weight': 0.0, 'attention_weight': 0.0, 'answers_by': 'student',
+             'teacher_sees': 'prompt', 'teacher_every': 0, 'dry_run': False}
     for key, value in known.items():
         if cfg[key] != value:
             raise UserError(f'{key}={cfg[key]!r}: minimal.py knows {key}={value!r} alone; use distill.py')

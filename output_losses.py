@@ -9,7 +9,7 @@ vocabulary. Tests hold the two equal.
     Eq. (3)   Sampled   the log-ratio at the sampled token, as a reward
     Eq. (4)   FullKL    the exact KL over the vocabulary
     Eq. (5)   TopK      over a set S of k tokens; the tail decides what is done about the tokens left out
-    control   Supervised   -log p of the next token, for answers that the teacher has written
+    control   Supervised   -log p of the next token, for answers that somebody else has written
 
     HeadLoss    the loop over chunks, for any of them and for cross_tokenizer/next_byte.py
     OutputTerm  an objective as the training loop uses it
@@ -487,7 +487,7 @@ class Sampled(Vocabulary):
 @dataclass
 class Supervised(Vocabulary):
     """A control: supervised learning of the tokens that the answers have. It is meant for answers that the
-    teacher has written; the student's own would teach it nothing."""
+    teacher has written, or of the solutions; the student's own would teach it nothing."""
     def loss_and_gradient(self, logp, batch, piece):
         """log p (C, V) -> D (C,), the gradient of w D with respect to the logits (C, V), statistics
         (4, C)."""

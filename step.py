@@ -237,12 +237,11 @@ def take_loss_at_layer(l, h, objective, student, rows, teacher_rows):
     not needed any more: no second copy of L x K x d numbers is ever made.
     """
     output = statistics = hidden_loss = cosine = reward = attention = None
-    if l == student.config.L:
+    if l == student.config.L and objective.output is not None:
         h_s = h.flatten(0, 1)[rows.at]                                       # (K, d)
-        if objective.output is not None:
-            output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
-        if objective.reward is not None:
-            reward = objective.reward(student.head, h_s, rows)
+        output, statistics = objective.output(student.head, h_s, teacher_rows['head'], rows)
+    if l == student.config.L and objective.reward is not None:
+        reward = objective.reward(student.head, h.flatten(0, 1)[rows.at], rows)
     if l in objective.layer_map:
         h, hidden_loss, cosine = objective.hidden(l, h, teacher_rows[l], rows)
     if objective.attention is not None and l in objective.attention.layer_map:

@@ -12,7 +12,8 @@ mean over all tokens.
 Simpler than usual: no critic, no buffer and no clipping. Each rollout is used for one update, so the ratio
 p / p_old, which GRPO clips, is 1, and clipping would change nothing. The KL to the start is not a part of
 this term either: it is the output-space term opd='full' with teacher='self', and opd_weight is its factor.
-What it does not do: rewards other than right or wrong.
+What it does not do: rewards other than right or wrong. A run with rewards alone also loads the model that
+teacher= names, to look at it now and then.
 
     python distill.py configs/toy.py oprd_weight=0 reward_weight=1 n=8 lr=3e-4         rewards alone
     python distill.py configs/toy.py reward_weight=1 n=8                               beside Eq. (6)

@@ -26,6 +26,7 @@ from dataclasses import replace
 import torch
 from torch.distributed.tensor import DTensor
 
+from formats.problems import check_text
 from formats.rows import ANSWER_COLUMNS
 from rollout import collect
 from support.runtime import UserError, shown
@@ -45,10 +46,16 @@ def check(cfg):
                         'student; set teacher=self')
     if cfg['teacher_every'] and cfg['teachers_in_turn']:
         raise UserError('teachers_in_turn=True keeps the weights of the start, but teacher_every= changes '
-                        'them; set one of them to 0')
+                        'them; set teachers_in_turn=False')
     if cfg['teacher_decay'] and not cfg['teacher_every']:
         raise UserError(f"teacher_decay={cfg['teacher_decay']}: the teacher never follows the student; set "
                         'teacher_every=1')
+    if cfg['teacher_sees'] == 'solution' and cfg['teacher_ids'] == 'student':
+        raise UserError("teacher_ids='student' gives the teacher the student's prompt, in which there is no "
+                        'solution; set teacher_ids=text')
+    if cfg['teacher_sees'] == 'solution' and cfg['answers_by'] == 'teacher':
+        raise UserError("answers_by='teacher' with teacher_sees='solution': the teacher would answer the "
+                        'plain question; set answers_by=student')
 
 
 def with_solution(problem, text):
@@ -70,6 +77,8 @@ def require_solutions(problems, key):
     if missing:
         raise UserError(f"{key}='solution': {missing} of {len(problems)} problems have no solution; "
                         f'delete them, or give it in a column {" or ".join(ANSWER_COLUMNS)}')
+    for problem in problems:
+        check_text(problem.solution, f'the solution of {shown(problem.question)}')
 
 
 def show_solutions(problems, toks, text, longest=0):
@@ -94,14 +103,20 @@ def show_solutions(problems, toks, text, longest=0):
     return with_ids
 
 
-def with_teacher_prompts(sets, tok, text):
-    """Held-out sets as the teacher reads them: {name: problems} whose prompts show the solution."""
+def show_in_sets(sets, tok, text):
+    """Held-out sets {name: problems} -> the same, each problem with the `teacher_ids` of one teacher. tok:
+    its tokenizer."""
     shown_sets = {}
     for name, problems in sets.items():
-        own = [replace(problem, teacher=0) for problem in problems]
-        own = show_solutions(own, [tok], text)
-        shown_sets[name] = [replace(problem, ids=problem.teacher_ids) for problem in own]
+        problems = [replace(problem, teacher=0) for problem in problems]
+        shown_sets[name] = show_solutions(problems, [tok], text)
     return shown_sets
+
+
+def with_teacher_prompts(sets):
+    """Sets of `show_in_sets` as this teacher is asked them."""
+    return {name: [replace(problem, ids=problem.teacher_ids) for problem in problems]
+            for name, problems in sets.items()}
 
 
 # ---- answers that are the solutions: a control -----------------------------------------------------

@@ -44,7 +44,7 @@ def configs(cfg):
     those of this teacher alone."""
     # A folder's own name may hold a comma, so a path that exists is never split.
     names = [cfg['teacher']] if Path(cfg['teacher']).exists() else cfg['teacher'].split(',')
-    bridges = cfg['bridge'].split(',')
+    bridges = [cfg['bridge']] if Path(cfg['bridge']).exists() else cfg['bridge'].split(',')
     if not all(names):
         raise UserError(f"teacher={cfg['teacher']!r}: nothing between two commas; name a model there")
     if not cfg['bridge']:
@@ -103,7 +103,7 @@ def assign_teachers(problems, share, teachers, seed):
     """
     if share == 'tag':
         return [replace(problem, teacher=teacher_of_tag(problem, teachers)) for problem in problems]
-    if not isinstance(share, list) or len(share) != teachers or not sum(share):
+    if not isinstance(share, list) or len(share) != teachers:
         raise UserError(f"teacher_share={share!r} with {teachers} teachers; give 'data', 'tag', or a weight "
                         'for each of them such as [1,1]')
     numbers = range(teachers)

@@ -158,9 +158,8 @@ def question_and_answer(row, where):
     check_text(answer, where)
 
     # The worked solution is the longest of them.
-    texts = [text for text in answers.values() if isinstance(text, str)]
+    texts = [text for text in answers.values() if isinstance(text, str) and has_value(text)]
     solution = max([answer, *texts], key=len)
-    check_text(solution, where)
     return question, column, final_answer(answer) or None, answer_column, solution
 
 

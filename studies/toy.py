@@ -263,6 +263,9 @@ def check_recipe(cfg):
     tok = SimpleNamespace(size=PRESETS['toy'].V)
     for side in ('student', 'teacher'):
         shape(cfg, tok, side)
+    if cfg['toy_hints'] and unlike(cfg):
+        raise UserError(f"toy_hints={cfg['toy_hints']}: a teacher of another shape or vocabulary learns "
+                        'without hints; drop one of the keys')
     if not cfg['toy_dir']:
         raise UserError("toy_dir='': nothing given; name a folder for the toy's models")
     check_folder(folder_of(cfg))

@@ -211,10 +211,14 @@ def check_objective(cfg, same=True):
     for step in sorted(step for step in looked if 1 <= step <= cfg['steps']):
         weights = [weight_at(step, cfg['steps'], cfg[key]) for key in keys]
         if not any(weights):
-            raise UserError(f'step {step}: oprd_weight and opd_weight are both 0 there, and so are '
-                            'reward_weight and attention_weight; raise one')
-    if ever_positive(cfg['reward_weight']) and cfg['n'] == 1:
+            raise UserError(f'step {step}: {", ".join(keys)} are all 0 there; raise one')
+    rewarded = ever_positive(cfg['reward_weight'])
+    if rewarded and cfg['n'] == 1:
         raise UserError('reward_weight: with n=1 an answer is compared with no other; raise n=')
+    if rewarded and (cfg['answers_by'] != 'student' or cfg['temperature'] == 0):
+        raise UserError('reward_weight: rewards compare answers that the student has drawn, but '
+                        f"answers_by={cfg['answers_by']!r} and temperature={cfg['temperature']:g}; set "
+                        'answers_by=student and temperature=1')
     if cfg['rep_loss'] not in DISTANCES:
         raise UserError(f"rep_loss={cfg['rep_loss']!r}: no such distance in losses.py; "
                         f"choose one of {', '.join(DISTANCES)}")
@@ -229,7 +233,17 @@ def check_objective(cfg, same=True):
             raise UserError(f"{key}=True belongs to opd='sampled', but opd={opd!r}; drop one of them")
     if cfg['bridge'] and cfg['positions'] == 'drift':
         raise UserError("positions='drift' weighs Eq. (6), not a bridge; set positions=all")
-    return check_output_space(cfg) if ever_positive(cfg['opd_weight']) else []
+    if ever_positive(cfg['opd_weight']):
+        check_output_space(cfg)
+
+    # Both are estimates with samples of p.
+    sampled = opd == 'sampled' and ever_positive(cfg['opd_weight'])
+    drawn_from = (cfg['temperature'], cfg['top_k'], cfg['top_p'])
+    from_p = cfg['answers_by'] == 'student' and drawn_from == (cfg['student_temperature'], 0, 1.0)
+    if from_p or not (sampled or rewarded):
+        return []
+    biased = 'Eq. (3) is biased' if sampled else 'the gradient of the rewards is biased'
+    return [f'note: answers are not drawn from p itself (temperature, top_k, top_p, answers_by), so {biased}']
 
 
 def check_attention(cfg, student, teacher, same):
@@ -256,10 +270,10 @@ def check_attention(cfg, student, teacher, same):
 
 
 def check_output_space(cfg):
-    """Do the keys of the output-space term make sense together? -> notes, or a UserError."""
+    """Do the keys of the output-space term make sense together? Else a UserError."""
     opd = cfg['opd']
     if opd == 'supervised' and (cfg['answers_by'] == 'student' or cfg['kl_direction'] == 'forward'):
-        raise UserError("opd='supervised' learns the answers of the teacher as they are; set "
+        raise UserError("opd='supervised' learns answers of others as they are; set "
                         'answers_by=teacher and kl_direction=reverse')
     if opd == 'sampled' and cfg['kl_direction'] == 'forward':
         raise UserError("opd='sampled' with kl_direction='forward': the student's own tokens do not estimate "
@@ -271,12 +285,6 @@ def check_output_space(cfg):
     if one_token and cfg['opd_tail'] == 'renorm':
         raise UserError("opd='topk' with opd_k=1 and opd_tail='renorm' is 0 whatever the models say; "
                         "use opd='sampled' (the paper's top-1), opd_tail='bucket' or a larger opd_k")
-    drawn_from = (cfg['temperature'], cfg['top_k'], cfg['top_p'])
-    from_p = cfg['answers_by'] == 'student' and drawn_from == (cfg['student_temperature'], 0, 1.0)
-    if opd == 'sampled' and not from_p:
-        return ['note: answers are not drawn from p itself (temperature, top_k, top_p, answers_by), so '
-                'Eq. (3) is biased']
-    return []
 
 
 def check_lengths(cfg, student, teacher, train, held_out):

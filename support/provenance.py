@@ -93,10 +93,14 @@ def short(sha):
 # ---- data and models -----------------------------------------------------------------------------
 
 def problems_digest(problems):
-    """Problems -> a short digest of their questions, answers and prompt ids, in their order."""
+    """Problems -> a short digest of their questions, answers and prompt ids, in their order. Which teacher
+    reads them counts where there are several, and the solution where the teacher's prompt shows it."""
     sha = hashlib.sha256()
     for problem in problems:
-        line = json.dumps([problem.question, problem.answer, problem.ids])
+        parts = [problem.question, problem.answer, problem.ids]
+        if problem.teacher or problem.teacher_ids:
+            parts += [problem.teacher, problem.teacher_ids]
+        line = json.dumps(parts)
         sha.update(f'{line}\n'.encode())
     return short(sha)
 
