@@ -245,8 +245,9 @@ BYTES = ['toy_teacher_tokens=merged', 'opd=byte', 'oprd_weight=0', 'opd_weight=1
 # two prompts have the same teacher. The other teacher reads a prompt without an answer there.
 SPECIALISTS = ['toy_halves=True', 'prompts_per_step=2', 'n=2', 'opd=full', 'opd_weight=0.5', 'eval_data=']
 
-# Answer i goes to rank i % 2, so the three answers to a prompt are never on one rank.
-REWARDS = ['reward_weight=1', 'prompts_per_step=6', 'n=3', 'eval_data=']
+# Answer i goes to rank i % 2, so the three answers to a prompt are never on one rank. The usual student is too weak: all of
+# its answers are wrong.
+REWARDS = ['reward_weight=1', 'prompts_per_step=20', 'n=3', 'eval_data=', 'toy_student_steps=150']
 
 # The student teaches itself with the solution in view, and moves after steps 2 and 4.
 ITSELF = ['teacher=self', 'teacher_sees=solution', 'solution_text={solution}{question}', 'teacher_every=2',
@@ -310,7 +311,7 @@ def test_rank_0_alone_speaks(started):
     for ranks, name in ((2, 'two'), (4, 'four')):
         printed = started[2][ranks].split(f'=== {name}\n')[1].split('===')[0]
         assert printed.count('Avg@2') == 2 and printed.count('step 0004') == 1
-    assert started[2][2].count('=== interrupted') == started[2][4].count('=== interrupted') == 1
+    assert [started[2][ranks].count('=== interrupted') for ranks in (2, 4)] == [2, 1]        # as many as were stopped
 
 
 def test_a_sharded_teacher_with_another_vocabulary(started):

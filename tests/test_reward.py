@@ -130,7 +130,8 @@ def test_rewards_beside_distillation_add_up(toy_dir, tmp_path):
 def test_a_run_with_rewards_resumes_bit_for_bit(toy_dir, tmp_path, monkeypatch):
     """It was killed in its fourth step, after the checkpoint of the second. The rewards begin in the second quarter of the run,
     so the head has taken fewer steps than the other weights when it is resumed."""
-    keys = GRPO | dict(oprd_weight=1, reward_weight='[[0.25,0],[0.25,1]]', prompts_per_step=6, steps=4, save_every=2, eval_data='')
+    keys = GRPO | dict(oprd_weight=1, reward_weight='[[0.25,0],[0.25,1]]', prompts_per_step=12, steps=4, save_every=2, eval_data='',
+                       toy_student_steps=150)            # the usual student gives wrong answers alone
     run_with_a_stop(argv(toy_dir, tmp_path / 'stopped', **keys), 4, monkeypatch)
     main(load_config(argv(toy_dir, tmp_path / 'whole', **keys)))
     assert_equal_runs(tmp_path / 'stopped', tmp_path / 'whole')

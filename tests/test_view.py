@@ -296,7 +296,7 @@ def test_a_bad_command_is_one_line(page, words, says, tmp_path):
 def test_a_run_that_learned_from_other_teachers_is_one_line(keys, says, tmp_path):
     """The page would show one of several teachers, or a model that has read other prompts, as if it was what the run saw. It asked
     the hub for a model of the name 'self'."""
-    run = write_run(tmp_path / 'run', {'eval/avg@1': [1.0, 2.0]}, student='x', data='y', **keys)
+    run = write_run(tmp_path / 'run', {'eval/avg@1': [1.0, 2.0]}, student='x', data='y', eval_data='', **keys)
     write_json(run / 'config.json', read_json(run / 'config.json') | {'run': 'x'})
     with pytest.raises(UserError, match=re.escape(says)):
         view.main(view.settings([str(run)]))
