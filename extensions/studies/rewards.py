@@ -3,7 +3,7 @@ Rewards alone, distillation alone, and both, with equally many rollouts. Three s
 
     python -m studies.compare extensions/studies/rewards.py
 """
-base = ['configs/toy_rewards.py', 'eval_n=8', 'eval_every=20', 'diagnose_every=0']
+base = ['configs/toy_rewards.py', 'steps=80', 'eval_n=8', 'eval_every=20', 'diagnose_every=0']
 oprd = [*base, 'oprd_weight=1', 'reward_weight=0', 'lr=1e-3']
 
 seeds = [0, 1, 2]

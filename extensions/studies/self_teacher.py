@@ -10,7 +10,6 @@ seeds = [0, 1, 2]
 runs = {
     'solution in view, OPD': base,
     'solution in view, OPRD': [*base, 'oprd_weight=1', 'opd_weight=0', 'lr=3e-4'],
-    'solution in view, both': [*base, 'oprd_weight=0.1'],
     'moving average, OPD': [*base, 'teacher_every=1', 'teacher_decay=0.95'],
     'no solution in view': [*base, 'teacher_sees=prompt'],
     'solutions, supervised': [*base, 'opd=supervised', 'answers_by=solution', 'n=1', 'prompts_per_step=32'],
