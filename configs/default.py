@@ -253,7 +253,8 @@ reads = {
         *common, 'timeout', 'eval_data', 'enable_thinking', 'date', 'eval_n', 'eval_problems', 'eval_suffix',
         'eval_temperature', 'eval_top_p', 'eval_max_new_tokens', 'regrade', 'eval_rows'),
     'minimal.py': (
-        *toy, 'seed', 'student', 'teacher', 'data', 'prompts_per_step', 'n', 'max_new_tokens', 'oprd_weight',
+        *toy, 'seed', 'student', 'teacher', 'teacher_sees', 'teacher_every', 'data', 'prompts_per_step', 'n',
+        'max_new_tokens', 'oprd_weight',
         'opd_weight', 'rep_loss', 'layers', 'positions', 'steps', 'lr', 'schedule', 'warmup', 'min_lr',
         'beta1', 'beta2', 'adam_eps', 'weight_decay', 'grad_clip'),
     'studies/toy.py': (*common, 'data', 'eval_data'),

@@ -287,7 +287,7 @@ def test_steps_without_a_loss_are_found_as_a_walk_over_all_steps_finds_them():
                  if not any(weight_at(step, steps, cfg[key]) for key in ('oprd_weight', 'opd_weight'))]
         if empty:
             found += 1
-            with pytest.raises(UserError, match=f'step {empty[0]}: oprd_weight and opd_weight are both 0'):
+            with pytest.raises(UserError, match=f'step {empty[0]}: oprd_weight, opd_weight, reward_weight, attention_weight are all 0'):
                 check_objective(cfg)
         else:
             check_objective(cfg)
