@@ -303,6 +303,7 @@ def train(cfg, setup, env, run_folder):
             # 3. rows: what each teacher reads, and which positions are supervised.
             verdicts = graded(roll, setup.tok, problems)
             term_weights = {term: weight_at(step, steps, cfg[f'{term}_weight']) for term in TERMS}
+            # All answers are one share, unless several teachers divide them.
             shares = [Share(setup.teachers[0], roll, problems)]
             if term_weights['reward']:
                 shares[0].advantage = rewards.shared_advantages(cfg, verdicts, mine, env.device)
@@ -311,7 +312,7 @@ def train(cfg, setup, env, run_folder):
             for share in shares:
                 share.reading, share.mask = supervised_positions(cfg, setup.tok, share)
 
-            # 4, 5. teacher and student, a share after the other.
+            # 4, 5. teacher and student, one share after the other.
             sums, looked = add_gradients(cfg, env, student, shares, step, term_weights, clock)
 
             # 6. update

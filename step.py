@@ -210,7 +210,7 @@ class Objective:
             wanted['head'] = self.output.teacher_positions(rows)
         read = partial(hidden_rows, teacher, rows.teacher_ids, wanted, self.layer_map, self.bridge)
         if self.attention is None:
-            return read() if wanted else {}  # a reward has no teacher
+            return read() if wanted else {}  # the reward term needs no teacher states
 
         # The attention term keeps its part of the teacher itself, in the same forward.
         maps = self.attention.maps(rows)

@@ -43,7 +43,7 @@ config = dict(
     date='',                    # the day that chat templates are told is today, YYYY-MM-DD; '' = the day on
                                 # which the run was started
 
-    # teachers that the paper names for later (section 5)
+    # several teachers, and the student as its own (section 5 of the paper)
     teacher_share='data',       # which of several teachers reads the answers to a prompt: that of its set in
                                 # 'data'; that of its 'tag', the number in its column `teacher`, from 1; or
                                 # one at random, with weights such as [3,1]
@@ -51,13 +51,13 @@ config = dict(
     teacher_sees='prompt',      # before an answer the teacher reads the student's 'prompt', or one with the
                                 # problem's 'solution' in view (extensions/self_teacher.py)
     solution_text='{question}\n\nSolution:\n{solution}\n\nSolve it in your own words.',    # this prompt
-    teacher_every=0,            # steps after which teacher='self' takes over the student's weights; 0 = never
-    teacher_decay=0.0,          # what it keeps of its own then: 0 = nothing, a copy; 0.99 with
+    teacher_every=0,            # every so many steps teacher='self' is updated from the student; 0 = never
+    teacher_decay=0.0,          # teacher <- decay * teacher + (1 - decay) * student: 0 = a copy; 0.99 with
                                 # teacher_every=1 = a moving average
 
     # rollout: the student's own answers (section 4.1.1)
-    answers_by='student',       # who writes them; controls, without what the student would say: 'teacher', or
-                                # 'solution', those that the problems come with
+    answers_by='student',       # who writes them. Off-policy controls: 'teacher', or 'solution': those of the
+                                # problem set
     prompts_per_step=8,         # prompts of a step, over all ranks
     n=2,                        # answers per prompt
     max_new_tokens=16384,       # longest answer, tokens; one that is cut here is supervised and graded like
@@ -70,10 +70,10 @@ config = dict(
     # knots [[share of the run, weight], ...] with straight lines between: [[0, 1], [0.7, 1], [0.7, 0]] jumps
     oprd_weight=1.0,            # of Eq. (6); the mu of Eq. (7)
     opd_weight=0.0,             # of the output-space term; 0 = LM heads are looked at now and then only
-    reward_weight=0.0,          # beside Eq. (7): of rewards for right answers (extensions/rewards.py)
+    reward_weight=0.0,          # of the reward term, added to Eq. (7) (extensions/rewards.py)
     reward_scale=True,          # divide them by the standard deviation of the n answers to a prompt (GRPO);
-                                # False = do not (Dr. GRPO)
-    attention_weight=0.0,       # beside Eq. (7): of attention maps (extensions/attention_maps.py)
+                                # False = do not (as in Dr. GRPO)
+    attention_weight=0.0,       # of the attention term, added to Eq. (7) (extensions/attention_maps.py)
     attention_layers='last',    # student layers whose maps are compared; as `layers`
     attention_heads='all',      # heads that are compared: 'all', or a list counted from 1
 

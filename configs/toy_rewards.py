@@ -1,5 +1,5 @@
 """
-Rewards for right answers alone, without a teacher: GRPO on problems of three operations, half of which the
+Rewards for right answers alone, without distillation: GRPO on problems of three operations, half of which the
 student can solve. Rewards are a weaker signal than a teacher, so a step has many answers.
 
     python distill.py configs/toy_rewards.py

@@ -1,5 +1,5 @@
 """
-Attention maps as a further term of the loss: the student's heads shall look where the teacher's heads look.
+Attention maps as a further term of the loss: the student's heads learn to look where the teacher's look.
 
 At a supervised position a head distributes its attention over the keys up to that position. This
 distribution is the position's row of the attention map. The term is the sum over the supervised rows, with
@@ -15,7 +15,7 @@ until the backward only the gradients of a layer's queries and keys are kept.
     step.take_loss_at_layer -> AttentionMaps.loss, after the block: its loss joins the others
 
 Simpler than usual: there is no kernel. The gradient of a piece is autograd's of `attention_distance`, so
-whoever edits that function trains what was written. If blocks are recomputed (checkpointing=True), the
+an edit of that function changes what is trained. If blocks are recomputed (checkpointing=True), the
 pieces are computed twice.
 
 What it does not do: a teacher with another vocabulary or another prompt (its keys would be other tokens),
@@ -49,7 +49,7 @@ def log_attention(q, k, column):
     """
     logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])                  # (H, R, T')
 
-    # A row does not see later keys. Their logit is the least number, and not -inf, because the difference
+    # A row does not see later keys. Their logit is the lowest finite number, not -inf, because the difference
     # of two infinities is not a number.
     later = torch.arange(k.shape[1], device=k.device) > column[:, None]      # (R, T')
     logits = logits.masked_fill(later, torch.finfo(logits.dtype).min)
@@ -177,9 +177,9 @@ class AttentionLoss(torch.autograd.Function):
 
 
 class Joined(torch.autograd.Function):
-    """The states h behind a block and a loss from inside it, both as they are.
+    """An identity on the states h after a block and on a loss computed inside it.
 
-    The backward of the loss then begins where that of h begins, behind the block. Otherwise a loss in the
+    The backward of the loss then begins where that of h begins, after the block. Otherwise a loss in the
     last block could be differentiated before FSDP has gathered the weights of this block.
     """
     @staticmethod

@@ -1,5 +1,5 @@
 """
-Rewards for right answers as a further term of the loss: GRPO (arXiv 2402.03300), with or without teachers.
+Rewards for right answers as a further term of the loss: GRPO (arXiv 2402.03300).
 
     advantage of an answer     A = reward - mean of the rewards of the n answers to the same prompt,
                                with reward_scale=True divided by their standard deviation
@@ -30,7 +30,7 @@ from support.runtime import all_reduce
 
 def advantages(rewards, n, scale=True):
     """Rewards (B,) of answers, n in a row to each prompt -> advantages (B,). scale: divide by the standard
-    deviation of the n (GRPO); False: do not (Dr. GRPO, arXiv 2503.20783)."""
+    deviation of the n (GRPO); False: do not (as in Dr. GRPO, arXiv 2503.20783)."""
     groups = rewards.view(-1, n)                                             # (prompts, n)
     centred = groups - groups.mean(1, keepdim=True)
     if scale:

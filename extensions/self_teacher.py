@@ -1,7 +1,7 @@
 """
 The student as its own teacher, which sees more: a reference solution stands in its prompt.
 
-    teacher='self'             the student of the start; its weights may follow those of the student:
+    teacher='self'             the initial student; its weights may follow those of the student:
     teacher_every=10           after every 10 steps they are replaced, ...
     teacher_decay=0.9          ... by a moving average: average <- 0.9 average + 0.1 student; 0 = a copy
     teacher_sees='solution'    the teacher's prompt is solution_text, in which {question} and {solution} stand
@@ -12,7 +12,8 @@ hidden states (or output distributions) are paired token by token over the answe
 columns. The pairing is that of a teacher with another vocabulary (cross_tokenizer/pairing.py), where all
 tokens fit.
 
-The natural control is supervised learning on the same solutions: opd='supervised' answers_by='solution'.
+The natural control is supervised learning on the same solutions: oprd_weight=0 opd_weight=1 opd=supervised
+answers_by=solution n=1.
 
 Simpler than usual: a solution is a column of the problem set. What it does not do: let the student write the
 solution, or filter by it.
@@ -42,8 +43,8 @@ def named(cfg):
 def check(cfg):
     """Do the keys of a teacher that is the student itself make sense together? Else a UserError."""
     if cfg['teacher_every'] and cfg['teacher'] != cfg['student']:
-        raise UserError(f"teacher_every={cfg['teacher_every']}: this teacher is another model than the "
-                        'student; set teacher=self')
+        raise UserError(f"teacher_every={cfg['teacher_every']}: only a single teacher that is the student "
+                        'itself can follow it; set teacher=self')
     if cfg['teacher_every'] and cfg['teachers_in_turn']:
         raise UserError('teachers_in_turn=True keeps the weights of the start, but teacher_every= changes '
                         'them; set teachers_in_turn=False')
@@ -158,7 +159,7 @@ def teach_average(opt, student, teacher):
             continue
         average = opt.state[p]['average']
         target = theirs[name]
-        if isinstance(average, DTensor) and isinstance(target, DTensor):     # both are cut alike
+        if isinstance(average, DTensor) and isinstance(target, DTensor):     # both are sharded alike
             target.to_local().copy_(average.to_local())
         elif isinstance(average, DTensor):
             target.copy_(average.full_tensor())

@@ -70,7 +70,7 @@ def check(cfg, teachers):
 def load_training_problems(cfg, tok, toks_t):
     """The training problems of a run, each with the number of its teacher. toks_t: the teachers' tokenizers.
 
-    With teacher_share='data' each teacher has its own sets, otherwise all problems come together.
+    With teacher_share='data' each teacher has one set; otherwise `assign_teachers` divides them.
     """
     sources = [cfg['data']]
     if cfg['teacher_share'] == 'data' and len(toks_t) > 1:
@@ -130,8 +130,8 @@ def teacher_of_tag(problem, teachers):
 # ---- in a step -----------------------------------------------------------------------------------
 
 def split(share, teachers):
-    """The share of a step's answers that stands for all of them (teacher.Share) -> one for each teacher, with
-    the answers that it reads."""
+    """One Share (teacher.Share) that holds all answers of this rank -> one Share for each teacher, with the
+    answers that it reads."""
     shares = []
     for number, teacher in enumerate(teachers):
         own = [row for row, problem in enumerate(share.problems) if problem.teacher == number]
@@ -164,8 +164,8 @@ def empty(share, teacher):
 # ---- in turn -------------------------------------------------------------------------------------
 
 def keep_on_host(model, device):
-    """Move the weights of a frozen model to the memory of the host -> a function of the model, as
-    Teacher.ready. The copies are pinned, so that the GPU fetches them at full speed."""
+    """Move the weights of a frozen model to the memory of the host -> `fetched`, with these weights and the
+    device filled in, as Teacher.ready. The copies are pinned, so that the GPU fetches them at full speed."""
     weights = {}
     for name, weight in model.named_parameters():
         weights[name] = weight.data.cpu()

@@ -202,7 +202,7 @@ def test_a_problem_without_a_solution_cannot_be_learned(toy_dir, tmp_path):
 
 
 @pytest.mark.parametrize('keys, says', [
-    (dict(teacher_every=1), 'this teacher is another model than the student; set teacher=self'),
+    (dict(teacher_every=1), 'can follow it; set teacher=self'),
     (dict(teacher='self', teacher_decay=0.5), 'the teacher never follows the student; set teacher_every=1'),
     (dict(SELF, solution_text='{question}'), 'wants {question}, and {solution} once'),
 ])

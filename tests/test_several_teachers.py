@@ -235,7 +235,7 @@ def test_weights_are_on_the_device_only_while_a_teacher_works():
     (dict(toy_halves=True, data='{data}'), "data= names 1 sets for 2 teachers; name one for each"),
     (dict(toy_halves=True, teacher_share='[1,1,1]'), "give 'data', 'tag', or a weight for each of them"),
     (dict(toy_halves=True, teacher_share='tag'), 'has teacher=None; write a number from 1 to 2'),
-    (dict(toy_halves=True, teacher_every=1), 'this teacher is another model than the student'),
+    (dict(toy_halves=True, teacher_every=1), 'can follow it; set teacher=self'),
     (dict(toy_halves=True, teachers_in_turn=True, teacher_shard=True), 'teachers_in_turn=True'),
     (dict(teachers_in_turn=True), 'teachers_in_turn=True'),
     (dict(toy_halves=True, answers_by='teacher', opd='supervised', opd_weight=1), "answers_by='teacher'"),
