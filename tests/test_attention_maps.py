@@ -357,7 +357,7 @@ def test_recomputed_blocks_and_small_micro_batches_change_no_step(toy_dir, tmp_p
     (dict(attention_heads=[1, 3]), r'attention_heads=[1, 3]: the student has 2 heads, the teacher 2; choose from 1 to 2'),
     (dict(attention_heads=[0]), 'attention_heads=[0]; give a list of whole numbers from 1'),
     (dict(attention_heads='last'), "attention_heads='last'; choose one of 'all', a list"),
-    (dict(attention_weight=0, oprd_weight=0), 'reward_weight and attention_weight; raise one'),
+    (dict(attention_weight=0, oprd_weight=0), 'reward_weight, attention_weight are all 0 there; raise one'),
 ])
 def test_keys_that_make_no_sense_are_refused(toy_dir, tmp_path, keys, says):
     with pytest.raises(UserError) as error:

@@ -51,7 +51,7 @@ def as_text(problem):
     return Problem(question, problem.answer, problem.ids)
 
 
-EXPECTED = [Problem(row['question'], row['answer'], Letters().chat_all([row['question']], [''])[0]) for row in ROWS]
+EXPECTED = [Problem(row['question'], row['answer'], Letters().chat_all([row['question']], [''])[0], row['answer']) for row in ROWS]
 
 
 def refusal(source, **how):
