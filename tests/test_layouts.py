@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -48,7 +49,7 @@ def as_text(problem):
         (message,) = question
         assert message['role'] == 'user'
         question = message['content']
-    return Problem(question, problem.answer, problem.ids)
+    return replace(problem, question=question)
 
 
 EXPECTED = [Problem(row['question'], row['answer'], Letters().chat_all([row['question']], [''])[0], row['answer']) for row in ROWS]
