@@ -828,7 +828,7 @@ def test_a_step_hands_on_the_keys_of_the_bridge(made, toy_dir, tmp_path):
     for rank, normalise in ((5, False), (7, True)):
         cfg = load_config(run_args(toy_dir, made, tmp_path / 'r', bridge_rank=rank, bridge_normalise=normalise))
         setup = distill.prepare(toy.prepare(cfg, start('cpu')), start('cpu'))
-        assert setup.bridge.rank == rank == len(setup.bridge.P_t[1]) and setup.objective.hidden.normalise == normalise
+        assert setup.teachers[0].bridge.rank == rank == len(setup.teachers[0].bridge.P_t[1]) and setup.teachers[0].objective.hidden.normalise == normalise
 
 
 def test_the_keys_of_the_next_byte_are_handed_on(made, toy_dir, tmp_path):
