@@ -835,7 +835,7 @@ def test_the_keys_of_the_next_byte_are_handed_on(made, toy_dir, tmp_path):
     """With kl_direction=forward, or another temperature, the reverse KL at temperature 1 would be trained."""
     keys = dict(opd='byte', opd_weight=1, kl_direction='forward', student_temperature=0.8, teacher_temperature=1.5, head_rows=7)
     cfg = load_config(run_args(toy_dir, made, tmp_path / 'r', **keys))
-    made_of = distill.prepare(toy.prepare(cfg, start('cpu')), start('cpu')).objective.output.objective
+    made_of = distill.prepare(toy.prepare(cfg, start('cpu')), start('cpu')).teachers[0].objective.output.objective
     assert (made_of.direction, made_of.temperature, made_of.teacher_temperature, made_of.chunk) == ('forward', 0.8, 1.5, 7)
 
 
