@@ -112,6 +112,7 @@ def config():
 class PromptIds:
     """A problem, of which only the number of its ids counts."""
     ids: range
+    teacher_ids: None = None
 
 
 def plan_of(student, gpus, shard_ranks=0, **keys):

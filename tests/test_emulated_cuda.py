@@ -122,9 +122,9 @@ def noted_lengths():
     """The lengths of the sequences that attention sees meanwhile: (without a cache, and in a prefill)."""
     forward, lengths = Attention.forward, (set(), set())
 
-    def noted(attention, x, rope, cache=None, layer=0):
+    def noted(attention, x, rope, cache=None, layer=0, watch=None):
         lengths[cache is not None].add(x.shape[1])
-        return forward(attention, x, rope, cache, layer)
+        return forward(attention, x, rope, cache, layer, watch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Attention, 'forward', noted)
         yield lengths
