@@ -21,7 +21,8 @@ import torch
 
 @dataclass
 class Teacher:
-    """A frozen teacher, and what is needed to learn from it. A dry run loads neither model nor objective."""
+    """A teacher, which no gradient trains, and what is needed to learn from it. A dry run loads neither its
+    model nor its objective."""
     tok: object                 # its tokenizer
     same_ids: bool              # it reads the student's ids as they are
     layer_map: dict             # {student layer: teacher layer}

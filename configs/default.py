@@ -31,7 +31,7 @@ config = dict(
 
     # models and problems: local, or a hub id (owner/name, owner/name@revision); studies/toy.py makes 'toy'
     student='',                 # Hugging Face folder or id; this one is trained
-    teacher='',                 # Hugging Face folder or id; frozen. 'self': the student of the start.
+    teacher='',                 # Hugging Face folder or id; frozen. 'self': the initial student.
                                 # Several with commas between: extensions/several_teachers.py
     data='',                    # training problems: a file (.parquet, .arrow, .jsonl, .json, .csv, .tsv,
                                 # .txt, .gz), a folder, a data set's id, or several with commas; docs/data.md
@@ -71,8 +71,8 @@ config = dict(
     oprd_weight=1.0,            # of Eq. (6); the mu of Eq. (7)
     opd_weight=0.0,             # of the output-space term; 0 = LM heads are looked at now and then only
     reward_weight=0.0,          # of the reward term, added to Eq. (7) (extensions/rewards.py)
-    reward_scale=True,          # divide them by the standard deviation of the n answers to a prompt (GRPO);
-                                # False = do not (as in Dr. GRPO)
+    reward_scale=True,          # divide advantages by the standard deviation of the rewards of a prompt's
+                                # n answers (GRPO); False = do not (as in Dr. GRPO)
     attention_weight=0.0,       # of the attention term, added to Eq. (7) (extensions/attention_maps.py)
     attention_layers='last',    # student layers whose maps are compared; as `layers`
     attention_heads='all',      # heads that are compared: 'all', or a list counted from 1
@@ -254,8 +254,7 @@ reads = {
         'eval_temperature', 'eval_top_p', 'eval_max_new_tokens', 'regrade', 'eval_rows'),
     'minimal.py': (
         *toy, 'seed', 'student', 'teacher', 'teacher_sees', 'teacher_every', 'data', 'prompts_per_step', 'n',
-        'max_new_tokens', 'oprd_weight',
-        'opd_weight', 'rep_loss', 'layers', 'positions', 'steps', 'lr', 'schedule', 'warmup', 'min_lr',
-        'beta1', 'beta2', 'adam_eps', 'weight_decay', 'grad_clip'),
+        'max_new_tokens', 'oprd_weight', 'opd_weight', 'rep_loss', 'layers', 'positions', 'steps', 'lr',
+        'schedule', 'warmup', 'min_lr', 'beta1', 'beta2', 'adam_eps', 'weight_decay', 'grad_clip'),
     'studies/toy.py': (*common, 'data', 'eval_data'),
 }

@@ -1,6 +1,7 @@
 """
-Rewards for right answers alone, without distillation: GRPO on problems of three operations, half of which the
-student can solve. Rewards are a weaker signal than a teacher, so a step has many answers.
+Rewards for right answers alone, without distillation: GRPO on problems of three operations. The student
+answers a third to a half of them rightly. Rewards are a weaker signal than a teacher, so a step has many
+answers.
 
     python distill.py configs/toy_rewards.py
 """

@@ -1,5 +1,5 @@
 """
-Self-distillation: the teacher is the student of the start, whose prompt also shows the worked answer. The
+Self-distillation: the teacher is the initial student, whose prompt also shows the worked answer. The
 student has seen such prompts in its supervised training, so it can read them.
 
     python distill.py configs/toy_self.py

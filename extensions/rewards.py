@@ -13,10 +13,10 @@ Simpler than usual: no critic, no buffer and no clipping. Each rollout is used f
 p / p_old, which GRPO clips, is 1, and clipping would change nothing. The KL to the start is not a part of
 this term either: it is the output-space term opd='full' with teacher='self', and opd_weight is its factor.
 What it does not do: rewards other than right or wrong. A run with rewards alone also loads the model that
-teacher= names, to look at it now and then.
+teacher= names, because the diagnosis compares the student with it now and then.
 
-    python distill.py configs/toy.py oprd_weight=0 reward_weight=1 n=8 lr=3e-4         rewards alone
-    python distill.py configs/toy.py reward_weight=1 n=8                               beside Eq. (6)
+    python distill.py configs/toy_rewards.py                                           rewards alone
+    python distill.py configs/toy_rewards.py oprd_weight=1 reward_weight=0.1 lr=1e-3   beside Eq. (6)
 
 Letters: B answers, K supervised positions, C of them in a chunk, V vocabulary.
 """

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import default
+from extensions import several_teachers
 from formats.hub import TIMEOUT, TOKENS, HubId, explain, first_line, status_of
 from formats.huggingface import files_along, member, read_config, tensor_files
 from support.command_help import command_words
@@ -218,8 +219,8 @@ def source_text(made):
 
 
 def teachers_of(cfg):
-    """The names of a run's teachers. A folder that lies on this computer may have a comma in its name."""
-    return [cfg['teacher']] if Path(cfg['teacher']).exists() else cfg['teacher'].split(',')
+    """The names of a run's teachers."""
+    return [pair['teacher'] for pair in several_teachers.configs(cfg)]
 
 
 def objective_text(cfg):

@@ -274,7 +274,7 @@ def check_output_space(cfg):
     opd = cfg['opd']
     if opd == 'supervised' and (cfg['answers_by'] == 'student' or cfg['kl_direction'] == 'forward'):
         raise UserError("opd='supervised' learns answers of others as they are; set "
-                        'answers_by=teacher and kl_direction=reverse')
+                        'answers_by=teacher (or solution) and kl_direction=reverse')
     if opd == 'sampled' and cfg['kl_direction'] == 'forward':
         raise UserError("opd='sampled' with kl_direction='forward': the student's own tokens do not estimate "
                         "KL(q || p); use opd='full' or 'topk'")
